@@ -1,0 +1,138 @@
+"""Prefill, then one sparse step per token (TEAL, section 5.4: decoding is sparsified, the prompt is not).
+
+The decoder yields token ids as they come and keeps the clock. It knows neither text nor files: a tokenizer turns ids into
+text, and a capture, if one is given, takes the vectors of each step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teal_cli.decoding.projector import Rows
+from teal_cli.decoding.sampling import Sampler, Sampling
+from teal_cli.decoding.steps import Step
+from teal_cli.decoding.traffic import projection_inputs, step_bytes
+from teal_cli.errors import UsageError
+from teal_cli.model.cache import KVCache
+from teal_cli.model.transformer import Transformer
+
+
+class Capture(Protocol):
+    """Takes the vectors of each step, e.g. a level of a store."""
+
+    def begin(self, token_id: int, position: int, sequence: int) -> Rows | None:
+        """Announce a step; the rows it returns are filled by the step. None: do not record this one."""
+        ...
+
+    def end(self) -> None:
+        """The step that was begun has filled its rows."""
+        ...
+
+
+@dataclass
+class Tally:
+    """What decoding took, summed over the sequences of one decoder. Seconds are wall-clock."""
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    steps: int = 0
+    decode_s: float = 0.0
+    context: int = 0
+    """Sum over the steps of the tokens attended to."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode steps per second; the prefill and the token it gives are not in it."""
+        return self.steps / self.decode_s if self.decode_s else 0.0
+
+
+class Decoder:
+    """Decodes sequences of one model under one plan.
+
+    Args:
+        model: the weights.
+        cache: its key/value cache; its size is the longest sequence that fits.
+        step: how a single token is run; shares the cache.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, step: Step) -> None:
+        self.model, self.cache, self.step = model, cache, step
+        self.tally = Tally()
+
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, sequence: int = 0,
+                 stop: Collection[int] = (), capture: Capture | None = None) -> Iterator[int]:
+        """Yield up to `max_new_tokens` ids; a token of `stop` is yielded and ends the sequence.
+
+        N ids take one prefill and N-1 steps, and only steps are captured: row i of a capture is what the model computed
+        when it was fed the i-th generated id.
+
+        Raises:
+            UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
+        """
+        self._check(prompt, max_new_tokens)
+        sampler = Sampler(sampling, sequence=sequence, device=self.model.device)
+        token = self._prefill(prompt, sampler)
+        yield token
+        for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
+            if token in stop:
+                return
+            token = self._next(token, position, sequence, sampler, capture)
+            yield token
+
+    def _check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise UsageError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
+        if not prompt:
+            raise UsageError("the prompt is empty", hint="give some text with --prompt, or on standard input")
+        room = self.cache.max_tokens
+        if len(prompt) + max_new_tokens - 1 > room:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, and {max_new_tokens} new ones do not fit the context of {room}",
+                hint="shorten the prompt or lower --max-new-tokens")
+
+    @torch.inference_mode()
+    def _prefill(self, prompt: Sequence[int], sampler: Sampler) -> int:
+        start = time.perf_counter()
+        self.cache.length = 0
+        tokens = torch.tensor(list(prompt), device=self.model.device)
+        token = sampler(self.model.forward(tokens, 0, self.cache))
+        self.tally.prefill_s += time.perf_counter() - start
+        self.tally.prompt_tokens += len(prompt)
+        return token
+
+    @torch.inference_mode()
+    def _next(self, token: int, position: int, sequence: int, sampler: Sampler, capture: Capture | None) -> int:
+        start = time.perf_counter()
+        rows = None if capture is None else capture.begin(token, position, sequence)
+        logits = self.step(token, position, rows)
+        if capture is not None:
+            capture.end()
+        chosen = sampler(logits)
+        self.tally.decode_s += time.perf_counter() - start
+        self.tally.steps += 1
+        self.tally.context += position + 1
+        return chosen
+
+    def realised(self) -> NDArray[np.float64]:
+        """Share of dropped entries over all steps so far, float64 [layers, 7]; zeros for a dense step."""
+        config, kept = self.model.config, self.step.kept()
+        if kept is None or not self.tally.steps:
+            return np.zeros((config.layers, len(projection_inputs(config))))
+        return 1.0 - kept / (self.tally.steps * projection_inputs(config))
+
+    def effective_gbps(self) -> float:
+        """Bytes that the steps had to read (kept weight rows, lm_head, cache) over their time, in GB/s."""
+        tally = self.tally
+        if not tally.steps:
+            return 0.0
+        kept = self.step.kept()
+        mean_kept = None if kept is None else kept / tally.steps
+        read = step_bytes(self.model.config, self.model.dtype.itemsize, tally.context / tally.steps, mean_kept)
+        return read * tally.steps / tally.decode_s / 1e9

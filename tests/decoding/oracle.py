@@ -1,0 +1,122 @@
+"""Judge a dump by transformers' own model.
+
+transformers is fed the very tokens that teal decoded. In each decode step forward pre-hooks on its seven linear layers
+note the input, then apply the masks that are *in the store*: left to threshold for itself, one rounding at a threshold
+would send the two models apart for good. What is checked: the next token, the vectors, and the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from teal_cli.dump.reader import Level
+from teal_cli.model.sites import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
+
+_MODULES = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in PROJECTIONS}
+
+
+@dataclass
+class Verdict:
+    """The largest disagreement of each kind over all steps."""
+
+    steps: int = 0
+    logit_gap: float = 0.0
+    """How far our token's logit is below the argmax."""
+    row_rms: float = 0.0
+    """Captured row against the masked input, relative RMS."""
+    threshold_distance: float = 0.0
+    """Where transformers' |x| > t and the stored mask differ: | |x| - t | / t."""
+    disagreements: int = 0
+    kept: int = 0
+    entries: int = 0
+    trouble: list[str] = field(default_factory=list)
+
+
+def reference_model(path: Path) -> PreTrainedModel:
+    """transformers' own float32 model of a checkpoint folder."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def judge(model: PreTrainedModel, level: Level, prompt: Sequence[int], tokens: Sequence[int], *,
+          sequence: int = 0) -> Verdict:
+    """Replay one greedy sequence of a level of a store.
+
+    Args:
+        model: from `reference_model`.
+        level: the level that holds the sequence.
+        prompt: the prompt's token ids.
+        tokens: what teal generated.
+        sequence: its index in the level.
+    """
+    verdict = Verdict()
+    (rows,) = np.nonzero(level.tokens["sequence"] == sequence)
+    assert len(rows) == len(tokens) - 1, "a dump holds one row for every decode step"
+    assert list(level.tokens["token_id"][rows]) == list(tokens[:-1])
+    assert list(level.tokens["position"][rows]) == list(range(len(prompt), len(prompt) + len(rows)))
+    captured = {(layer, p): np.asarray(level.projection(layer, p)[rows[0] : rows[-1] + 1]) if len(rows) else None
+                for layer in range(model.config.num_hidden_layers) for p in PROJECTIONS}
+    output = model(torch.tensor([list(prompt)]), use_cache=True)
+    _check_token(verdict, output.logits[0, -1], tokens[0])
+    for step in range(len(rows)):
+        row = {key: torch.from_numpy(np.ascontiguousarray(values[step])) for key, values in captured.items()}
+        with _masked(model, row, level.thresholds, verdict):
+            output = model(torch.tensor([[tokens[step]]]), past_key_values=output.past_key_values, use_cache=True)
+        _check_token(verdict, output.logits[0, -1], tokens[step + 1])
+        verdict.steps += 1
+    return verdict
+
+
+def _check_token(verdict: Verdict, logits: Tensor, token: int) -> None:
+    verdict.logit_gap = max(verdict.logit_gap, float(logits.max() - logits[token]))
+
+
+@contextmanager
+def _masked(model: PreTrainedModel, rows: dict[tuple[int, str], Tensor], thresholds: np.ndarray,
+            verdict: Verdict) -> Iterator[None]:
+    """Hooks that compare each linear layer's input with the stored row, then let only the stored entries through."""
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        for p in PROJECTIONS:
+            row, t = rows[index, p], float(thresholds[index, PROJECTION_INDEX[p]])
+
+            def hook(module: nn.Module, inputs: tuple[Tensor], row: Tensor = row, t: float = t,
+                     where: str = f"layer {index} {p} ({PROJECTION_SITE[p]})") -> tuple[Tensor]:
+                (x,) = inputs
+                return (_compare(verdict, x.reshape(-1), row, t, where).reshape(x.shape),)
+
+            handles.append(layer.get_submodule(_MODULES[p]).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> Tensor:
+    mask = row != 0
+    masked = torch.where(mask, x, 0.0)
+    scale = float(x.norm())
+    rms = float((row - masked).norm()) / scale if scale else float(row.norm())
+    verdict.row_rms = max(verdict.row_rms, rms)
+    if not rms < 1e-4:
+        verdict.trouble.append(f"{where}: captured row is off by {rms:.2e}")
+    own = x.abs() > t
+    differ = own != mask
+    verdict.kept += int(mask.sum())
+    verdict.entries += mask.numel()
+    if differ.any():
+        distance = float(((x[differ].abs() - t).abs() / max(t, 1e-30)).max())
+        verdict.disagreements += int(differ.sum())
+        verdict.threshold_distance = max(verdict.threshold_distance, distance)
+        if not distance < 1e-4:
+            verdict.trouble.append(f"{where}: mask differs {distance:.2e} (relative) from the threshold {t:.3e}")
+    return masked
