@@ -1,0 +1,132 @@
+"""`teal`: the table of commands, the options before a command, and what an exception becomes.
+
+`main` turns every TealError into a sentence, a hint and an exit code; usage errors into the same with 2; Ctrl-C into
+130. No command is imported here: see `ui.lazy`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from teal_cli import __version__
+from teal_cli.errors import HardwareError, TealError, UsageError
+from teal_cli.ui.lazy import Entry, LazyGroup
+from teal_cli.ui.output import configure, to_json
+
+START, MODELS, RUN, LOOK = "Start here", "Models", "Sparse decoding", "Stores"
+
+COMMANDS = (
+    Entry("quickstart", "teal_cli.commands.quickstart:quickstart", "From nothing to a store: download, calibrate, generate.", START),
+    Entry("doctor", "teal_cli.commands.doctor:doctor", "What this machine can do, and what is missing.", START),
+    Entry("download", "teal_cli.commands.download:download", "Get a model: hub, folder, GGUF file or Python wheel.", MODELS),
+    Entry("models", "teal_cli.commands.models:app", "The models this machine has: list, inspect, verify, remove.", MODELS),
+    Entry("calibrate", "teal_cli.commands.calibrate:calibrate", "Measure activation magnitudes over a text.", MODELS),
+    Entry("generate", "teal_cli.commands.generate:generate", "Generate text with sparse decoding.", RUN),
+    Entry("dump", "teal_cli.commands.dump:dump", "Many prompts at many sparsity levels into one store.", RUN),
+    Entry("bench", "teal_cli.commands.bench:app", "Speed against the dense path and the memory limit.", RUN),
+    Entry("store", "teal_cli.commands.store:app", "Look into a store, check it, convert it.", LOOK),
+    Entry("plot", "teal_cli.commands.plot:app", "Pictures of stores and benchmarks.", LOOK),
+)
+
+
+def _here(entry: Entry) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(entry.target.partition(":")[0]) is not None
+
+
+class Commands(LazyGroup):
+    entries = tuple(filter(_here, COMMANDS))
+
+
+app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"teal {__version__}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def teal(
+    json: Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Training-free activation sparsity: decode faster, and keep the sparse activations as data."""
+    configure(json=json, quiet=quiet)
+
+
+# Typer carries its own click or uses the installed one, by version; the class is the same position in both.
+_ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (0 ok, 1 failure, 2 usage, 3 not found, 4 auth, 5 hardware, 130)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in args
+    configure(json=False, quiet=False)
+    try:
+        code = app(args, prog_name="teal", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TealError as error:
+        return _fail(error.message, error.hint, error.exit_code, as_json)
+    except _ClickError as error:
+        return _usage(error, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", None, 130, as_json)
+    except BrokenPipeError:
+        # The reader has gone (`teal models ls | head`); keep the interpreter from complaining at exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror), None, 1, as_json)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch to name it would cost a second
+            raise
+        hint = "a smaller model, --dtype bfloat16, or --device cpu"
+        return _fail("the device has too little memory", hint, HardwareError.exit_code, as_json)
+
+
+def _usage(error: Any, as_json: bool) -> int:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message(), err=True)
+        return UsageError.exit_code
+    hint = f"`{context.command_path} --help` shows what there is" if context is not None else None
+    if possible := getattr(error, "possibilities", None):
+        hint = f"did you mean {' or '.join(sorted(possible))}?"
+        text = error.message
+    else:
+        text = error.format_message()
+    return _fail(" ".join(text.split()).rstrip("."), hint, error.exit_code, as_json)
+
+
+def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:
+    """Say it on stderr: two lines, or with --json one line that is a JSON object."""
+    if as_json:
+        error = {"message": message, "hint": hint, "exit_code": code}
+        print(to_json({"error": error}), file=sys.stderr, flush=True)
+        return code
+    colour = False if os.environ.get("NO_COLOR") else None
+    typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True, color=colour)
+    if hint:
+        typer.echo(typer.style("  hint: ", fg="cyan") + hint, err=True, color=colour)
+    return code

@@ -1,0 +1,127 @@
+"""What the shell offers after TAB: models with their sizes, calibrations, datasets, levels of a store, fixed choices.
+
+Runs at every TAB, so it reads small JSON and TOML files and imports nothing heavy; a broken file is skipped, since a
+completion must never print an error into the prompt. What the files mean is the registry's and the store's business;
+only the few fields that are shown are known here.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from teal_cli.settings import configs, teal_home
+
+DTYPES = ("bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+BACKENDS = ("auto", "cpu", "reference", "triton")
+SPARSITIES = ("0", "0.25", "0.40", "0.50", "0.65", "0.75", "0.90")
+
+Items = list[tuple[str, str]]
+"""(value, help) pairs; the shell shows the help where it can."""
+
+
+def models(incomplete: str) -> Items:
+    """Names in the registry, with size and family."""
+    items = []
+    for path in sorted(teal_home().glob("models/*/model.json")):
+        entry = _read_json(path)
+        items.append((path.parent.name, _join(_size(entry.get("size_bytes")), entry.get("family"), entry.get("dtype"))))
+    return _matching(items, incomplete)
+
+
+def catalog(incomplete: str) -> Items:
+    """Names that `teal download` knows, with their source."""
+    items = []
+    for name, entry in _shipped("models"):
+        items.append((name, _join(_size(entry.get("size_bytes")), entry.get("description"), entry.get("repo"))))
+    return _matching(items, incomplete)
+
+
+def calibrations(ctx: typer.Context, incomplete: str) -> Items:
+    """Calibrations of the model that the line names so far, or of every model."""
+    name = ctx.params.get("model") or "*"
+    items = []
+    for path in sorted(teal_home().glob(f"models/{name}/calibrations/*/calibration.json")):
+        entry = _read_json(path)
+        items.append((path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype"))))
+    return _matching(items, incomplete)
+
+
+def datasets(incomplete: str) -> Items:
+    """Names of the shipped calibration sets."""
+    return _matching([(name, str(entry.get("description", ""))) for name, entry in _shipped("calibrate")], incomplete)
+
+
+def recipes(incomplete: str) -> Items:
+    """Names of the shipped dump recipes."""
+    return _matching([(name, str(entry.get("description", ""))) for name, entry in _shipped("dump")], incomplete)
+
+
+def levels(ctx: typer.Context, incomplete: str) -> Items:
+    """Levels of the store that the line names."""
+    store = ctx.params.get("store")
+    if store is None:
+        return []
+    items = []
+    for path in sorted(Path(store).glob("*/zarr.json")):
+        attrs = _read_json(path).get("attributes", {}).get("teal", {})
+        if "tokens_committed" in attrs:
+            items.append((path.parent.name, f"{attrs['tokens_committed']} tokens"))
+    return _matching(items, incomplete)
+
+
+def sparsities(incomplete: str) -> Items:
+    return _matching([(value, "") for value in SPARSITIES], incomplete)
+
+
+def dtypes(incomplete: str) -> Items:
+    return _matching([(value, "") for value in DTYPES], incomplete)
+
+
+def devices(incomplete: str) -> Items:
+    return _matching([(value, "") for value in DEVICES], incomplete)
+
+
+def backends(incomplete: str) -> Items:
+    return _matching([(value, "") for value in BACKENDS], incomplete)
+
+
+def _matching(items: Items, incomplete: str) -> Items:
+    return [item for item in items if item[0].startswith(incomplete)]
+
+
+def _shipped(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, content) of every TOML file in configs/<folder>."""
+    root = configs() / folder
+    if not root.is_dir():
+        return
+    for file in sorted(root.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".toml"):
+            try:
+                yield file.name.removesuffix(".toml"), tomllib.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _join(*parts: object) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _size(size: object) -> str:
+    if not isinstance(size, (int, float)):
+        return ""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
