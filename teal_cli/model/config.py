@@ -1,0 +1,242 @@
+"""What teal needs to know of a checkpoint's config.json, checked once and frozen.
+
+transformers reads the file, because it knows every older spelling of it; this module decides what teal can run and
+turns it into plain numbers. It knows nothing of tensors: `weights` checks the files against these numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.model.sites import SITE_PROJECTIONS
+
+SUPPORTED: Final[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+"""The values of `model_type` in config.json that teal runs."""
+
+SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
+SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of one decoder-only transformer.
+
+    Attributes:
+        family: `model_type` of config.json, one of `SUPPORTED`.
+        context: the longest sequence the positions are made for, in tokens.
+        sliding_windows: per layer, how many positions a token attends to, itself included; None means all of them.
+        qkv_bias: q, k and v have a bias.  o_bias: o has one.  qk_norm: q and k heads pass an RMSNorm before the rotation.
+        tied: the config says that the output head is the embedding.
+        eos_ids: tokens that end a sequence; empty if the checkpoint names none.
+        torch_dtype: the dtype the checkpoint asks to be run in, one of `SUPPORTED_DTYPES`.
+        hf: transformers' own config, for its rotary functions and for comparisons.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    norm_eps: float
+    sliding_windows: tuple[int | None, ...]
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    tied: bool
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    torch_dtype: str
+    hf: Any
+
+    def channels(self, site: str) -> int:
+        """Width K of the vector at a site."""
+        return {
+            "attn_in": self.hidden,
+            "attn_out": self.heads * self.head_dim,
+            "mlp_in": self.hidden,
+            "mlp_mid": self.intermediate,
+        }[site]
+
+    def segments(self, site: str) -> tuple[int, ...]:
+        """Output widths of the projections that read a site, in the order of `SITE_PROJECTIONS`; their sum is N."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "attn_in": (q, kv, kv),
+            "attn_out": (self.hidden,),
+            "mlp_in": (self.intermediate, self.intermediate),
+            "mlp_mid": (self.hidden,),
+        }[site]
+
+    def projection_sizes(self) -> dict[str, int]:
+        """Entries of each projection's matrix in one layer; multiply by the item size for bytes."""
+        return {
+            projection: self.channels(site) * width
+            for site, group in SITE_PROJECTIONS.items()
+            for projection, width in zip(group, self.segments(site), strict=True)
+        }
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Reads `config.json` (and `generation_config.json`, if there) of a checkpoint folder.
+
+    Raises:
+        NotFoundError: there is no config.json.
+        UsageError: an architecture, rotary type, activation or storage that teal does not run; it is named.
+        TealError: the file is not a valid config.
+    """
+    folder = Path(path)
+    raw = _read_json(folder / "config.json")
+    if raw is None:
+        raise NotFoundError(
+            f"{folder} is not a checkpoint: it has no config.json.",
+            hint="Give a folder in Hugging Face format, or `teal download` a model.",
+        )
+    _refuse_unsupported(raw)
+    hf = _load_hf(folder)
+    _refuse_unsupported_parts(hf)
+    heads: int = hf.num_attention_heads
+    head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    biased = bool(getattr(hf, "attention_bias", False))
+    config = ModelConfig(
+        family=hf.model_type,
+        layers=hf.num_hidden_layers,
+        hidden=hf.hidden_size,
+        intermediate=hf.intermediate_size,
+        heads=heads,
+        kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        vocab=hf.vocab_size,
+        context=hf.max_position_embeddings,
+        norm_eps=hf.rms_norm_eps,
+        sliding_windows=_sliding_windows(hf),
+        qkv_bias=hf.model_type == "qwen2" or biased,
+        o_bias=hf.model_type != "qwen2" and biased,
+        qk_norm=hf.model_type == "qwen3",
+        tied=bool(hf.tie_word_embeddings),
+        eos_ids=_eos_ids(hf, _read_json(folder / "generation_config.json") or {}),
+        bos_id=hf.bos_token_id,
+        torch_dtype=_dtype_name(hf),
+        hf=hf,
+    )
+    _check_shape(config, folder)
+    return config
+
+
+def _read_json(file: Path) -> Mapping[str, Any] | None:
+    """The object in a JSON file, or None where there is no such file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise TealError(f"{file} cannot be read: {error}.", hint="Check the model with `teal models verify`.") from error
+    if not isinstance(value, dict):
+        raise TealError(f"{file} does not hold a JSON object.", hint="Check the model with `teal models verify`.")
+    return value
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    """Refuses by the file alone, before transformers tries to make sense of a model it may not know either."""
+    supported = ", ".join(SUPPORTED)
+    family = raw.get("model_type")
+    if family not in SUPPORTED:
+        named = ", ".join(raw.get("architectures") or ()) or "no architecture named"
+        raise UsageError(
+            f"The architecture {family!r} ({named}) is not supported; teal runs {supported}.",
+            hint="Choose a model of one of these families.",
+        )
+    quantisation = raw.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else "unnamed"
+        raise UsageError(
+            f"The checkpoint is quantised ({method}); teal needs bf16, fp16 or fp32 weights.",
+            hint="Choose the unquantised checkpoint of the same model.",
+        )
+
+
+def _load_hf(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise TealError(
+            f"{folder / 'config.json'} is not a valid config: {reason.strip()}.",
+            hint="Check the model with `teal models verify`.",
+        ) from error
+
+
+def _refuse_unsupported_parts(hf: Any) -> None:
+    if hf.hidden_act not in ("silu", "swish"):
+        raise UsageError(
+            f"The activation {hf.hidden_act!r} is not supported; teal runs models whose MLP uses silu.",
+            hint="Choose a model with hidden_act silu.",
+        )
+    if getattr(hf, "mlp_bias", False):
+        raise UsageError(
+            "The checkpoint has biases in its MLP (mlp_bias), which teal does not support.",
+            hint="Choose a model without mlp_bias.",
+        )
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in SUPPORTED_ROPE:
+        raise UsageError(
+            f"The rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}.",
+            hint="Choose a model with one of these rope types.",
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(
+            f"A partial rotary embedding (partial_rotary_factor {rope['partial_rotary_factor']}) is not supported.",
+            hint="Choose a model that rotates whole heads.",
+        )
+
+
+def _sliding_windows(hf: Any) -> tuple[int | None, ...]:
+    """Llama has none; Mistral has one for all layers or none; Qwen says it layer by layer."""
+    layers: int = hf.num_hidden_layers
+    if hf.model_type == "llama":
+        return (None,) * layers
+    if hf.model_type == "mistral":
+        return (hf.sliding_window,) * layers
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
+
+
+def _eos_ids(hf: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """generation_config.json wins: instruction models often name their end-of-turn token only there."""
+    eos = generation.get("eos_token_id", hf.eos_token_id)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+
+def _dtype_name(hf: Any) -> str:
+    """The dtype the config asks for; a file that names none means float32, as it always did in transformers."""
+    name = str(hf.dtype).removeprefix("torch.")
+    return name if name in SUPPORTED_DTYPES else "float32"
+
+
+def _check_shape(config: ModelConfig, folder: Path) -> None:
+    """Numbers that no tensor can contradict later on."""
+    problem = None
+    if config.heads % config.kv_heads:
+        problem = f"{config.heads} attention heads are not a multiple of {config.kv_heads} key-value heads"
+    elif config.head_dim % 2:
+        problem = f"the head size {config.head_dim} is odd"
+    elif len(config.sliding_windows) != config.layers:
+        problem = f"it names {len(config.sliding_windows)} layer types for {config.layers} layers"
+    if problem:
+        raise TealError(
+            f"{folder / 'config.json'} is not a valid config: {problem}.",
+            hint="Check the model with `teal models verify`.",
+        )

@@ -1,0 +1,238 @@
+"""Our own lean decoder-only transformer: one layer as a function, and the whole model around it.
+
+Every linear layer goes through `project`, called once per site: the one hook serves dense prefill, calibration, sparse
+decoding and capture. This module knows nothing of any of them, nor of text, sampling or thresholds.
+
+Batch size is one everywhere: hidden states are [S, hidden], S tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_cli.model.cache import KVCache
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.rope import RopeTable, Rotation, rotate_
+from teal_cli.model.weights import Checkpoint, Device, LayerWeights
+
+Project: TypeAlias = Callable[[int, str, Tensor, Tensor], Tensor]
+"""(layer, site, x [S, K], weight [K, N]) -> [S, N]. x must be left as it is; the result may be overwritten by the model."""
+
+Attend: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, q [S, heads, head_dim], kv [S, 2, kv_heads, head_dim]) -> [S, heads * head_dim]; q and k are rotated already."""
+
+
+def dense(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+    """The plain linear layer, the default `Project`."""
+    return x @ weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis: normalised in float32, cast to x's dtype, then multiplied by weight."""
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of the last S of T positions.
+
+    Args:
+        q: [S, heads, head_dim], the queries of the last S positions.
+        k, v: [kv_heads, T, head_dim], T >= S.
+        window: how many positions a query sees, its own included; None for all.
+
+    Returns:
+        [S, heads * head_dim], heads in the order of q.
+    """
+    count, heads, head_dim = q.shape
+    kv_heads, total, _ = k.shape
+    if count == 1:
+        if window is not None and total > window:
+            k, v = k[:, total - window :], v[:, total - window :]
+        # The heads that share a key stand in the sequence axis: grouped attention with neither a mask nor a copy of k.
+        grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, k[None], v[None]).view(1, heads * head_dim)
+    mask = None
+    if count != total or (window is not None and window < total):
+        rows = torch.arange(total - count, total, device=q.device)[:, None]
+        columns = torch.arange(total, device=q.device)
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=kv_heads != heads
+    )
+    return out[0].transpose(0, 1).reshape(count, heads * head_dim)
+
+
+def attend_alone(config: ModelConfig) -> Attend:
+    """Attention within one whole sequence, position 0 first, without a cache: what calibration and scoring use."""
+
+    def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        k, v = kv.permute(1, 2, 0, 3)
+        return attention(q, k, v, config.sliding_windows[layer])
+
+    return attend
+
+
+def attend_cached(config: ModelConfig, cache: KVCache, position: int) -> Attend:
+    """Attention over a cache: writes the new keys and values at `position`, then attends to all up to them."""
+
+    def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        end = position + len(q)
+        cached = cache.kv[layer]
+        cached[:, :, position:end].copy_(kv.permute(1, 2, 0, 3))
+        k, v = cached[:, :, :end]
+        return attention(q, k, v, config.sliding_windows[layer])
+
+    return attend
+
+
+def block(
+    config: ModelConfig,
+    index: int,
+    weights: LayerWeights,
+    hidden: Tensor,
+    rope: Rotation,
+    attend: Attend,
+    project: Project = dense,
+) -> Tensor:
+    """One decoder layer; the model, the decoder and calibration all go through here.
+
+    Args:
+        hidden: [S, hidden], left as it is.
+        rope: cos and sin of these S positions, from `RopeTable.at`.
+        attend: `attend_cached` or `attend_alone`.
+        project: called at attn_in, attn_out, mlp_in and mlp_mid, in this order.
+
+    Returns:
+        [S, hidden], new memory.
+    """
+    count, heads, kv_heads, head_dim = len(hidden), config.heads, config.kv_heads, config.head_dim
+    x = rms_norm(hidden, weights.attn_norm, config.norm_eps)
+    qkv = project(index, "attn_in", x, weights.qkv)
+    if weights.qkv_bias is not None:
+        qkv += weights.qkv_bias
+    qkv = qkv.view(count, heads + 2 * kv_heads, head_dim)
+    if weights.q_norm is not None and weights.k_norm is not None:
+        qkv[:, :heads] = rms_norm(qkv[:, :heads], weights.q_norm, config.norm_eps)
+        k = qkv[:, heads : heads + kv_heads]
+        k.copy_(rms_norm(k, weights.k_norm, config.norm_eps))
+    rotate_(qkv[:, : heads + kv_heads], rope)
+    mixed = attend(index, qkv[:, :heads], qkv[:, heads:].view(count, 2, kv_heads, head_dim))
+    out = project(index, "attn_out", mixed, weights.attn_out)
+    if weights.o_bias is not None:
+        out += weights.o_bias
+    hidden = hidden + out
+    x = rms_norm(hidden, weights.mlp_norm, config.norm_eps)
+    gate, up = project(index, "mlp_in", x, weights.gate_up).chunk(2, dim=-1)
+    hidden += project(index, "mlp_mid", F.silu(gate).mul_(up), weights.down)
+    return hidden
+
+
+class Transformer:
+    """A whole model in memory.
+
+    Attributes:
+        config, dtype, device: what it is and where it runs.
+        layers: the weights of every layer.
+        embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding itself.
+        rope: the rotary table.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[LayerWeights], embedding: Tensor, final_norm: Tensor, lm_head: Tensor
+    ) -> None:
+        self.config = config
+        self.layers = tuple(layers)
+        self.embedding, self.final_norm, self.lm_head = embedding, final_norm, lm_head
+        self.dtype, self.device = embedding.dtype, embedding.device
+        self.rope = RopeTable(config, self.dtype, self.device)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        device: Device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Transformer:
+        """Loads a checkpoint folder.
+
+        Args:
+            dtype: bfloat16, float16 or float32; None takes the one the checkpoint asks for.
+            progress: called with (layers loaded, layers) after each layer.
+
+        Raises:
+            TealError: as `Checkpoint`.
+        """
+        checkpoint = Checkpoint(path)
+        config = checkpoint.config
+        dtype = dtype or getattr(torch, config.torch_dtype)
+        assert dtype is not None
+        embedding = checkpoint.embedding(dtype, device)
+        layers = []
+        for index in range(config.layers):
+            layers.append(checkpoint.layer(index, dtype, device))
+            if progress is not None:
+                progress(index + 1, config.layers)
+        head = checkpoint.lm_head(dtype, device, embedding=embedding)
+        return cls(config, layers, embedding, checkpoint.final_norm(dtype, device), head)
+
+    def cache(self, max_tokens: int | None = None) -> KVCache:
+        """An empty key-value cache for this model; None makes room for the whole context."""
+        return KVCache(self.config, max_tokens or self.config.context, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, position: int, cache: KVCache, project: Project = dense) -> Tensor:
+        """Runs tokens through the model and returns the logits after the last of them.
+
+        Args:
+            tokens: int64 [S] on the model's device; S = 1 is a decode step.
+            position: where in the sequence the first of them stands; at most `cache.length`.
+            cache: holds the positions before; the new ones are added.
+
+        Returns:
+            float32 [vocab].
+
+        Raises:
+            UsageError: the cache has no room for them.
+        """
+        return self.logits(self.states(tokens, position, cache, project)[-1:])[0]
+
+    @torch.inference_mode()
+    def states(self, tokens: Tensor, position: int, cache: KVCache, project: Project = dense) -> Tensor:
+        """Like `forward`, but returns the last layer's hidden states [S, hidden], before the final norm."""
+        cache.check_room(position, len(tokens))
+        rope = self.rope.at(position, len(tokens))
+        attend = attend_cached(self.config, cache, position)
+        hidden = F.embedding(tokens, self.embedding)
+        for index, weights in enumerate(self.layers):
+            hidden = block(self.config, index, weights, hidden, rope, attend, project)
+        cache.length = position + len(tokens)
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """Final norm and head: [S, hidden] -> float32 [S, vocab]."""
+        return F.linear(rms_norm(states, self.final_norm, self.config.norm_eps), self.lm_head).float()
+
+    def projection_bytes(self) -> dict[str, int]:
+        """Bytes of each projection's matrices over all layers: what a dense step reads for it."""
+        size = self.embedding.itemsize
+        return {name: n * size * self.config.layers for name, n in self.config.projection_sizes().items()}
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that a dense decode step reads: everything but the rows of an untied embedding."""
+        per_layer = sum(t.nbytes for w in self.layers for t in _tensors(w))
+        return per_layer + self.final_norm.nbytes + self.lm_head.nbytes
+
+
+def _tensors(weights: LayerWeights) -> list[Tensor]:
+    values = (getattr(weights, name) for name in LayerWeights.__slots__)
+    return [value for value in values if value is not None]

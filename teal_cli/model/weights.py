@@ -1,0 +1,259 @@
+"""A checkpoint's tensors, read straight from safetensors into the layout that teal computes with.
+
+One layer at a time: a layer is allocated in its final form, and every tensor is transposed and cast from the mapped file
+directly into its place, so a model is never held twice. This module does not know where checkpoints come from
+(`registry` does) nor how they are multiplied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.model.config import ModelConfig, load_config
+
+Device: TypeAlias = torch.device | str
+
+_INDEX = "model.safetensors.index.json"
+_STORED: Final = ("BF16", "F16", "F32")
+_HINT = "Check the files with `teal models verify NAME`, or fetch them again with `teal download --force`."
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+# Our field -> the tensors of one layer whose rows become its columns, in the order of SITE_PROJECTIONS.
+_MATRICES: Final = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_MATRIX_SITES: Final = {"qkv": "attn_in", "attn_out": "attn_out", "gate_up": "mlp_in", "down": "mlp_mid"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Matrices are input-major: [K, N] contiguous, one per site, so channel k of the input is row k.
+
+    Attributes:
+        attn_norm, mlp_norm: [hidden].
+        qkv: [hidden, Nq + 2 Nkv], the columns of q, then k, then v.  qkv_bias: [Nq + 2 Nkv] or None.
+        q_norm, k_norm: [head_dim] or None.
+        attn_out: [Nq, hidden].  o_bias: [hidden] or None.
+        gate_up: [hidden, 2 intermediate], the columns of gate, then up.
+        down: [intermediate, hidden].
+    """
+
+    attn_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attn_out: Tensor
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors, one file or many with an index.
+
+    Opening it reads headers only, and compares every tensor that teal will read with the config: name, shape and dtype.
+
+    Attributes:
+        path: the folder.
+        config: what config.json says.
+
+    Raises:
+        NotFoundError, UsageError, TealError: as `load_config`; also for a missing, truncated or foreign weight file, a
+            missing tensor, a wrong shape, or a tensor stored in a quantised dtype. File and tensor are named.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config: ModelConfig = load_config(self.path)
+        self._files: dict[str, Path] = _index(self.path)
+        self._check()
+
+    def layer(self, index: int, dtype: torch.dtype, device: Device = "cpu") -> LayerWeights:
+        """The weights of one layer, cast to `dtype` on `device`; new memory at each call."""
+        fields: dict[str, Tensor | None] = {}
+        prefix = f"model.layers.{index}."
+        with self._reading() as read:
+            for field, tensors in _MATRICES.items():
+                site = _MATRIX_SITES[field]
+                widths = self.config.segments(site)
+                fused = torch.empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
+                for name, columns in zip(tensors, fused.split(widths, dim=1), strict=True):
+                    _transpose_into(columns, read(f"{prefix}{name}.weight"))
+                fields[field] = fused
+            for field, names in self._vectors().items():
+                parts = [read(prefix + name).to(device, dtype) for name in names]
+                fields[field] = torch.cat(parts) if parts else None
+        return LayerWeights(**fields)  # type: ignore[arg-type]
+
+    def embedding(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+        """Token embedding [vocab, hidden]."""
+        return self._copy(_EMBEDDING, dtype, device)
+
+    def final_norm(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+        """Weight of the RMSNorm before the head, [hidden]."""
+        return self._copy(_NORM, dtype, device)
+
+    def lm_head(self, dtype: torch.dtype, device: Device = "cpu", *, embedding: Tensor | None = None) -> Tensor:
+        """Output head [vocab, hidden].
+
+        If the model ties it to the embedding, `embedding` itself is returned when given, so that both share storage.
+        As in transformers, a head that lies in the files beside the embedding and differs from it is not tied.
+        """
+        if not self._tied():
+            return self._copy(_HEAD, dtype, device)
+        return self.embedding(dtype, device) if embedding is None else embedding
+
+    def fingerprint(self) -> str:
+        """sha256 over name, dtype, shape and first row of every tensor that teal reads: tells fine-tunes apart in
+        milliseconds, whatever the sharding. It does not find damage; comparing the files' own hashes does."""
+        digest = hashlib.sha256()
+        with self._opened() as open_file:
+            for name in sorted(self._expected()):
+                part = open_file(self._files[name]).get_slice(name)
+                digest.update(f"{name} {part.get_dtype()} {part.get_shape()}\n".encode())
+                digest.update(part[:1].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _copy(self, name: str, dtype: torch.dtype, device: Device) -> Tensor:
+        with self._reading() as read:
+            return read(name).to(device, dtype, copy=True)
+
+    def _tied(self) -> bool:
+        if not self.config.tied:
+            return False
+        if _HEAD not in self._files:
+            return True
+        with self._reading() as read:
+            return torch.equal(read(_HEAD), read(_EMBEDDING))
+
+    def _vectors(self) -> dict[str, tuple[str, ...]]:
+        """Our field -> the one-dimensional tensors of a layer that make it; none where the model lacks it."""
+        config = self.config
+        return {
+            "attn_norm": ("input_layernorm.weight",),
+            "mlp_norm": ("post_attention_layernorm.weight",),
+            "qkv_bias": tuple(f"{name}.bias" for name in _MATRICES["qkv"]) if config.qkv_bias else (),
+            "o_bias": ("self_attn.o_proj.bias",) if config.o_bias else (),
+            "q_norm": ("self_attn.q_norm.weight",) if config.qk_norm else (),
+            "k_norm": ("self_attn.k_norm.weight",) if config.qk_norm else (),
+        }
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that will be read, with its shape as stored."""
+        config = self.config
+        widths: dict[str, tuple[int, ...]] = {}
+        for field, tensors in _MATRICES.items():
+            site = _MATRIX_SITES[field]
+            for name, width in zip(tensors, config.segments(site), strict=True):
+                widths[f"{name}.weight"] = (width, config.channels(site))
+                widths[f"{name}.bias"] = (width,)
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            widths[name] = (config.hidden,)
+        for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            widths[name] = (config.head_dim,)
+        of_layer = [f"{name}.weight" for names in _MATRICES.values() for name in names]
+        of_layer += [name for names in self._vectors().values() for name in names]
+        expected = {f"model.layers.{i}.{name}": widths[name] for i in range(config.layers) for name in of_layer}
+        expected |= {_EMBEDDING: (config.vocab, config.hidden), _NORM: (config.hidden,)}
+        if not config.tied or _HEAD in self._files:
+            expected[_HEAD] = (config.vocab, config.hidden)
+        return expected
+
+    def _check(self) -> None:
+        with self._opened() as open_file:
+            for name, shape in self._expected().items():
+                if name not in self._files:
+                    raise TealError(f"The checkpoint {self.path} lacks the tensor {name}.", hint=_HINT)
+                part = open_file(self._files[name]).get_slice(name)
+                if tuple(part.get_shape()) != shape:
+                    raise TealError(
+                        f"{self._files[name]}: {name} has the shape {list(part.get_shape())}, but config.json makes it "
+                        f"{list(shape)}.",
+                        hint=_HINT,
+                    )
+                if part.get_dtype() not in _STORED:
+                    raise UsageError(
+                        f"{self._files[name]}: {name} is stored as {part.get_dtype()}; teal reads bf16, fp16 and fp32.",
+                        hint="Choose the unquantised checkpoint of the same model.",
+                    )
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """A function file -> open safetensors file. All are closed, and so unmapped, at the end."""
+        handles: dict[Path, Any] = {}
+
+        def open_file(file: Path) -> Any:
+            if file not in handles:
+                handles[file] = _open(file)
+            return handles[file]
+
+        yield open_file
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """A function name -> tensor mapped from its file: valid inside the block, not to be written to."""
+        with self._opened() as open_file:
+
+            def read(name: str) -> Tensor:
+                file = self._files[name]
+                try:
+                    tensor: Tensor = open_file(file).get_tensor(name)
+                except SafetensorError as error:
+                    raise TealError(f"{file}: {name} cannot be read ({error}).", hint=_HINT) from error
+                return tensor
+
+            yield read
+
+
+def config_sha256(path: str | Path) -> str:
+    """sha256 of a checkpoint folder's config.json, byte for byte, in hex."""
+    return hashlib.sha256((Path(path) / "config.json").read_bytes()).hexdigest()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"The weight file {file} is missing.", hint=_HINT) from error
+    except (SafetensorError, OSError) as error:
+        raise TealError(f"The weight file {file} is truncated or damaged ({error}).", hint=_HINT) from error
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file it lies in."""
+    index = folder / _INDEX
+    single = folder / "model.safetensors"
+    if single.exists():
+        return dict.fromkeys(_open(single).keys(), single)
+    if not index.exists():
+        raise NotFoundError(
+            f"{folder} has no safetensors weights (neither {single.name} nor {index.name}).",
+            hint="teal reads safetensors only; choose a revision of the model that carries them.",
+        )
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise TealError(f"{index} is damaged ({error}).", hint=_HINT) from error
+    # The shards' own headers decide: an index that disagrees with them is seen as a missing tensor.
+    return {name: folder / shard for shard in shards for name in _open(folder / shard).keys()}  # noqa: SIM118
+
+
+def _transpose_into(columns: Tensor, tensor: Tensor) -> None:
+    """columns [K, n] (a slice of a wider matrix) = tensor [n, K] transposed, with one temporary of that tensor's size."""
+    columns.copy_(tensor.to(columns.device, columns.dtype).t())

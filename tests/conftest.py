@@ -1,0 +1,5 @@
+"""Fixtures come from the `fixtures_*.py` modules beside this file."""
+
+from __future__ import annotations
+
+pytest_plugins = ["fixtures_tiny"]
