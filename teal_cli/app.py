@@ -1,7 +1,7 @@
 """`teal`: the table of commands, the options before a command, and what an exception becomes.
 
-`main` turns every TealError into a sentence, a hint and an exit code; usage errors into the same with 2; Ctrl-C into
-130. No command is imported here: see `ui.lazy`.
+`main` turns every TealError into a sentence, a hint and an exit code; usage errors into the same with 2;
+Ctrl-C into 130. No command is imported here: see `ui.lazy`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import typer
 
 from teal_cli import __version__
 from teal_cli.errors import HardwareError, TealError, UsageError
-from teal_cli.ui.lazy import Entry, LazyGroup
+from teal_cli.ui.lazy import CONTEXT_SETTINGS, Entry, LazyGroup
 from teal_cli.ui.output import configure, to_json
 
-START, MODELS, RUN, LOOK = "Start here", "Models", "Sparse decoding", "Stores"
+START, MODELS, RUN, STORES = "Start here", "Models", "Sparse decoding", "Stores"
 
 COMMANDS = (
-    Entry("quickstart", "teal_cli.commands.quickstart:quickstart", "From nothing to a store: download, calibrate, generate.", START),
-    Entry("doctor", "teal_cli.commands.doctor:doctor", "What this machine can do, and what is missing.", START),
-    Entry("download", "teal_cli.commands.download:download", "Get a model: hub, folder, GGUF file or Python wheel.", MODELS),
-    Entry("models", "teal_cli.commands.models:app", "The models this machine has: list, inspect, verify, remove.", MODELS),
-    Entry("calibrate", "teal_cli.commands.calibrate:calibrate", "Measure activation magnitudes over a text.", MODELS),
-    Entry("generate", "teal_cli.commands.generate:generate", "Generate text with sparse decoding.", RUN),
-    Entry("dump", "teal_cli.commands.dump:dump", "Many prompts at many sparsity levels into one store.", RUN),
-    Entry("bench", "teal_cli.commands.bench:app", "Speed against the dense path and the memory limit.", RUN),
-    Entry("store", "teal_cli.commands.store:app", "Look into a store, check it, convert it.", LOOK),
-    Entry("plot", "teal_cli.commands.plot:app", "Pictures of stores and benchmarks.", LOOK),
+    Entry("quickstart", START, "From nothing to a store: download, calibrate, generate."),
+    Entry("doctor", START, "What this machine can do, and what is missing."),
+    Entry("download", MODELS, "Get a model: hub, folder, GGUF file or Python wheel."),
+    Entry("models", MODELS, "The models this machine has: list, inspect, verify, remove.", attribute="app"),
+    Entry("calibrate", MODELS, "Measure activation magnitudes over a text."),
+    Entry("generate", RUN, "Generate text with sparse decoding."),
+    Entry("dump", RUN, "Many prompts at many sparsity levels into one store."),
+    Entry("bench", RUN, "Speed against the dense path and the memory limit.", attribute="app"),
+    Entry("store", STORES, "Look into a store, check it, convert it.", attribute="app"),
+    Entry("plot", STORES, "Pictures of stores and benchmarks.", attribute="app"),
 )
 
 
 def _here(entry: Entry) -> bool:
     from importlib.util import find_spec
 
-    return find_spec(entry.target.partition(":")[0]) is not None
+    return find_spec(entry.module) is not None
 
 
 class Commands(LazyGroup):
@@ -49,7 +49,7 @@ app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT_SETTINGS,
 )
 
 
@@ -63,7 +63,9 @@ def _version(wanted: bool) -> None:
 def teal(
     json: Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Training-free activation sparsity: decode faster, and keep the sparse activations as data."""
     configure(json=json, quiet=quiet)
@@ -76,7 +78,11 @@ _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code (0 ok, 1 failure, 2 usage, 3 not found, 4 auth, 5 hardware, 130)."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 ok, 1 failure, 2 usage, 3 not found, 4 auth, 5 hardware, 130 interrupted.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
     configure(json=False, quiet=False)
@@ -97,9 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _ENVIRONMENT:
             raise
-        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror), None, 1, as_json)
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror}{where}", None, TealError.exit_code, as_json)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch to name it would cost a second
+        if (
+            type(error).__name__ != "OutOfMemoryError"
+        ):  # torch's own; to import torch for its name costs a second
             raise
         hint = "a smaller model, --dtype bfloat16, or --device cpu"
         return _fail("the device has too little memory", hint, HardwareError.exit_code, as_json)
@@ -123,7 +132,7 @@ def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:
     """Say it on stderr: two lines, or with --json one line that is a JSON object."""
     if as_json:
         error = {"message": message, "hint": hint, "exit_code": code}
-        print(to_json({"error": error}), file=sys.stderr, flush=True)
+        sys.stderr.write(to_json({"error": error}) + "\n")
         return code
     colour = False if os.environ.get("NO_COLOR") else None
     typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True, color=colour)

@@ -1,8 +1,9 @@
-"""What the shell offers after TAB: models with their sizes, calibrations, datasets, levels of a store, fixed choices.
+"""What the shell offers after TAB: models with their sizes, calibrations, datasets, levels of a store, fixed
+choices.
 
-Runs at every TAB, so it reads small JSON and TOML files and imports nothing heavy; a broken file is skipped, since a
-completion must never print an error into the prompt. What the files mean is the registry's and the store's business;
-only the few fields that are shown are known here.
+Runs at every TAB, so it reads small JSON and TOML files and imports nothing heavy; a broken file is skipped,
+since a completion must never print an error into the prompt. What the files mean is the registry's and the
+store's business; only the few fields that are shown are known here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ from typing import Any
 
 import typer
 
-from teal_cli.settings import configs, teal_home
+from teal_cli.settings import BACKENDS, DTYPES, configs, teal_home
 
-DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
-BACKENDS = ("auto", "cpu", "reference", "triton")
 SPARSITIES = ("0", "0.25", "0.40", "0.50", "0.65", "0.75", "0.90")
 
 Items = list[tuple[str, str]]
@@ -31,7 +30,9 @@ def models(incomplete: str) -> Items:
     items = []
     for path in sorted(teal_home().glob("models/*/model.json")):
         entry = _read_json(path)
-        items.append((path.parent.name, _join(_size(entry.get("size_bytes")), entry.get("family"), entry.get("dtype"))))
+        items.append(
+            (path.parent.name, _join(_size(entry.get("size_bytes")), entry.get("family"), entry.get("dtype")))
+        )
     return _matching(items, incomplete)
 
 
@@ -39,7 +40,9 @@ def catalog(incomplete: str) -> Items:
     """Names that `teal download` knows, with their source."""
     items = []
     for name, entry in _shipped("models"):
-        items.append((name, _join(_size(entry.get("size_bytes")), entry.get("description"), entry.get("repo"))))
+        items.append(
+            (name, _join(_size(entry.get("size_bytes")), entry.get("description"), entry.get("repo")))
+        )
     return _matching(items, incomplete)
 
 
@@ -49,18 +52,24 @@ def calibrations(ctx: typer.Context, incomplete: str) -> Items:
     items = []
     for path in sorted(teal_home().glob(f"models/{name}/calibrations/*/calibration.json")):
         entry = _read_json(path)
-        items.append((path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype"))))
+        items.append(
+            (path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype")))
+        )
     return _matching(items, incomplete)
 
 
 def datasets(incomplete: str) -> Items:
     """Names of the shipped calibration sets."""
-    return _matching([(name, str(entry.get("description", ""))) for name, entry in _shipped("calibrate")], incomplete)
+    return _matching(
+        [(name, str(entry.get("description", ""))) for name, entry in _shipped("calibrate")], incomplete
+    )
 
 
 def recipes(incomplete: str) -> Items:
     """Names of the shipped dump recipes."""
-    return _matching([(name, str(entry.get("description", ""))) for name, entry in _shipped("dump")], incomplete)
+    return _matching(
+        [(name, str(entry.get("description", ""))) for name, entry in _shipped("dump")], incomplete
+    )
 
 
 def levels(ctx: typer.Context, incomplete: str) -> Items:

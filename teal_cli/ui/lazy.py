@@ -1,8 +1,8 @@
 """Command groups that import a command only when it runs, and how help looks.
 
-A `LazyGroup` knows name, one-line help and panel of each command from a table, so that `teal --help`, did-you-mean and
-completion of a command name import no command. Help is plain text with bold headings, since drawing boxes costs more
-than all the rest of the start.
+A `LazyGroup` knows name, one-line help and panel of each command from a table, so that `teal --help`,
+did-you-mean and completion of a command name import no command. Help is plain text with bold headings, since
+drawing boxes costs more than all the rest of the start.
 """
 
 from __future__ import annotations
@@ -14,17 +14,26 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+_PlainFormatter: Any = typer.Context.formatter_class
+
 
 class Entry(NamedTuple):
-    """One command: where it is, and what help says of it without importing it."""
+    """One command, as known without importing it: `teal_cli.commands.<name>` holds a function of its name, or a
+    Typer app for a group."""
 
     name: str
-    target: str
-    help: str
     panel: str
+    help: str
+    attribute: str | None = None
+
+    @property
+    def module(self) -> str:
+        return f"teal_cli.commands.{self.name}"
 
 
-class HelpFormatter(typer.Context.formatter_class):
+class HelpFormatter(_PlainFormatter):  # type: ignore[misc]  # its class is typer's or click's, by version
     """Bold headings; whether colour reaches the terminal is decided where it is written."""
 
     def write_heading(self, heading: str) -> None:
@@ -39,14 +48,15 @@ class TealContext(typer.Context):
 
 
 class LazyGroup(TyperGroup):
-    """A group whose commands come from `entries`; each is imported when it is resolved to run or to show its help."""
+    """A group whose commands come from `entries`; each is imported when it is resolved to run or to show its
+    help."""
 
     context_class = TealContext
     entries: Iterable[Entry] = ()
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
-        self.targets = {entry.name: entry.target for entry in self.entries}
+        self.lazy = {entry.name: entry for entry in self.entries}
         for entry in self.entries:
             self.commands[entry.name] = TyperCommand(
                 name=entry.name, help=entry.help, rich_help_panel=entry.panel, rich_markup_mode=None
@@ -55,8 +65,8 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Swap the entry of the table for the command itself."""
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and command.name in self.targets:
-            command = load(command.name, self.targets[command.name])
+        if command is not None and command.name in self.lazy:
+            command = load(self.lazy[command.name])
         return name, command, rest
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -68,18 +78,17 @@ class LazyGroup(TyperGroup):
                 formatter.write_dl(rows)
 
 
-def load(name: str, target: str) -> Any:
-    """Import `module:attribute`, a function or a Typer app, and make a command of it that looks like the others."""
-    module, _, attribute = target.partition(":")
-    found = getattr(import_module(module), attribute)
-    if not isinstance(found, typer.Typer):
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(name)(found)
-        found = app
+def load(entry: Entry) -> Any:
+    """Import the command, a function or a Typer app, and make it look like the others."""
+    found = getattr(import_module(entry.module), entry.attribute or entry.name)
+    if isinstance(found, typer.Typer):
+        app = found
+        app._add_completion = False  # only the root offers to install completion
     else:
-        found._add_completion = False  # only the root offers to install completion
-    command = typer.main.get_command(found)
-    command.name = name
+        app = typer.Typer(add_completion=False)
+        app.command(entry.name)(found)
+    command = typer.main.get_command(app)
+    command.name = entry.name
     _adopt(command)
     return command
 
@@ -88,6 +97,6 @@ def _adopt(command: Any) -> None:
     """Give a command, and those under it, our help and `-h`."""
     command.rich_markup_mode = None
     command.context_class = TealContext
-    command.context_settings = {**command.context_settings, "help_option_names": ["-h", "--help"]}
+    command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS}
     for child in getattr(command, "commands", {}).values():
         _adopt(child)

@@ -1,7 +1,8 @@
 """The one sink of a command: data to stdout, everything else to stderr; JSON or text, decided once.
 
-`app` calls `configure` with the options given before the command; the command calls `output(json)` with its own and gets
-an `Output`. Rich is imported when something is drawn, not before. This file knows nothing of what it shows.
+`app` calls `configure` with the options given before the command; the command calls `output(json)` with its
+own and gets an `Output`. Rich is imported when something is drawn, not before. This file knows nothing of
+what it shows.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Output:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Encode as strict JSON: dataclasses as objects, paths as text, numpy scalars as numbers, NaN and infinity as null."""
+    """Encode as strict JSON: dataclasses as objects, paths as text, numpy scalars as numbers, NaN and
+    infinity as null."""
     ascii_only = not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
     return jsonlib.dumps(_plain(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 

@@ -28,7 +28,12 @@ class Task(Protocol):
     """One piece of work under way."""
 
     def update(
-        self, *, done: float | None = None, advance: float | None = None, total: float | None = None, text: str | None = None
+        self,
+        *,
+        done: float | None = None,
+        advance: float | None = None,
+        total: float | None = None,
+        text: str | None = None,
     ) -> None:
         """Set what is known now: amount done (or by how much it grew), total, a new description."""
 
@@ -37,12 +42,14 @@ class Bars(Protocol):
     """What `progress` yields; tasks may be added at any time."""
 
     def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
-        """Add a task; `unit="B"` shows bytes and a rate, any other unit counts. Without a total only the count shows."""
+        """Add a task; `unit="B"` shows bytes and a rate, any other unit counts. Without a total only the
+        count shows."""
 
 
 @contextmanager
 def progress(out: Output) -> Iterator[Bars]:
-    """Show progress for as long as the block runs; a bar that was cut off by an exception stays where it was."""
+    """Show progress for as long as the block runs; a bar that was cut off by an exception stays where it
+    was."""
     if out.quiet or out.json:
         yield _Silent()
     elif sys.stderr.isatty():
@@ -64,8 +71,7 @@ def progress(out: Output) -> Iterator[Bars]:
 def amount(done: float, total: float | None, unit: str) -> str:
     """`7/30 layers`, `12.5/92.1 MB`, `7 rows`."""
     if unit == "B":
-        size = _scaled(done) if total is None else f"{_scaled(done)} / {_scaled(total)}"
-        return size
+        return _scaled(done) if total is None else f"{_scaled(done)} / {_scaled(total)}"
     count = f"{done:,.0f}" if total is None else f"{done:,.0f}/{total:,.0f}"
     return f"{count} {unit}".rstrip()
 
@@ -83,7 +89,12 @@ class _Silent:
         return self
 
     def update(
-        self, *, done: float | None = None, advance: float | None = None, total: float | None = None, text: str | None = None
+        self,
+        *,
+        done: float | None = None,
+        advance: float | None = None,
+        total: float | None = None,
+        text: str | None = None,
     ) -> None:
         pass
 
@@ -93,7 +104,9 @@ class _Drawn:
         self._bars = bars
 
     def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
-        return _DrawnTask(self._bars, self._bars.add_task(text, total=total, amount=amount(0, total, unit)), unit)
+        return _DrawnTask(
+            self._bars, self._bars.add_task(text, total=total, amount=amount(0, total, unit)), unit
+        )
 
 
 class _DrawnTask:
@@ -101,7 +114,12 @@ class _DrawnTask:
         self._bars, self._task, self._unit = bars, task, unit
 
     def update(
-        self, *, done: float | None = None, advance: float | None = None, total: float | None = None, text: str | None = None
+        self,
+        *,
+        done: float | None = None,
+        advance: float | None = None,
+        total: float | None = None,
+        text: str | None = None,
     ) -> None:
         self._bars.update(self._task, completed=done, advance=advance, total=total, description=text)
         state = self._bars.tasks[self._bars.task_ids.index(self._task)]
@@ -124,7 +142,12 @@ class _LineTask:
         print(text, file=sys.stderr, flush=True)
 
     def update(
-        self, *, done: float | None = None, advance: float | None = None, total: float | None = None, text: str | None = None
+        self,
+        *,
+        done: float | None = None,
+        advance: float | None = None,
+        total: float | None = None,
+        text: str | None = None,
     ) -> None:
         self._done = done if done is not None else self._done + (advance or 0.0)
         self._total = total if total is not None else self._total
