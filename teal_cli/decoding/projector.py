@@ -15,8 +15,8 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
-from teal_kernels.sparse_gemv import sparse_gemv
-from teal_kernels.threshold import threshold
+from teal_kernels.sparse_gemv.op import sparse_gemv
+from teal_kernels.threshold.op import threshold
 
 Rows = Mapping[str, Tensor]
 """One token's input vectors, site -> [layers, K]; dropped entries are zero."""
@@ -47,11 +47,11 @@ class SparseProjector:
         self.rows = rows
         self._segments = {site: config.segments(site) for site in SITES}
         self._thresholds: list[dict[str, Tensor]] = []
-        self._lowest: list[dict[str, float]] = []
+        self._lowest: list[dict[str, Tensor]] = []
         for layer in thresholds:
             per_site = {site: layer[[PROJECTION_INDEX[p] for p in group]] for site, group in SITE_PROJECTIONS.items()}
             self._thresholds.append({site: torch.tensor(t, device=device) for site, t in per_site.items()})
-            self._lowest.append({site: float(t.min()) for site, t in per_site.items()})
+            self._lowest.append({site: t.min() for site, t in self._thresholds[-1].items()})
 
     def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
         kept = self.rows[site][layer]
