@@ -1,0 +1,101 @@
+"""The schema `teal-activations/1`: names, data types and sizes of everything inside a store.
+
+A store is a Zarr v3 group; each *level* (one sparsity target) is a group in it, each *site* (one distinct input vector of
+a layer) a group in the level. Rows are kept as a bitmap plus packed kept values, in blocks of T tokens. This file holds
+the constants and the pure functions that writer, reader and checks agree on; it opens no file and knows no Zarr.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+from teal_cli.errors import UsageError
+
+SCHEMA: Final = "teal-activations/1"
+COMPARE: Final = "abs(x) > t"
+BITORDER: Final = "little"
+
+# What a store calls the data type of its values -> how the array holds them. Zarr has no bfloat16: its bits are kept.
+VALUE_DTYPES: Final[dict[str, np.dtype]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
+
+NEVER_WRITTEN: Final = 0xFFFFFFFF  # fill of row_nnz and of the token columns: a row that no one wrote says so
+PHASE_NEVER: Final = 0xFF
+
+# phase of a row: how its token came to be fed. Stored as uint8 with CF attributes flag_values and flag_meanings.
+PHASES: Final[dict[str, int]] = {"prefill": 0, "decode": 1, "forced": 2}
+PHASE_NAMES: Final[dict[int, str]] = {value: name for name, value in PHASES.items()}
+
+TOKEN_COLUMNS: Final[dict[str, np.dtype]] = {
+    "token_id": np.dtype("<u4"),
+    "position": np.dtype("<u4"),
+    "sequence": np.dtype("<u4"),
+    "phase": np.dtype("u1"),
+}
+
+MIN_BLOCK_BYTES: Final = 256 * 1024
+TOKEN_CHUNK_ROWS: Final = 4096  # token columns are narrow: larger chunks than a block keep their files few
+
+_LEVEL = re.compile(r"s(0\.\d{2,})")
+
+
+def level_name(target: float) -> str:
+    """Name of the group for one sparsity target: two decimals, more only where two cannot say it (0.5 -> `s0.50`).
+
+    Raises:
+        UsageError: target outside [0, 1).
+    """
+    if not 0.0 <= target < 1.0:
+        raise UsageError(f"Sparsity {target} is outside [0, 1).", hint="Give a fraction such as 0.5.")
+    short = f"{target:.2f}"
+    # repr() is the shortest text that reads back as the same float; 1e-05 and the like are spelled out.
+    text = short if float(short) == target else np.format_float_positional(target, unique=True)
+    return f"s{text}"
+
+
+def parse_level(name: str | float) -> float:
+    """The sparsity target of a level given as its name (`s0.50`), as text (`0.5`) or as a number.
+
+    Raises:
+        UsageError: not a level name and not a number in [0, 1).
+    """
+    try:
+        match = _LEVEL.fullmatch(name) if isinstance(name, str) else None
+        target = float(match.group(1)) if match else float(name)
+    except ValueError:
+        raise UsageError(f"{name!r} names no level.", hint="Write s0.50 or 0.5.") from None
+    level_name(target)
+    return target
+
+
+def block_tokens(channels: Iterable[int], itemsize: int) -> int:
+    """Tokens per block T: the smallest power of two for which T*K*itemsize >= 256 KiB at every site.
+
+    Args:
+        channels: K of every site.
+        itemsize: bytes of one stored value (2 or 4).
+    """
+    needed = -(-MIN_BLOCK_BYTES // (min(channels) * itemsize))
+    return int(1 << (needed - 1).bit_length()) if needed > 1 else 1
+
+
+def mask_bytes(channels: int) -> int:
+    """Bytes of one row of the bitmap: ceil(K/8)."""
+    return -(-channels // 8)
+
+
+def blocks_of(tokens: int, block: int) -> int:
+    """Blocks that hold this many tokens, the last one perhaps partial."""
+    return -(-tokens // block)
+
+
+def token_chunk(block: int) -> int:
+    """Rows per chunk of the token columns: a whole number of blocks, about 4096 rows or more."""
+    return block * blocks_of(TOKEN_CHUNK_ROWS, block)
