@@ -76,7 +76,7 @@ class Decoder:
         Raises:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
         """
-        self._check(prompt, max_new_tokens)
+        self.check(prompt, max_new_tokens)
         sampler = Sampler(sampling, sequence=sequence, device=self.model.device)
         token = self._prefill(prompt, sampler)
         yield token
@@ -86,7 +86,8 @@ class Decoder:
             token = self._next(token, position, sequence, sampler, capture)
             yield token
 
-    def _check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+    def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Refuse what cannot be decoded, before anything is opened for it; raises as `generate`."""
         if max_new_tokens < 1:
             raise UsageError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
         if not prompt:

@@ -10,15 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.projector import Rows
 from teal_cli.decoding.sampling import Sampling
-from teal_cli.dump.reader import open_store
 from teal_cli.dump.writer import LevelWriter, StoreWriter
 from teal_cli.errors import TealError
 
@@ -59,13 +56,12 @@ class Progress:
         return (self.total_rows - self.rows) * self.seconds / self.new_rows
 
 
-def run_job(writer: StoreWriter, path: Path, decoders: dict[str, Decoder], prompts: Sequence[Prompt], *,
+def run_job(writer: StoreWriter, decoders: dict[str, Decoder], prompts: Sequence[Prompt], *,
             max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()) -> Iterator[Progress]:
     """Decode every prompt at every level into an open writer, level after level.
 
     Args:
         writer: a store created or resumed with these very settings; entered and left here.
-        path: where that store is.
         decoders: level name -> decoder under that level's plan, in the order to run.
         prompts: sequence i of each level starts from prompt i.
         max_new_tokens: N tokens give N-1 rows a sequence.
@@ -82,8 +78,9 @@ def run_job(writer: StoreWriter, path: Path, decoders: dict[str, Decoder], promp
     with writer:
         for index, (name, decoder) in enumerate(decoders.items()):
             level = writer.level(name)
-            capture = _Resumable(level, path, name)
-            for sequence in range(capture.first_sequence, len(prompts)):
+            capture = _Resumable(level)
+            first = len(prompts) if level.complete else capture.first_sequence
+            for sequence in range(first, len(prompts)):
                 for _ in decoder.generate(prompts[sequence].token_ids, max_new_tokens=max_new_tokens,
                                           sampling=sampling, sequence=sequence, stop=stop, capture=capture):
                     pass
@@ -98,18 +95,16 @@ def run_job(writer: StoreWriter, path: Path, decoders: dict[str, Decoder], promp
 class _Resumable:
     """A capture that lets rows pass which the level already holds, after comparing their tokens."""
 
-    def __init__(self, level: LevelWriter, path: Path, name: str) -> None:
+    def __init__(self, level: LevelWriter) -> None:
         self._level = level
-        self._held: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._held = np.zeros(0, np.uint32)
         self.first_sequence = 0
         self.written = 0
         self._recording = False
         if level.committed:
-            tokens = open_store(path).level(name).tokens
-            sequence = np.asarray(tokens["sequence"][: level.committed], np.int64)
-            self.first_sequence = int(sequence[-1])
-            again = sequence == self.first_sequence
-            self._held = np.asarray(tokens["token_id"][: level.committed], np.int64)[again]
+            tokens = level.committed_tokens()
+            self.first_sequence = int(tokens["sequence"][-1])
+            self._held = tokens["token_id"][tokens["sequence"] == self.first_sequence]
 
     def begin(self, token_id: int, position: int, sequence: int) -> Rows | None:
         self._recording = not len(self._held)

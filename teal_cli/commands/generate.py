@@ -1,0 +1,106 @@
+"""`teal generate`: sparse decoding of one prompt, with the text as it comes and the figures at the end."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teal_cli import settings
+from teal_cli.errors import UsageError
+from teal_cli.ui import options
+from teal_cli.ui.output import Output, output
+from teal_cli.ui.progress import progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from teal_cli.generation import Generation
+
+
+def generate(
+    model: options.ModelOption = None,
+    sparsity: options.SparsityOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; standard input "
+                                               "if not given.")] = None,
+    max_new_tokens: options.MaxNewTokensOption = None,
+    temperature: options.TemperatureOption = None,
+    top_k: options.TopKOption = None,
+    seed: options.SeedOption = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    calibration: options.CalibrationOption = None,
+    dtype: options.DtypeOption = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = None,
+    dump: Annotated[Path | None, typer.Option("--dump", metavar="STORE", help="Write what flowed into each projection "
+                                              "to this Zarr store.")] = None,
+    force: options.ForceOption = False,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Generate text with sparse decoding.
+
+    The prompt is processed densely; each further token is one sparse step: entries of every projection's input with
+    |x| <= t are dropped, and the weight rows that go with them are never read. Sparsity 0 is the dense path.
+
+    The text goes to stdout; speed, realised sparsity and backend go to stderr.
+    """
+    out = output(json, quiet)
+    given = settings.load()
+    text = _prompt(prompt)
+
+    from teal_cli.decoding.sampling import Sampling
+    from teal_cli.generation import GenerateRequest, Generation
+    from teal_cli.generation import generate as run
+    from teal_cli.session import open_session
+
+    chosen_seed = given.pick("seed", seed)
+    sampling = Sampling(given.pick("generate.temperature", temperature), given.pick("generate.top_k", top_k),
+                        secrets.randbits(32) if chosen_seed is None else chosen_seed)
+    with progress(out) as bars:
+        task = bars.task("Loading the model", unit="layers")
+        session = open_session(
+            given.pick("model", model), dtype=given.pick("dtype", dtype), device=given.pick("device", device),
+            backend=given.pick("backend", backend), calibration=given.pick("calibration", calibration),
+            progress=lambda done, total: task.update(done=done, total=total))
+    request = GenerateRequest(text, given.pick("sparsity", sparsity),
+                              given.pick("generate.max_new_tokens", max_new_tokens), sampling, chat, ignore_eos, dump, force)
+    for event in run(session, request):
+        if isinstance(event, Generation):
+            _finish(out, session.notes, event)
+        else:
+            out.write(event.text)
+
+
+def _prompt(given: str | None) -> str:
+    if given is not None:
+        return given
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("there is no prompt", hint='give one with --prompt "...", or on standard input')
+    return sys.stdin.read()
+
+
+def _finish(out: Output, notes: list[str], result: Generation) -> None:
+    out.write("\n")
+    for note in notes:
+        out.note(note)
+    if out.json:
+        out.result(result.as_dict(), lambda console: None)
+    elif not out.quiet:
+        _figures(out.err, result)
+
+
+def _figures(console: Console, result: Generation) -> None:
+    steps = len(result.token_ids) - 1
+    shares = "  ".join(f"{name} {share:.1%}" for name, share in result.per_projection.items())
+    console.print(f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {steps} steps, "
+                  f"{result.effective_gbps:.1f} GB/s read, prefill {result.prefill_s:.2f} s, load {result.load_s:.2f} s "
+                  f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})")
+    console.print(f"sparsity {result.target:.0%} wanted, {result.realised:.1%} realised: {shares}")
+    if result.store:
+        console.print(f"dumped {steps} rows to {result.store}; look at it with "
+                      f"[cyan]teal store info {result.store}[/cyan]", soft_wrap=True)

@@ -1,0 +1,124 @@
+"""Prompts for a dump: the first tokens of a dataset's documents, or a file with one prompt a line.
+
+This module does not know what is done with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teal_cli.data.sources import open_source
+from teal_cli.errors import NotFoundError, UsageError
+
+Encode = Callable[[str], Sequence[int]]
+Decode = Callable[[list[int]], str]
+_KEYS = ("prompt", "text")
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from: give a dataset or a file.
+
+    Attributes:
+        dataset: as `open_source` takes it; documents shorter than `prompt_tokens` are passed over.
+        split: split of the dataset; None takes the one that is not calibrated on.
+        file: text with one prompt a line, or JSON lines with a `prompt` or `text` key.
+        count: how many prompts; None takes the whole file.
+        prompt_tokens: how many tokens of each document of a dataset make the prompt.
+    """
+
+    dataset: str | None = None
+    split: str | None = None
+    file: Path | None = None
+    count: int | None = None
+    prompt_tokens: int = 64
+
+    @property
+    def name(self) -> str:
+        """For people: the file, or the dataset with its split."""
+        if self.file is not None:
+            return str(self.file)
+        return f"{self.dataset}:{self.split}" if self.split else str(self.dataset)
+
+    def read(self, encode: Encode, decode: Decode) -> list[tuple[str, list[int]]]:
+        """The prompts as (text, token ids), in order.
+
+        Args:
+            encode: text to token ids.  decode: the way back, for documents that are cut.
+
+        Raises:
+            NotFoundError: no such file, dataset or split.
+            UsageError: no prompts, fewer than `count`, an empty prompt, or a line that is not JSON.
+        """
+        if self.file is not None:
+            return [(text, _encoded(text, encode)) for text in self._from_file(self.file)]
+        return [(decode(ids), ids) for ids in self._from_dataset(str(self.dataset), encode)]
+
+    def _from_file(self, file: Path) -> list[str]:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"there is no file {file}", hint="--prompts takes a text or .jsonl file"
+            ) from None
+        except UnicodeDecodeError:
+            raise UsageError(
+                f"{file} is not UTF-8 text", hint="--prompts takes a text or .jsonl file"
+            ) from None
+        lines = [line for line in lines if line.strip()]
+        if file.suffix == ".jsonl":
+            lines = [_prompt_of(line, number, file) for number, line in enumerate(lines, 1)]
+        if not lines:
+            raise UsageError(f"{file} holds no prompts")
+        if self.count is not None and len(lines) < self.count:
+            raise UsageError(
+                f"{file} holds {len(lines)} prompts, fewer than the {self.count} asked for",
+                hint="lower --num-sequences, or leave it out to take them all",
+            )
+        return lines[: self.count]
+
+    def _from_dataset(self, dataset: str, encode: Encode) -> list[list[int]]:
+        count = 1 if self.count is None else self.count
+        prompts: list[tuple[str, list[int]]] = []
+        for text, ids in _long_enough(
+            open_source(dataset, split=self.split, held_out=self.split is None).documents(),
+            encode,
+            self.prompt_tokens,
+        ):
+            prompts.append((text, ids))
+            if len(prompts) == count:
+                return prompts
+        raise UsageError(
+            f"{self.name} has {len(prompts)} documents of at least {self.prompt_tokens} tokens, fewer than the "
+            f"{count} asked for",
+            hint="lower --num-sequences or --prompt-tokens, or take another split",
+        )
+
+
+def _long_enough(documents: Iterator[str], encode: Encode, tokens: int) -> Iterator[list[int]]:
+    for document in documents:
+        ids = list(encode(document))
+        if len(ids) >= tokens:
+            yield ids[:tokens]
+
+
+def _encoded(text: str, encode: Encode) -> list[int]:
+    ids = list(encode(text))
+    if not ids:
+        raise UsageError(f"the prompt {text!r} has no tokens")
+    return ids
+
+
+def _prompt_of(line: str, number: int, file: Path) -> str:
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        raise UsageError(f"line {number} of {file} is not JSON") from None
+    for key in _KEYS:
+        if isinstance(record, dict) and isinstance(record.get(key), str):
+            return str(record[key])
+    raise UsageError(f"line {number} of {file} has no text under 'prompt' or 'text'")
