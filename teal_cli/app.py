@@ -21,19 +21,6 @@ from teal_cli.ui.output import configure, to_json
 
 START, MODELS, RUN, STORES = "Start here", "Models", "Sparse decoding", "Stores"
 
-COMMANDS = (
-    Entry("quickstart", START, "From nothing to a store: download, calibrate, generate."),
-    Entry("doctor", START, "What this machine can do, and what is missing."),
-    Entry("download", MODELS, "Get a model: hub, folder, GGUF file or Python wheel."),
-    Entry("models", MODELS, "The models this machine has: list, inspect, verify, remove.", attribute="app"),
-    Entry("calibrate", MODELS, "Measure activation magnitudes over a text."),
-    Entry("generate", RUN, "Generate text with sparse decoding."),
-    Entry("dump", RUN, "Many prompts at many sparsity levels into one store."),
-    Entry("bench", RUN, "Speed against the dense path and the memory limit.", attribute="app"),
-    Entry("store", STORES, "Look into a store, check it, convert it.", attribute="app"),
-    Entry("plot", STORES, "Pictures of stores and benchmarks.", attribute="app"),
-)
-
 
 def _here(entry: Entry) -> bool:
     from importlib.util import find_spec
@@ -41,8 +28,32 @@ def _here(entry: Entry) -> bool:
     return find_spec(entry.module) is not None
 
 
+COMMANDS = tuple(
+    filter(
+        _here,
+        (
+            Entry("quickstart", START, "From nothing to a store: download, calibrate, generate."),
+            Entry("doctor", START, "What this machine can do, and what is missing."),
+            Entry("download", MODELS, "Get a model: hub, folder, GGUF file or Python wheel."),
+            Entry(
+                "models",
+                MODELS,
+                "The models this machine has: list, inspect, verify, remove.",
+                attribute="app",
+            ),
+            Entry("calibrate", MODELS, "Measure activation magnitudes over a text."),
+            Entry("generate", RUN, "Generate text with sparse decoding."),
+            Entry("dump", RUN, "Many prompts at many sparsity levels into one store."),
+            Entry("bench", RUN, "Speed against the dense path and the memory limit.", attribute="app"),
+            Entry("store", STORES, "Look into a store, check it, convert it.", attribute="app"),
+            Entry("plot", STORES, "Pictures of stores and benchmarks.", attribute="app"),
+        ),
+    )
+)
+
+
 class Commands(LazyGroup):
-    entries = tuple(filter(_here, COMMANDS))
+    entries = COMMANDS
 
 
 app = typer.Typer(
@@ -74,6 +85,8 @@ def teal(
 # Typer carries its own click or uses the installed one, by version; the class is the same position in both.
 _ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+INTERRUPTED = 130
+
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -89,13 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(args, prog_name="teal", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer makes this of KeyboardInterrupt, in some versions
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TealError as error:
         return _fail(error.message, error.hint, error.exit_code, as_json)
     except _ClickError as error:
         return _usage(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", None, 130, as_json)
+        return _fail("interrupted", None, INTERRUPTED, as_json)
     except BrokenPipeError:
         # The reader has gone (`teal models ls | head`); keep the interpreter from complaining at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,26 +121,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror}{where}", None, TealError.exit_code, as_json)
     except RuntimeError as error:
-        if (
-            type(error).__name__ != "OutOfMemoryError"
-        ):  # torch's own; to import torch for its name costs a second
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own; importing torch costs a second
             raise
         hint = "a smaller model, --dtype bfloat16, or --device cpu"
         return _fail("the device has too little memory", hint, HardwareError.exit_code, as_json)
 
 
 def _usage(error: Any, as_json: bool) -> int:
-    context = getattr(error, "ctx", None)
+    """A mistake in the command line: one sentence, and as a hint what was probably meant."""
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message(), err=True)
         return UsageError.exit_code
-    hint = f"`{context.command_path} --help` shows what there is" if context is not None else None
-    if possible := getattr(error, "possibilities", None):
-        hint = f"did you mean {' or '.join(sorted(possible))}?"
-        text = error.message
-    else:
-        text = error.format_message()
-    return _fail(" ".join(text.split()).rstrip("."), hint, error.exit_code, as_json)
+    possible = sorted(getattr(error, "possibilities", None) or ())
+    text = error.message if possible else error.format_message()
+    sentence, _, guess = " ".join(text.split()).partition(" Did you mean ")
+    hint = None
+    if possible or guess:
+        hint = f"did you mean {guess or ' or '.join(possible) + '?'}"
+    elif error.ctx is not None:
+        hint = f"`{error.ctx.command_path} --help` shows what there is"
+    return _fail(sentence.rstrip("."), hint, error.exit_code, as_json)
 
 
 def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:

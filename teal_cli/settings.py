@@ -39,7 +39,7 @@ _NOT_SETTINGS: Final = {"TEAL_HOME"}
 
 
 # ---------------------------------------------------------------- checks
-# Each takes what TOML, a variable or an option gave, and returns the value or raises ValueError that says what
+# Each takes what TOML, a variable or an option gave, and returns the value or raises ValueError saying what
 # is wrong with it.
 def text(value: object) -> str:
     if not isinstance(value, str) or not value:

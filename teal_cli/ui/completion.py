@@ -40,9 +40,7 @@ def catalog(incomplete: str) -> Items:
     """Names that `teal download` knows, with their source."""
     items = []
     for name, entry in _shipped("models"):
-        items.append(
-            (name, _join(_size(entry.get("size_bytes")), entry.get("description"), entry.get("repo")))
-        )
+        items.append((name, _join(_size(entry.get("size_bytes")), entry.get("about"), entry.get("hub"))))
     return _matching(items, incomplete)
 
 
@@ -61,15 +59,13 @@ def calibrations(ctx: typer.Context, incomplete: str) -> Items:
 def datasets(incomplete: str) -> Items:
     """Names of the shipped calibration sets."""
     return _matching(
-        [(name, str(entry.get("description", ""))) for name, entry in _shipped("calibrate")], incomplete
+        [(name, str(entry.get("about", ""))) for name, entry in _shipped("calibrate")], incomplete
     )
 
 
 def recipes(incomplete: str) -> Items:
     """Names of the shipped dump recipes."""
-    return _matching(
-        [(name, str(entry.get("description", ""))) for name, entry in _shipped("dump")], incomplete
-    )
+    return _matching([(name, str(entry.get("about", ""))) for name, entry in _shipped("dump")], incomplete)
 
 
 def levels(ctx: typer.Context, incomplete: str) -> Items:

@@ -20,8 +20,8 @@ _PlainFormatter: Any = typer.Context.formatter_class
 
 
 class Entry(NamedTuple):
-    """One command, as known without importing it: `teal_cli.commands.<name>` holds a function of its name, or a
-    Typer app for a group."""
+    """One command, as known without importing it: `teal_cli.commands.<name>` holds a function of its name, or
+    a Typer app for a group."""
 
     name: str
     panel: str
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
         return f"teal_cli.commands.{self.name}"
 
 
-class HelpFormatter(_PlainFormatter):  # type: ignore[misc]  # its class is typer's or click's, by version
+class HelpFormatter(_PlainFormatter):  # its class is typer's or click's, by version
     """Bold headings; whether colour reaches the terminal is decided where it is written."""
 
     def write_heading(self, heading: str) -> None:

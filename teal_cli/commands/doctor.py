@@ -1,0 +1,57 @@
+"""`teal doctor`: look at everything, show it as a list."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from teal_cli.ui.options import JsonOption, OfflineOption
+from teal_cli.ui.output import output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from teal_cli.health import Finding
+
+_MARKS = {"ok": "[green]ok[/green]  ", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+
+
+def doctor(offline: OfflineOption = False, json: JsonOption = False) -> None:
+    """What this machine can do, and what is missing.
+
+    Looks at versions, settings, storage, devices, kernels (each is run against exact arithmetic), models and
+    the network. Exits 0 if everything essential works, 5 if a device or a kernel does not, 1 otherwise.
+    """
+    from teal_cli.health import examine, summary
+
+    out = output(json)
+    findings: list[Finding] = []
+    area = ""
+    for finding in examine(offline=offline):
+        findings.append(finding)
+        if not out.json:
+            _show(out.console, finding, heading=finding.area != area)
+            area = finding.area
+    sound, code = summary(findings)
+
+    def verdict(console: Console) -> None:
+        warnings = sum(finding.status == "warn" for finding in findings)
+        failures = sum(finding.status == "fail" for finding in findings)
+        counts = f" ({failures} failed, {warnings} warnings)" if failures or warnings else ""
+        console.print(
+            f"\n{'Everything essential works' if sound else 'Something essential is broken'}{counts}."
+        )
+
+    out.result({"ok": sound, "exit_code": code, "findings": findings}, verdict)
+    if code:
+        raise typer.Exit(code)
+
+
+def _show(console: Console, finding: Finding, *, heading: bool) -> None:
+    if heading:
+        console.print(f"\n[bold]{finding.area}[/bold]")
+    console.print(f"  {_MARKS[finding.status]} ", end="")
+    console.print(f"{finding.name:<22} {finding.detail}", markup=False, soft_wrap=True)
+    if finding.hint:
+        console.print(f"{'':30}{finding.hint}", style="dim", markup=False, soft_wrap=True)
