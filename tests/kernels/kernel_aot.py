@@ -1,0 +1,61 @@
+"""Compile a kernel for a GPU that is not there, and read what the compiler made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from teal_kernels.configs import EXACT
+from triton.compiler import ASTSource
+
+POINTER_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """PTX text, and what `cuobjdump --dump-resource-usage` says of the machine code."""
+
+    ptx: str
+    registers: int
+    stack: int
+    local: int
+
+    def vector_loads(self) -> list[str]:
+        """The 16-byte loads from global memory."""
+        return re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", self.ptx)
+
+    def assert_no_spills(self) -> None:
+        assert self.stack == 0, f"{self.stack} bytes of stack"
+        assert self.local == 0, f"{self.local} bytes of local memory"
+        assert ".local" not in self.ptx
+
+
+def compile_kernel(kernel, arguments: dict[str, str], constants: dict, capability: int, warps: int = 4) -> Compiled:
+    """Compile for compute capability `capability`; pointers and integer arguments are taken as divisible by
+    16.""" signature = {name: "constexpr" if name in constants else arguments[name] for name in
+    kernel.arg_names} aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in arguments and (arguments[name].startswith("*") or arguments[name] == "i32")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps,
+    **EXACT}) tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump" with
+    tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+    def number(key: str) -> int:
+        found = re.search(rf"\b{key}:(\d+)", usage)
+        assert found, usage
+        return int(found[1])
+
+    return Compiled(ptx=built.asm["ptx"], registers=number("REG"), stack=number("STACK"), local=number("LOCAL"))

@@ -1,0 +1,65 @@
+"""`sparse_gemv` on a real GPU: the comparisons of the interpreter, and the same bits run after run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
+
+from teal_kernels.sparse_gemv.op import sparse_gemv
+from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.threshold.op import threshold
+from teal_kernels.threshold.reference import threshold_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+MODEL_SHAPES = (
+    (4096, (4096, 1024, 1024)),
+    (4096, (4096, 4096, 4096)),
+    (4096, (14336, 14336)),
+    (11008, (4096,)),
+    (14336, (4096,)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=str)
+def test_matches_float64_and_repeats_bit_for_bit(shape, dtype):
+    inputs, segments = shape
+    x, weight = operands(inputs, sum(segments), dtype, device="cuda")
+    for name, thresholds in threshold_sets(x, len(segments)).items():
+        wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, segments)
+        got = sparse_gemv(x, weight, thresholds, segments)
+        assert relative_error(got, wanted) < TOLERANCE[dtype], name
+        for _ in range(5):
+            assert torch.equal(sparse_gemv(x, weight, thresholds, segments), got), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threshold_has_the_bits_of_the_reference(dtype):
+    x, _ = operands(100_003, 1, dtype, device="cuda")
+    assert torch.equal(threshold(x, 0.6745), threshold_reference(x, 0.6745))
+
+
+def test_offsets_beyond_32_bits():
+    inputs, outputs = 36_000, 65_536
+    if torch.cuda.mem_get_info()[0] < 3 * inputs * outputs * 2:
+        pytest.skip("needs 14 GB of GPU memory")
+    x = torch.zeros(inputs, dtype=torch.bfloat16, device="cuda")
+    x[-1] = 1.0
+    weight = torch.randn(inputs, outputs, dtype=torch.bfloat16, device="cuda")
+    got = sparse_gemv(x, weight, torch.zeros(1, device="cuda"), (outputs,))
+    assert torch.equal(got, weight[-1])
+
+
+def test_is_captured_in_a_graph_without_knowing_how_much_is_kept():
+    x, weight = operands(4096, 4096, torch.bfloat16, device="cuda")
+    thresholds = torch.tensor([0.5], device="cuda")
+    sparse_gemv(x, weight, thresholds, (4096,))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sparse_gemv(x, weight, thresholds, (4096,))
+    for limit in (0.0, 1.0, 9e9):
+        thresholds.fill_(limit)
+        graph.replay()
+        assert torch.equal(out, sparse_gemv(x, weight, thresholds, (4096,)))

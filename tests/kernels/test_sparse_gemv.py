@@ -1,0 +1,140 @@
+"""The CPU backend and the reference of `threshold` and `sparse_gemv`, their checks and their registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from teal_kernels.backends import BackendError, available, choose_backend
+from teal_kernels.sparse_gemv.cpu import slices_per_segment
+from teal_kernels.sparse_gemv.op import sparse_gemv
+from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.threshold.op import threshold
+from teal_kernels.threshold.reference import keep_mask, threshold_reference
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, dtype, backend):
+    inputs, segments = shape
+    x, weight = operands(inputs, sum(segments), dtype)
+    for name, thresholds in threshold_sets(x, len(segments)).items():
+        wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, segments)
+        got = sparse_gemv(x, weight, thresholds, segments, backend=backend)
+        assert got.dtype == dtype
+        assert relative_error(got, wanted) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_more_than_the_order(threads):
+    x, weight = operands(300, 96, torch.float32)
+    thresholds = torch.tensor([0.2, 0.8])
+    wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, (64, 32))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = sparse_gemv(x, weight, thresholds, (64, 32), backend="cpu")
+        again = sparse_gemv(x, weight, thresholds, (64, 32), backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert relative_error(got, wanted) < TOLERANCE[torch.float32]
+    assert torch.equal(got, again)
+
+
+@given(segments=st.lists(st.integers(1, 400), min_size=1, max_size=3), threads=st.integers(1, 64))
+def test_slices_divide_every_segment_and_feed_every_thread(segments, threads):
+    counts = slices_per_segment(tuple(segments), threads)
+    widths = {n / count for n, count in zip(segments, counts, strict=True)}
+    assert len(widths) == 1
+    assert widths.pop().is_integer()
+    assert sum(counts) >= min(threads, sum(segments))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_dropped_rows_are_not_read(backend):
+    x, weight = operands(100, 48, torch.float32)
+    weight[~keep_mask(x, 0.4)] = torch.inf
+    weight[~keep_mask(x, 0.7), :16] = torch.nan
+    got = sparse_gemv(x, weight, torch.tensor([0.7, 0.4]), (16, 32), backend=backend)
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_all_dropped_gives_zeros(backend):
+    x, weight = operands(40, 12, torch.bfloat16)
+    assert torch.equal(sparse_gemv(x, weight, torch.tensor([9e9]), (12,), backend=backend), torch.zeros_like(weight[0]))
+
+
+def test_the_threshold_is_not_rounded_to_the_dtype_of_x():
+    x = torch.tensor([1.0], dtype=torch.bfloat16)
+    assert threshold(x, 1.0 - 2.0**-20).item() == 1.0
+    assert threshold(x, 1.0).item() == 0.0
+    assert threshold(x, 1.0 + 2.0**-20).item() == 0.0
+
+
+def test_threshold_drops_nan_and_gives_positive_zero():
+    x = torch.tensor([torch.nan, -0.0, -0.5, torch.inf], dtype=torch.float16)
+    got = threshold(x, 0.5)
+    assert got.tolist() == [0.0, 0.0, 0.0, torch.inf]
+    assert not torch.signbit(got).any()
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=50), st.floats(0, 4, width=32))
+def test_threshold_against_plain_python(values, t):
+    got = threshold(torch.tensor(values, dtype=torch.float16), t)
+    assert got.tolist() == [v if abs(v) > t else 0.0 for v in values]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.zeros(5)}, ValueError, "do not fit"),
+        ({"x": torch.zeros(4, dtype=torch.float64)}, TypeError, "float64"),
+        ({"weight": torch.zeros(4, 6, dtype=torch.float16)}, TypeError, "float16"),
+        ({"weight": torch.zeros(6, 4).T}, ValueError, "contiguous"),
+        ({"thresholds": torch.zeros(2)}, ValueError, "one per segment"),
+        ({"thresholds": torch.zeros(1, dtype=torch.bfloat16)}, ValueError, "float32"),
+        ({"segments": (5,)}, ValueError, "add up"),
+        ({"weight": torch.zeros(4, 6, device="meta")}, ValueError, "one device"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, says):
+    arguments = {"x": torch.zeros(4), "weight": torch.zeros(4, 6), "thresholds": torch.zeros(1), "segments":
+    (6,)} with pytest.raises(error, match=says):
+        sparse_gemv(**{**arguments, **change})
+
+
+def test_backends_never_fall_back_silently():
+    with pytest.raises(BackendError, match="unknown backend 'cuda'"):
+        choose_backend("cpu", "cuda")
+    with pytest.raises(BackendError, match="works on CPU tensors"):
+        choose_backend("cuda", "cpu")
+    assert choose_backend("cpu") == "cpu"
+    assert choose_backend("mps") == "reference"
+    assert choose_backend("cpu", "reference") == "reference"
+
+
+def test_triton_on_the_cpu_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match=r"cannot be used here: .*Triton"):
+        choose_backend("cpu", "triton")
+
+
+def test_available_lists_every_op_with_reasons():
+    table = available()
+    assert table["sparse_gemv"]["reference"] is None
+    assert table["sparse_gemv"]["cpu"] is None
+    assert set(table["threshold"]) == {"reference", "triton"}
+
+
+def test_registration():
+    x, weight = operands(32, 24, torch.float32)
+    arguments = (x, weight, torch.tensor([0.3, 0.6]), (16, 8))
+    for backend in ("reference", "cpu"):
+        torch.library.opcheck(torch.ops.teal.sparse_gemv.default, (*arguments, backend))
+    torch.library.opcheck(torch.ops.teal.threshold.default, (x, torch.tensor([0.3]), "reference"))
+    assert torch.equal(threshold(x, 0.3), threshold_reference(x, 0.3))
