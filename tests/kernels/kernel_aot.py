@@ -10,8 +10,9 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from teal_kernels.configs import EXACT
 from triton.compiler import ASTSource
+
+from teal_kernels.configs import EXACT
 
 POINTER_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
@@ -35,18 +36,22 @@ class Compiled:
         assert ".local" not in self.ptx
 
 
-def compile_kernel(kernel, arguments: dict[str, str], constants: dict, capability: int, warps: int = 4) -> Compiled:
-    """Compile for compute capability `capability`; pointers and integer arguments are taken as divisible by
-    16.""" signature = {name: "constexpr" if name in constants else arguments[name] for name in
-    kernel.arg_names} aligned = {
+def compile_kernel(
+    kernel, arguments: dict[str, str], constants: dict, capability: int, warps: int = 4
+) -> Compiled:
+    """Compile for compute capability `capability`; pointers and integers are taken as divisible by 16."""
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
+    aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
         if name in arguments and (arguments[name].startswith("*") or arguments[name] == "i32")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps,
-    **EXACT}) tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump" with
-    tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    built = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **EXACT}
+    )
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = subprocess.run(
@@ -58,4 +63,6 @@ def compile_kernel(kernel, arguments: dict[str, str], constants: dict, capabilit
         assert found, usage
         return int(found[1])
 
-    return Compiled(ptx=built.asm["ptx"], registers=number("REG"), stack=number("STACK"), local=number("LOCAL"))
+    return Compiled(
+        ptx=built.asm["ptx"], registers=number("REG"), stack=number("STACK"), local=number("LOCAL")
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
+
 from teal_kernels.backends import BackendError, available, choose_backend
 from teal_kernels.sparse_gemv.cpu import slices_per_segment
 from teal_kernels.sparse_gemv.op import sparse_gemv
@@ -65,7 +66,9 @@ def test_dropped_rows_are_not_read(backend):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_all_dropped_gives_zeros(backend):
     x, weight = operands(40, 12, torch.bfloat16)
-    assert torch.equal(sparse_gemv(x, weight, torch.tensor([9e9]), (12,), backend=backend), torch.zeros_like(weight[0]))
+    assert torch.equal(
+        sparse_gemv(x, weight, torch.tensor([9e9]), (12,), backend=backend), torch.zeros_like(weight[0])
+    )
 
 
 def test_the_threshold_is_not_rounded_to_the_dtype_of_x():
@@ -103,8 +106,13 @@ def test_threshold_against_plain_python(values, t):
     ],
 )
 def test_wrong_arguments_are_named(change, error, says):
-    arguments = {"x": torch.zeros(4), "weight": torch.zeros(4, 6), "thresholds": torch.zeros(1), "segments":
-    (6,)} with pytest.raises(error, match=says):
+    arguments = {
+        "x": torch.zeros(4),
+        "weight": torch.zeros(4, 6),
+        "thresholds": torch.zeros(1),
+        "segments": (6,),
+    }
+    with pytest.raises(error, match=says):
         sparse_gemv(**{**arguments, **change})
 
 

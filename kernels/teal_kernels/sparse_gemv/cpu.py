@@ -27,8 +27,9 @@ def slices_per_segment(segments: tuple[int, ...], threads: int) -> tuple[int, ..
     """
     common, total = math.gcd(*segments), sum(segments)
     wanted = min(threads, total)
-    width = next(common // cut for cut in range(1, common + 1) if common % cut == 0 and total * cut // common
-    >= wanted) return tuple(n // width for n in segments)
+    cuts = (cut for cut in range(1, common + 1) if common % cut == 0)
+    width = next(common // cut for cut in cuts if total * cut // common >= wanted)
+    return tuple(n // width for n in segments)
 
 
 def sparse_gemv_cpu(x: Tensor, weight: Tensor, thresholds: Tensor, segments: tuple[int, ...]) -> Tensor:
@@ -39,7 +40,9 @@ def sparse_gemv_cpu(x: Tensor, weight: Tensor, thresholds: Tensor, segments: tup
     limits = thresholds.tolist()
     if limits.count(limits[0]) == len(limits):
         limits, counts = limits[:1], (slices,)
-    rows, scales, starts = [], [], []
+    rows: list[Tensor] = []
+    scales: list[Tensor] = []
+    starts: list[int] = []
     first = filled = 0
     for limit, count in zip(limits, counts, strict=True):
         kept = keep_mask(x, limit).nonzero().squeeze(1)

@@ -18,7 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     def _cast(self, src, dst_type):
         """Round float32 to bfloat16 to nearest even as GPUs do (the interpreter cuts the low bits off);
-        widen it fast.""" if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+        widen it fast."""
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
             return interpreter.TensorHandle((src.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
