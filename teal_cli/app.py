@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
     configure(json=False, quiet=False)
+    if "_TEAL_COMPLETE" in os.environ:
+        from teal_cli.ui.completion import plain_help
+
+        plain_help()
     try:
         code = app(args, prog_name="teal", standalone_mode=False)
         sys.stdout.flush()

@@ -59,7 +59,11 @@ class LazyGroup(TyperGroup):
         self.lazy = {entry.name: entry for entry in self.entries}
         for entry in self.entries:
             self.commands[entry.name] = TyperCommand(
-                name=entry.name, help=entry.help, rich_help_panel=entry.panel, rich_markup_mode=None
+                name=entry.name,
+                help=entry.help,
+                short_help=entry.help,
+                rich_help_panel=entry.panel,
+                rich_markup_mode=None,
             )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
