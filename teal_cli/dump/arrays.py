@@ -1,6 +1,6 @@
 """One site of one level as blocks, and the lazy array over them that users index.
 
-Knows the schema and how blocks are checked; knows nothing of levels, tokens or files beyond the group it is given.
+Knows the schema and how blocks are checked; nothing of levels and tokens, no file beyond its group.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import zarr
 
 from teal_cli.dump import layout
 from teal_cli.dump.packing import exceeds, magnitude_bits, to_float, unpack, unpack_mask
@@ -76,18 +76,19 @@ class CsrRows:
 class SiteReader:
     """The arrays of a site of a level, read block by block with every check that needs no other block."""
 
-    def __init__(
-        self, group: zarr.Group, site: str, *, channels: int, block: int, tokens: int, where: str
-    ) -> None:
+    def __init__(self, path: Path, site: str, *, channels: int, block: int, tokens: int, where: str) -> None:
         self.channels, self.block, self.tokens, self.where = channels, block, tokens, where
-        self._group, self._site = group, site
+        self._path, self._site = path, site
         self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
 
     @cached_property
-    def _arrays(self) -> tuple[zarr.Array, zarr.Array, zarr.Array]:
-        values, mask, row_nnz = (self._group[f"{self._site}/{name}"] for name in ("values", "mask", "row_nnz"))
-        assert isinstance(values, zarr.Array) and isinstance(mask, zarr.Array) and isinstance(row_nnz, zarr.Array)
-        return values, mask, row_nnz
+    def _arrays(self) -> tuple[layout.Array, layout.Array, layout.Array]:
+        site = self._site
+        return (
+            layout.open_array(self._path, f"{site}/values"),
+            layout.open_array(self._path, f"{site}/mask"),
+            layout.open_array(self._path, f"{site}/row_nnz"),
+        )
 
     @property
     def dtype(self) -> np.dtype:
@@ -107,7 +108,7 @@ class SiteReader:
         """One layer of one block.
 
         Raises:
-            TealError: a checksum, the bitmap or the values disagree with what should be there; the message says where.
+            TealError: a checksum, the bitmap or the values disagree; the message says where.
         """
         start, stop = self.span(block)
         where = f"{self.where}, layer {layer}, tokens {start} to {stop}"
@@ -116,11 +117,11 @@ class SiteReader:
             counts = layout.as_numpy(row_nnz[layer, start:stop])
             kept = unpack_mask(layout.as_numpy(mask[layer, start:stop]), self.channels)
             packed = layout.as_numpy(values[layer, block])
-        except Exception as error:  # Zarr's codecs raise anything from ValueError to RuntimeError on damaged bytes
-            raise TealError(f"{where}: unreadable: {error}.", hint="`teal store verify` says more.") from error
+        except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
+            raise TealError(f"{where}: unreadable: {error}.", hint=layout.VERIFY_HINT) from error
         problem = _problem(packed, kept, counts)
         if problem:
-            raise TealError(f"{where}: {problem}.", hint="`teal store verify` says more.")
+            raise TealError(f"{where}: {problem}.", hint=layout.VERIFY_HINT)
         packed = packed[: int(counts.sum())]
         for array in (packed, kept, counts):
             array.flags.writeable = False  # blocks are cached and shared
@@ -154,8 +155,8 @@ def _problem(packed: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> str | 
 class ActivationArray:
     """Rows [token, channel] of one layer, read when indexed. bfloat16 comes as float32, exactly.
 
-    Indexing is NumPy's for integers, slices and at most one list or array (of integers or booleans). `np.asarray(rows)`
-    reads all of it.
+    Indexing is NumPy's for integers, slices and at most one list or array (of integers or booleans).
+    `np.asarray(rows)` reads all of it.
     """
 
     ndim = 2
@@ -172,7 +173,7 @@ class ActivationArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """What indexing returns: float32 (for bfloat16 and float32), float16; bool for `mask`; stored type for `raw`."""
+        """What indexing returns: float32 for bfloat16 and float32, float16; `mask` bool; `raw` as stored."""
         return self._convert(np.empty(0, self._reader.dtype)).dtype
 
     @property
@@ -193,7 +194,9 @@ class ActivationArray:
         return np.concatenate([np.empty(0, np.uint32), *(block.row_nnz for block in self.blocks())])
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """The rows from token `start` to `stop` as checked blocks, in order: the way to stream over a large store."""
+        """The rows from token `start` to `stop` as checked blocks, in order: for streaming over a large
+        store.
+        """
         stop = self.shape[0] if stop is None else stop
         size = self._reader.block
         for index in range(start // size, blocks_of(stop, size)):
@@ -208,11 +211,13 @@ class ActivationArray:
             raise IndexError("csr() takes a contiguous range of tokens")
         stop = max(start, stop)
         blocks = list(self.blocks(start, stop)) if stop > start else []
-        counts = np.concatenate([np.zeros(1, np.int64), *(b.row_nnz for b in blocks)])
+        data = [np.empty(0, self._reader.dtype), *(b.values for b in blocks)]
+        indices = [np.empty(0, np.int32), *(np.nonzero(b.kept)[1].astype(np.int32) for b in blocks)]
+        counts = [np.zeros(1, np.int64), *(b.row_nnz for b in blocks)]
         return CsrRows(
-            data=np.concatenate([to_float(np.empty(0, self._reader.dtype)), *(to_float(b.values) for b in blocks)]),
-            indices=np.concatenate([np.empty(0, np.int32), *(np.nonzero(b.kept)[1].astype(np.int32) for b in blocks)]),
-            indptr=np.cumsum(counts, dtype=np.int64),
+            data=to_float(np.concatenate(data)),
+            indices=np.concatenate(indices),
+            indptr=np.cumsum(np.concatenate(counts), dtype=np.int64),
             shape=(stop - start, self.shape[1]),
         )
 
@@ -266,7 +271,8 @@ def _two_keys(key: Any) -> tuple[Any, Any]:
         keys = keys[:at] + (slice(None),) * (3 - len(keys)) + keys[at + 1 :]
     if len(keys) > 2:
         raise IndexError(f"rows have 2 axes, token and channel, but {len(keys)} indices were given")
-    tokens, channels = (*keys, *(slice(None),) * (2 - len(keys)))
+    full = (*keys, slice(None), slice(None))
+    tokens, channels = full[0], full[1]
     if np.ndim(tokens) and np.ndim(channels):
         raise IndexError("give a list of tokens or of channels, not both: index twice")
     return tokens, channels

@@ -16,8 +16,8 @@ from teal_cli.model.sites import SITES
 class BlockBuffer:
     """Rows of all layers and sites for up to T tokens.
 
-    Every row is NaN until it is filled: no kept value is ever NaN (|NaN| > t is false), so a row that a step forgot to
-    fill, or filled without thresholding, is found when the block is packed.
+    Every row is NaN until it is filled: no kept value is ever NaN (|NaN| > t is false), so a row that a step
+    forgot to fill, or filled without thresholding, is found when the block is packed.
 
     Args:
         header: gives L, T, K per site and the data type.
@@ -28,12 +28,15 @@ class BlockBuffer:
         shape = (header.layers, header.block_tokens)
         self._dtype = getattr(torch, header.value_dtype)
         # [layers, T, K]: a layer's rows of a block are contiguous, which is the order they are packed in.
-        # Not inference tensors, whatever mode the caller is in: the writer thread, in no such mode, clears them.
+        # Not inference tensors, whatever mode the caller is in: the writer thread, in no such mode, clears
+        # them.
         with torch.inference_mode(False):
             self._rows = {
-                site: torch.full((*shape, header.channels[site]), float("nan"), dtype=self._dtype, device=device)
+                site: torch.empty((*shape, header.channels[site]), dtype=self._dtype, device=device)
                 for site in SITES
             }
+            for rows in self._rows.values():
+                rows.fill_(float("nan"))
         self.tokens = {name: np.zeros(header.block_tokens, dtype) for name, dtype in TOKEN_COLUMNS.items()}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._filled: torch.cuda.Event | None = None
@@ -55,7 +58,9 @@ class BlockBuffer:
             self._filled = torch.cuda.current_stream(self._stream.device).record_event()
 
     def to_host(self, site: str, count: int) -> np.ndarray:
-        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits; called on the writer thread."""
+        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits; for the writer
+        thread.
+        """
         rows = self._rows[site][:, :count]
         if self._stream is not None:
             with torch.cuda.stream(self._stream):

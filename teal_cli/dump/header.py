@@ -1,7 +1,7 @@
 """What a store says about itself: the content of attrs["teal"] on the store and on each level.
 
-Frozen dataclasses with a way to attributes and back, and the comparison that decides whether a run may resume a store.
-Opens no file.
+Frozen dataclasses with a way to attributes and back, and the comparison that decides whether a run may resume
+a store. Opens no file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class StoreHeader:
         config_sha256: sha256 of the model's configuration.
         calibration: id of the calibration that gave the thresholds, None at sparsity 0 only.
         dtype: what the model computed in.
-        prompts: JSON object on the prompts; `sequence` of a row is the index of its prompt. Keys the reader knows:
-            `texts` (list of str, one per sequence), `source` (str), `count` (int).
+        prompts: JSON object on the prompts; `sequence` of a row is the index of its prompt. Keys the reader
+            knows: `texts` (list of str, one per sequence).
         seed: seed of sampling.
         sampling: JSON object, e.g. {"temperature": 0.8, "top_k": 200}.
         backend: the sparse backend that consumed the rows.
@@ -57,7 +57,8 @@ class StoreHeader:
         object.__setattr__(self, "value_dtype", self.value_dtype or self.dtype)
         if self.value_dtype not in VALUE_DTYPES:
             raise UsageError(
-                f"A store cannot hold {self.value_dtype} values.", hint=f"Use one of {', '.join(VALUE_DTYPES)}."
+                f"A store cannot hold {self.value_dtype} values.",
+                hint=f"Use one of {', '.join(VALUE_DTYPES)}.",
             )
         if set(self.channels) != set(SITES) or min(self.channels.values()) < 1 or self.layers < 1:
             raise ValueError(f"channels must give a positive K for each of {SITES}, and layers be positive")
@@ -72,7 +73,8 @@ class StoreHeader:
         return {
             "schema": SCHEMA,
             "teal_version": teal_version,
-            **json.loads(json.dumps(own)),  # the same types that reading back gives, and an early error if not JSON
+            # The same types that reading back gives, and an early error for what is not JSON.
+            **json.loads(json.dumps(own)),
             "compare": COMPARE,
             "bitorder": BITORDER,
             "complete": complete,
@@ -127,7 +129,7 @@ class LevelHeader:
 
 
 def site_threshold(thresholds: np.ndarray, site: str) -> np.ndarray:
-    """Lowest threshold of a site's projections: float32 [..., 7] -> [...]. A stored row was thresholded at it."""
+    """Lowest threshold of a site's projections, the one stored rows passed: float32 [..., 7] -> [...]."""
     columns = [PROJECTIONS.index(projection) for projection in SITE_PROJECTIONS[site]]
     return thresholds[..., columns].min(axis=-1)
 
@@ -139,7 +141,9 @@ def differing_fields(mine: StoreHeader, found: StoreHeader) -> list[str]:
     return [f.name for f in fields(StoreHeader) if a[f.name] != b[f.name]]
 
 
-def differing_level_fields(mine: LevelHeader, attributes: Mapping[str, Any], thresholds: np.ndarray) -> list[str]:
+def differing_level_fields(
+    mine: LevelHeader, attributes: Mapping[str, Any], thresholds: np.ndarray
+) -> list[str]:
     """The same for one level, given the level's attrs["teal"] and its thresholds as stored."""
     wanted = mine.to_attributes(tokens_committed=0, complete=False)
     names = [name for name in ("target", "allocation", "max_tokens") if wanted[name] != attributes.get(name)]

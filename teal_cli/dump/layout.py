@@ -1,4 +1,5 @@
-"""The Zarr side of a store: which arrays exist, with which chunks and codecs, and how they are made, grown and cut.
+"""The Zarr side of a store: which arrays exist, with which chunks and codecs; how they are made, grown and
+cut.
 
 Knows Zarr and the schema; knows nothing of torch, buffers or threads.
 """
@@ -9,21 +10,24 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfigParams
 from zarr.storage import LocalStore
 
 from teal_cli.dump.header import LevelHeader, StoreHeader
 from teal_cli.dump.schema import (
+    BLOSC_BLOCKSIZE,
     NEVER_WRITTEN,
     PHASE_NEVER,
     PHASES,
     SCHEMA,
     TOKEN_COLUMNS,
     VALUE_DTYPES,
+    ZSTD_LEVEL,
     blocks_of,
     mask_bytes,
     token_chunk,
@@ -32,7 +36,11 @@ from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.sites import PROJECTIONS, SITE_PROJECTIONS, SITES
 
 # Without this Zarr compares every chunk with the fill value before it writes it: 2-7x slower writes in 3.1.6.
-_CONFIG: Final = {"write_empty_chunks": True}
+_CONFIG: Final[ArrayConfigParams] = {"write_empty_chunks": True}
+
+Array: TypeAlias = "zarr.Array[Any]"
+
+VERIFY_HINT: Final = "`teal store verify` says more."
 
 
 def create_skeleton(path: Path, header: StoreHeader, levels: list[LevelHeader], *, teal_version: str) -> None:
@@ -56,7 +64,7 @@ def _create_level(group: zarr.Group, header: StoreHeader, level: LevelHeader) ->
             chunks=(token_chunk(block),),
             dtype=dtype,
             fill_value=PHASE_NEVER if phase else NEVER_WRITTEN,
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
             dimension_names=("token",),
             config=_CONFIG,
         )
@@ -90,7 +98,13 @@ def _create_site(group: zarr.Group, header: StoreHeader, site: str, rows: int, l
         dtype=dtype,
         fill_value=0,
         compressors=[
-            BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=1 << 20, typesize=dtype.itemsize),
+            BloscCodec(
+                cname="zstd",
+                clevel=ZSTD_LEVEL,
+                shuffle="shuffle",
+                blocksize=BLOSC_BLOCKSIZE,
+                typesize=dtype.itemsize,
+            ),
             Crc32cCodec(),
         ],
         dimension_names=("layer", "block", "slot"),
@@ -103,7 +117,7 @@ def _create_site(group: zarr.Group, header: StoreHeader, site: str, rows: int, l
         shards=(layers, block, mask_bytes(channels)),
         dtype="uint8",
         fill_value=0,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
         dimension_names=("layer", "token", "byte"),
         config=_CONFIG,
     )
@@ -113,7 +127,7 @@ def _create_site(group: zarr.Group, header: StoreHeader, site: str, rows: int, l
         chunks=(layers, block),
         dtype="uint32",
         fill_value=NEVER_WRITTEN,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
         dimension_names=("layer", "token"),
         config=_CONFIG,
     )
@@ -124,7 +138,7 @@ def capacity(tokens: int, block: int) -> int:
     return blocks_of(tokens, block) * block
 
 
-def open_root(path: Path, *, mode: str = "r", use_consolidated: bool | None = None) -> zarr.Group:
+def open_root(path: Path, *, use_consolidated: bool | None = None) -> zarr.Group:
     """The root group of a store of this schema.
 
     Raises:
@@ -132,7 +146,7 @@ def open_root(path: Path, *, mode: str = "r", use_consolidated: bool | None = No
         UsageError: something else than a store of this schema.
     """
     require_store(path)
-    return zarr.open_group(LocalStore(path), mode=mode, use_consolidated=use_consolidated)
+    return zarr.open_group(LocalStore(path), mode="r", use_consolidated=use_consolidated)
 
 
 def require_store(path: Path) -> None:
@@ -158,25 +172,33 @@ def schema_of(path: Path) -> str | None:
     return str(found)
 
 
-def open_for_writing(path: Path, name: str) -> zarr.Array:
-    """One array of a store, for writing."""
-    array = zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
-    assert isinstance(array, zarr.Array)
-    return array
+def open_array(path: Path, name: str) -> Array:
+    """One array below a folder, for reading; its metadata as they stand on disk now."""
+    return zarr.open_array(LocalStore(path, read_only=True), path=name, mode="r")
+
+
+def open_for_writing(path: Path, name: str) -> Array:
+    """One array below a folder, for writing."""
+    return zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
 
 
 def row_arrays(level: str) -> dict[str, str]:
-    """Paths of the arrays of a level that grow with its tokens -> what their growing axis counts, token or block."""
+    """Paths of the arrays of a level that grow with its tokens -> what their growing axis counts, token or
+    block.
+    """
     arrays = {f"{level}/{name}": "token" for name in TOKEN_COLUMNS}
     for site in SITES:
-        arrays |= {f"{level}/{site}/values": "block", f"{level}/{site}/mask": "token", f"{level}/{site}/row_nnz": "token"}
+        arrays[f"{level}/{site}/values"] = "block"
+        arrays[f"{level}/{site}/mask"] = "token"
+        arrays[f"{level}/{site}/row_nnz"] = "token"
     return arrays
 
 
 def drop_rows(path: Path, level: str, *, keep: int, rows: int, block: int) -> None:
     """Cuts a level to its first `keep` rows (whole blocks) and gives it room for `rows` again.
 
-    Files of later blocks are removed; in the chunk of the token columns that straddles the cut, the fill comes back.
+    Files of later blocks are removed; in the chunk of the token columns that straddles the cut, the fill
+    comes back.
     """
     resize_rows(path, level, tokens=keep, block=block)
     resize_rows(path, level, tokens=rows, block=block)
@@ -193,7 +215,7 @@ def resize_rows(path: Path, level: str, *, tokens: int, block: int) -> None:
     for name, unit in row_arrays(level).items():
         array = open_for_writing(path, name)
         length = tokens if unit == "token" else blocks_of(tokens, block)
-        axis = array.metadata.dimension_names.index(unit)  # type: ignore[union-attr]
+        axis = 0 if array.ndim == 1 else 1
         if array.shape[axis] != length:
             array.resize(tuple(length if i == axis else n for i, n in enumerate(array.shape)))
 
@@ -211,7 +233,7 @@ def level_attributes(path: Path, level: str) -> dict[str, Any]:
             found[name]
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise TealError(
-            f"The attributes of level {level} of {path} are damaged: {error!r}.", hint="`teal store verify` says more."
+            f"The attributes of level {level} of {path} are damaged: {error!r}.", hint=VERIFY_HINT
         ) from error
     return found
 
@@ -244,10 +266,12 @@ def read_header(root: zarr.Group) -> StoreHeader:
         return StoreHeader.from_attributes(attributes)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise TealError(
-            f"The attributes of the store {root.store} are damaged: {error}.", hint="`teal store verify` says more."
+            f"The attributes of the store {root.store} are damaged: {error}.", hint=VERIFY_HINT
         ) from error
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """What an indexed Zarr array returned, as a NumPy array (its annotation is wider than what it returns)."""
+    """What an indexed Zarr array returned, as a NumPy array (its annotation is wider than what it
+    returns).
+    """
     return np.asarray(array)

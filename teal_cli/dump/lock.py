@@ -1,7 +1,7 @@
 """One writer per store: an advisory lock on the store's own folder.
 
-The kernel holds the lock for the open descriptor and drops it when the process ends in whatever way, so kill -9 leaves
-nothing stale, and no lock file lies around. Readers take no lock.
+The kernel holds the lock for the open descriptor and drops it when the process ends in whatever way, so kill
+-9 leaves nothing stale, and no lock file lies around. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class StoreLock:
         except BlockingIOError:
             os.close(self._descriptor)
             raise UsageError(
-                f"Another process is writing to {path}.", hint="Wait for it to end, or write to another folder."
+                f"Another process is writing to {path}.",
+                hint="Wait for it to end, or write to another folder.",
             ) from None
 
     def release(self) -> None:

@@ -1,58 +1,53 @@
 """Rows of activations to bitmap + packed values, and back. NumPy only; knows no files and no Zarr.
 
-A row's kept entries are its non-zero ones: the decode path has already written zeros for what it dropped. -0.0 is a zero,
-hence dropped, and comes back as +0.0. Values are compared and moved as their bits, so nothing is ever rounded.
+A row's kept entries are its non-zero ones: the decode path has already written zeros for what it dropped.
+-0.0 is a zero, hence dropped, and comes back as +0.0. Values are compared and moved as their bits, so nothing
+is ever rounded.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from teal_cli.dump.schema import BITORDER, mask_bytes
+from teal_cli.dump.schema import BITORDER
 
-_BITS: Final = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_MAGNITUDE: Final[dict[int, np.unsignedinteger[Any]]] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF)}
 # By the stored data type; uint16 holds bfloat16 bits.
 _INFINITY_BITS: Final = {np.dtype("<u2"): 0x7F80, np.dtype("<f2"): 0x7C00, np.dtype("<f4"): 0x7F800000}
 
 
 class PackedRows(NamedTuple):
-    """Rows of one site for all layers of a block, as the store holds them."""
+    """Rows of one site and layer as the store holds them."""
 
-    values: np.ndarray  # [layers, slots] stored dtype, kept values in (token, channel) order, then zeros
-    mask: np.ndarray  # uint8 [layers, tokens, ceil(K/8)], little bit order, padding bits 0
-    row_nnz: np.ndarray  # uint32 [layers, tokens]
+    values: np.ndarray  # [slots] stored dtype, kept values in (token, channel) order, then zeros
+    mask: np.ndarray  # uint8 [tokens, ceil(K/8)], little bit order, padding bits 0
+    row_nnz: np.ndarray  # uint32 [tokens]
 
 
 def magnitude_bits(values: np.ndarray) -> np.ndarray:
     """The bits of floats (or of bfloat16 held as uint16) without the sign: 0 only for +0.0 and -0.0."""
-    bits = values.view(_BITS[values.dtype.itemsize])
-    return bits & bits.dtype.type((1 << (8 * bits.dtype.itemsize - 1)) - 1)
+    magnitude = _MAGNITUDE[values.dtype.itemsize]
+    return values.view(magnitude.dtype) & magnitude
 
 
-def pack(rows: np.ndarray, *, block: int) -> PackedRows:
-    """Packs rows [layers, tokens, K] (contiguous in K; bfloat16 as uint16 bits) of a block of up to `block` tokens.
-
-    `values` has block*K slots, however few of them are used.
+def pack(rows: np.ndarray, *, slots: int) -> PackedRows:
+    """Packs rows [tokens, K], bfloat16 as uint16 bits, into `slots` >= tokens*K slots.
 
     Raises:
-        ValueError: a row holds NaN, which nothing that passed a threshold is: it was never filled, or never thresholded.
+        ValueError: a row holds NaN, which nothing that passed a threshold is.
     """
-    layers, tokens, channels = rows.shape
-    values = np.zeros((layers, block * channels), rows.dtype)
-    mask = np.empty((layers, tokens, mask_bytes(channels)), np.uint8)
-    row_nnz = np.empty((layers, tokens), np.uint32)
-    for layer in range(layers):  # one layer at a time: its rows stay in the cache through all passes
-        dense = np.ascontiguousarray(rows[layer])
-        kept = magnitude_bits(dense) != 0
-        mask[layer] = np.packbits(kept, axis=-1, bitorder=BITORDER)
-        row_nnz[layer] = np.count_nonzero(kept, axis=-1)
-        packed = values[layer, : int(row_nnz[layer].sum())]
-        np.compress(kept.ravel(), dense.ravel(), out=packed)  # ~10x faster than boolean indexing for 16-bit data
-        if contains_nan(packed):
-            raise ValueError(f"a row of layer {layer} holds NaN: it was not filled, or not thresholded")
-    return PackedRows(values, mask, row_nnz)
+    dense = np.ascontiguousarray(rows)
+    kept = magnitude_bits(dense) != 0
+    row_nnz = np.count_nonzero(kept, axis=-1).astype(np.uint32)
+    values = np.zeros(slots, dense.dtype)
+    packed = values[: int(row_nnz.sum())]
+    # ~10x faster than boolean indexing of 16-bit data.
+    np.compress(kept.ravel(), dense.ravel(), out=packed)
+    if contains_nan(packed):
+        raise ValueError("a row holds NaN: it was not filled, or not thresholded")
+    return PackedRows(values, np.packbits(kept, axis=-1, bitorder=BITORDER), row_nnz)
 
 
 def unpack_mask(mask: np.ndarray, channels: int) -> np.ndarray:
@@ -73,7 +68,9 @@ def contains_nan(values: np.ndarray) -> bool:
 
 
 def to_float(values: np.ndarray) -> np.ndarray:
-    """Stored values as numbers, exactly: bfloat16 bits become float32; float16 and float32 stay what they are."""
+    """Stored values as numbers, exactly: bfloat16 bits become float32; float16 and float32 stay what they
+    are.
+    """
     if values.dtype != np.uint16:
         return values
     return (values.astype(np.uint32) << 16).view(np.float32)

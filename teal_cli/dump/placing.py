@@ -1,4 +1,4 @@
-"""Bringing a store into being and back to a sound state: the skeleton, force, resume, and how blocks reach their files.
+"""Bringing a store into being and back to a sound state: skeleton, force, resume.
 
 Everything here works on folders and Zarr arrays; it starts no thread and knows no torch.
 """
@@ -10,19 +10,14 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from teal_cli import __version__
 from teal_cli.dump import layout
 from teal_cli.dump.header import LevelHeader, StoreHeader, differing_fields, differing_level_fields
 from teal_cli.dump.lock import StoreLock
-from teal_cli.dump.packing import PackedRows
-from teal_cli.dump.schema import TOKEN_COLUMNS
 from teal_cli.errors import TealError, UsageError
-from teal_cli.model.sites import SITES
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -43,32 +38,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-class LevelArrays:
-    """The arrays of one level, open for writing blocks in order."""
-
-    def __init__(self, path: Path, level: str) -> None:
-        self._columns = {name: layout.open_for_writing(path, f"{level}/{name}") for name in TOKEN_COLUMNS}
-        self._sites = {
-            site: {name: layout.open_for_writing(path, f"{level}/{site}/{name}") for name in ("values", "mask", "row_nnz")}
-            for site in SITES
-        }
-
-    def write_site(self, site: str, base: int, packed: PackedRows) -> None:
-        """One block of a site whose first token is `base`, in the order values, mask, row_nnz."""
-        arrays = self._sites[site]
-        tokens = slice(base, base + packed.mask.shape[1])
-        block = arrays["row_nnz"].chunks[1]
-        arrays["values"][:, base // block] = packed.values
-        arrays["mask"][:, tokens] = packed.mask
-        arrays["row_nnz"][:, tokens] = packed.row_nnz
-
-    def write_tokens(self, base: int, columns: Mapping[str, np.ndarray]) -> None:
-        """The token columns of a block."""
-        for name, values in columns.items():
-            self._columns[name][base : base + len(values)] = values
-
-
-def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
+def place_new_store(
+    path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool
+) -> StoreLock:
     """Builds the skeleton beside the target, locks it and renames it in.
 
     Raises:
@@ -79,7 +51,9 @@ def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeade
         raise UsageError(f"A level is named twice: {', '.join(names)}.", hint="Give each sparsity once.")
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and layout.schema_of(path) is None:
-        raise UsageError(f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone.")
+        raise UsageError(
+            f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone."
+        )
     if occupied and not force:
         raise UsageError(f"{path} exists.", hint="Go on with --resume, or replace it with --force.")
     old_lock = StoreLock(path) if occupied else None
@@ -110,7 +84,9 @@ def _rename_to_new(skeleton: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise UsageError(f"Another process made {path} meanwhile.", hint="Write to another folder.") from error
+        raise UsageError(
+            f"Another process made {path} meanwhile.", hint="Write to another folder."
+        ) from error
 
 
 def _swap(skeleton: Path, path: Path) -> None:
@@ -142,7 +118,7 @@ def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader
             differing += differing_level_fields(level, layout.level_attributes(path, level.name), thresholds)
     if differing:
         raise UsageError(
-            f"{path} was made with other settings: {', '.join(differing)} differ{'s' * (len(differing) == 1)}.",
+            f"{path} was made with other settings; what differs: {', '.join(differing)}.",
             hint="Resume with the settings it was made with, or write to another folder.",
         )
     for partial in path.rglob("*.partial"):
@@ -163,10 +139,9 @@ def _rewind(path: Path, level: LevelHeader, block: int) -> None:
 
 def sync_tree(path: Path) -> None:
     """fsync of every file and folder under a store."""
-    for folder, _, files in os.walk(path):
-        for name in (*files, "."):
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for node in (path, *path.rglob("*")):
+        descriptor = os.open(node, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -5,9 +5,10 @@
     rows = level.projection(3, "gate")     # [token, channel], nothing read yet
     rows[level.rows(sequence=0)]           # float32, zeros where the kernel skipped
 
-Only committed tokens are visible, so a store may be read while it is written; `ActivationStore.level` looks again each
-time. Nothing that a block says is taken on trust: a row that was never written, a checksum that does not match, a bitmap
-that disagrees with the row counts or a kept value of zero (a chunk that is missing reads as zeros) is an error.
+Only committed tokens are visible, so a store may be read while it is written; `ActivationStore.level` looks
+again each time. Nothing that a block says is taken on trust: a row that was never written, a checksum that
+does not match, a bitmap that disagrees with the row counts or a kept value of zero (a chunk that is missing
+reads as zeros) is an error.
 
 Needs no torch and nothing of a model.
 """
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from teal_cli.dump import layout
 from teal_cli.dump.arrays import ActivationArray, SiteReader
@@ -79,11 +79,14 @@ class ActivationStore:
         raise NotFoundError(f"{self.path} has no level {name}.", hint=f"It has {', '.join(self.levels)}.")
 
     def find(self, text: str) -> list[int]:
-        """Sequences (indices of prompts) whose prompt contains the text; empty if the store does not keep its prompts."""
+        """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no
+        prompts.
+        """
         return [index for index, prompt in enumerate(self.header.prompts.get("texts", ())) if text in prompt]
 
     def __repr__(self) -> str:
-        return f"<ActivationStore {self.path}: {self.header.model}, {self.header.layers} layers, {', '.join(self.levels)}>"
+        levels = ", ".join(self.levels)
+        return f"<ActivationStore {self.path}: {self.header.model}, {self.header.layers} layers, {levels}>"
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,6 @@ class Level:
         self.allocation = str(attributes["allocation"])
         self.complete = bool(attributes["complete"])
         self._tokens = int(attributes["tokens_committed"])
-        self._group = zarr.open_group(
-            layout.LocalStore(store.path), path=name, mode="r", use_consolidated=False
-        )
         self._sites: dict[str, SiteReader] = {}
 
     def __len__(self) -> int:
@@ -161,7 +161,8 @@ class Level:
         return slice(int(found[0]), int(found[-1]) + 1)
 
     def site(self, layer: int, site: str) -> ActivationArray:
-        """The input vectors of a site of a layer, lazily, [token, channel]; thresholded at its lowest threshold.
+        """The input vectors of a site of a layer, lazily, [token, channel]; thresholded at its lowest
+        threshold.
 
         Raises:
             UsageError: no such site or layer.
@@ -171,19 +172,24 @@ class Level:
         return ActivationArray(self.site_reader(site), self._layer(layer))
 
     def projection(self, layer: int, projection: str) -> ActivationArray:
-        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own threshold.
+        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own
+        threshold.
 
         Raises:
             UsageError: no such projection or layer.
         """
         if projection not in PROJECTION_SITE:
-            raise UsageError(f"There is no projection {projection!r}.", hint=f"Projections: {', '.join(PROJECTIONS)}.")
+            raise UsageError(
+                f"There is no projection {projection!r}.", hint=f"Projections: {', '.join(PROJECTIONS)}."
+            )
         layer = self._layer(layer)
         threshold = float(self.thresholds[layer, PROJECTION_INDEX[projection]])
         return ActivationArray(self.site_reader(PROJECTION_SITE[projection]), layer, threshold=threshold)
 
     def realised(self) -> np.ndarray:
-        """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there are no tokens."""
+        """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there are no
+        tokens.
+        """
         layers = range(self.store.header.layers)
         return np.array([[self._realised(layer, p) for p in PROJECTIONS] for layer in layers])
 
@@ -196,7 +202,7 @@ class Level:
         """Block by block access to a site, for checks and statistics."""
         if site not in self._sites:
             self._sites[site] = SiteReader(
-                self._group,
+                self.store.path / self.name,
                 site,
                 channels=self.store.header.channels[site],
                 block=self.store.header.block_tokens,
@@ -213,12 +219,11 @@ class Level:
 
     def _read(self, name: str, key: slice) -> np.ndarray:
         try:
-            return layout.as_numpy(self._group[name][key])  # type: ignore[index]
-        except Exception as error:  # Zarr's codecs raise anything from ValueError to RuntimeError on damaged bytes
+            return layout.as_numpy(layout.open_array(self.store.path / self.name, name)[key])
+        except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
             raise TealError(
-                f"{self.store.path}: {self.name}/{name} is damaged: {error}.", hint="`teal store verify` says more."
+                f"{self.store.path}: {self.name}/{name} is damaged: {error}.", hint=layout.VERIFY_HINT
             ) from error
-
 
     def __repr__(self) -> str:
         return f"<Level {self.name}: {self._tokens} tokens, {self.allocation}>"

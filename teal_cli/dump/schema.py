@@ -1,8 +1,9 @@
 """The schema `teal-activations/1`: names, data types and sizes of everything inside a store.
 
-A store is a Zarr v3 group; each *level* (one sparsity target) is a group in it, each *site* (one distinct input vector of
-a layer) a group in the level. Rows are kept as a bitmap plus packed kept values, in blocks of T tokens. This file holds
-the constants and the pure functions that writer, reader and checks agree on; it opens no file and knows no Zarr.
+A store is a Zarr v3 group; each *level* (one sparsity target) is a group in it, each *site* (one distinct
+input vector of a layer) a group in the level. Rows are kept as a bitmap plus packed kept values, in blocks of
+T tokens. This file holds the constants and the pure functions that writer, reader and checks agree on; it
+opens no file and knows no Zarr.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ SCHEMA: Final = "teal-activations/1"
 COMPARE: Final = "abs(x) > t"
 BITORDER: Final = "little"
 
-# What a store calls the data type of its values -> how the array holds them. Zarr has no bfloat16: its bits are kept.
+# What a store calls the data type of its values -> how the array holds them. Zarr has no bfloat16: its bits
+# are kept.
 VALUE_DTYPES: Final[dict[str, np.dtype]] = {
     "bfloat16": np.dtype("<u2"),
     "float16": np.dtype("<f2"),
@@ -29,7 +31,8 @@ VALUE_DTYPES: Final[dict[str, np.dtype]] = {
 NEVER_WRITTEN: Final = 0xFFFFFFFF  # fill of row_nnz and of the token columns: a row that no one wrote says so
 PHASE_NEVER: Final = 0xFF
 
-# phase of a row: how its token came to be fed. Stored as uint8 with CF attributes flag_values and flag_meanings.
+# phase of a row: how its token came to be fed. Stored as uint8 with CF attributes flag_values and
+# flag_meanings.
 PHASES: Final[dict[str, int]] = {"prefill": 0, "decode": 1, "forced": 2}
 PHASE_NAMES: Final[dict[int, str]] = {value: name for name, value in PHASES.items()}
 
@@ -40,6 +43,11 @@ TOKEN_COLUMNS: Final[dict[str, np.dtype]] = {
     "phase": np.dtype("u1"),
 }
 
+# Compression: what the arrays declare, and what the writer does.
+# values: blosc with zstd and byte shuffle; mask, row_nnz and the token columns: zstd.
+ZSTD_LEVEL: Final = 1
+BLOSC_BLOCKSIZE: Final = 1 << 20
+
 MIN_BLOCK_BYTES: Final = 256 * 1024
 TOKEN_CHUNK_ROWS: Final = 4096  # token columns are narrow: larger chunks than a block keep their files few
 
@@ -47,7 +55,8 @@ _LEVEL = re.compile(r"s(0\.\d{2,})")
 
 
 def level_name(target: float) -> str:
-    """Name of the group for one sparsity target: two decimals, more only where two cannot say it (0.5 -> `s0.50`).
+    """Name of the group for one sparsity target: two decimals, more only where two cannot say it (0.5 ->
+    `s0.50`).
 
     Raises:
         UsageError: target outside [0, 1).

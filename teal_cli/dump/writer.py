@@ -8,10 +8,11 @@
         level.finish()
         writer.complete()
 
-The decoding thread only writes into the block buffers; one background thread packs, compresses, writes and commits.
-Commit order per block: values, mask, row_nnz, token columns, and `tokens_committed` last, each file replaced atomically.
-So after kill -9 at any moment everything up to `tokens_committed` is whole, and `resume` drops the rest. That is a
-promise about the process, not about power: only `complete` waits for the disk (fsync), before it says `complete: true`.
+The decoding thread only writes into the block buffers; one background thread packs, compresses, writes and
+commits. Commit order per block: values, mask, row_nnz, token columns, and `tokens_committed` last, each file
+replaced atomically. So after kill -9 at any moment everything up to `tokens_committed` is whole, and `resume`
+drops the rest. That is a promise about the process, not about power: only `complete` waits for the disk
+(fsync), before it says `complete: true`.
 
 Knows nothing of models, prompts or sampling.
 """
@@ -34,9 +35,9 @@ from teal_cli.dump import layout, placing
 from teal_cli.dump.buffers import BlockBuffer
 from teal_cli.dump.header import LevelHeader, StoreHeader
 from teal_cli.dump.lock import StoreLock
-from teal_cli.dump.packing import pack
 from teal_cli.dump.schema import TOKEN_COLUMNS, parse_level
-from teal_cli.errors import NotFoundError, TealError
+from teal_cli.dump.shards import SiteFiles, compression_threads
+from teal_cli.errors import NotFoundError
 from teal_cli.model.sites import SITES
 
 __all__ = ["LevelHeader", "LevelWriter", "StoreHeader", "StoreWriter"]
@@ -54,7 +55,8 @@ class LevelWriter:
         """Rows that were there when the store was opened: 0, or on resume a whole number of blocks."""
         self.complete = complete
         self._store = store
-        self._arrays = None if complete else placing.LevelArrays(store.path, self.name)
+        self._columns = {n: layout.open_for_writing(store.path, f"{self.name}/{n}") for n in TOKEN_COLUMNS}
+        self._files = store.site_files(self.name)
         self._block = store.header.block_tokens
         self._base = committed  # rows before the block being filled
         self._count = 0  # rows ended in the block being filled
@@ -69,11 +71,10 @@ class LevelWriter:
         return self._base + self._count
 
     def committed_tokens(self) -> dict[str, np.ndarray]:
-        """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
-        return {
-            name: layout.as_numpy(layout.open_for_writing(self._store.path, f"{self.name}/{name}")[: self.committed])
-            for name in TOKEN_COLUMNS
-        }
+        """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes
+        on.
+        """
+        return {name: layout.as_numpy(column[: self.committed]) for name, column in self._columns.items()}
 
     def begin(
         self, token_id: int, position: int, sequence: int, phase: str = "decode"
@@ -87,8 +88,8 @@ class LevelWriter:
             phase: a key of `schema.PHASES`.
 
         Returns:
-            Per site a view [layers, K] of the block buffer in the store's data type. The step must write every row of
-            it, after thresholding; the views are valid until `end`.
+            Per site a view [layers, K] of the block buffer in the store's data type. The step must write
+            every row of it, after thresholding; the views are valid until `end`.
 
         Raises:
             TealError: an earlier block could not be written.
@@ -131,7 +132,8 @@ class LevelWriter:
             self._retire()
 
     def finish(self) -> None:
-        """Commits every ended row, cuts the arrays to length and marks the level complete. Does nothing the second time.
+        """Commits every ended row, cuts the arrays to length and marks the level complete. Does nothing the
+        second time.
 
         Raises:
             TealError: it could not be written.
@@ -167,14 +169,13 @@ class LevelWriter:
 
     def _write(self, buffer: BlockBuffer, base: int, count: int) -> None:
         """On the writer thread: one block to disk, then the commit."""
-        assert self._arrays is not None
-        for site in SITES:
+        for site, files in self._files.items():
             try:
-                packed = pack(buffer.to_host(site, count), block=self._block)
+                files.write(base // self._block, buffer.to_host(site, count))
             except ValueError as error:
                 raise RuntimeError(f"{self.name}/{site}, tokens {base} to {base + count}: {error}") from error
-            self._arrays.write_site(site, base, packed)
-        self._arrays.write_tokens(base, {name: column[:count] for name, column in buffer.tokens.items()})
+        for name, column in buffer.tokens.items():
+            self._columns[name][base : base + count] = column[:count]
         layout.set_attributes(self._store.path, self.name, {"tokens_committed": base + count})
         buffer.clear()
 
@@ -182,8 +183,8 @@ class LevelWriter:
 class StoreWriter:
     """A store open for writing, by this process alone. Use it in a `with` statement.
 
-    Leaving the `with` before `complete`, by an exception or not, commits the rows ended so far and leaves a store that
-    reads and resumes, with `complete: false`.
+    Leaving the `with` before `complete`, by an exception or not, commits the rows ended so far and leaves a
+    store that reads and resumes, with `complete: false`.
     """
 
     def __init__(
@@ -194,6 +195,10 @@ class StoreWriter:
         self.device = torch.device(device)
         self._lock = lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
+        threads = compression_threads()
+        self._pool = (
+            ThreadPoolExecutor(threads, thread_name_prefix="teal-store-pack") if threads > 1 else None
+        )
         self._failure: BaseException | None = None
         self._levels = {level.name: self._open_level(level) for level in levels}
 
@@ -214,14 +219,15 @@ class StoreWriter:
             header: provenance and shape.
             levels: every level that will be written.
             device: where the decode step runs ("cpu", "cuda", "cuda:1").
-            force: replace a teal store that is there; it is deleted only once the new one stands in its place.
+            force: replace a teal store that is there; it is deleted only once the new one stands in its
+                place.
 
         Raises:
-            UsageError: something is there and force is not given, or it is no teal store, or another process writes it;
-                two levels of one name.
+            UsageError: something is there and force is not given, or it is no teal store, or another process
+                writes it; two levels of one name.
             TealError: the disk refuses.
         """
-        target = Path(os.path.abspath(path))
+        target = Path(path).absolute()
         with placing.disk_errors(target):
             lock = placing.place_new_store(target, header, levels, force=force)
         return cls(target, header, levels, device, lock)
@@ -238,10 +244,11 @@ class StoreWriter:
 
         Raises:
             NotFoundError: no store there.
-            UsageError: not a store of this schema, made with other settings (they are named), or being written.
+            UsageError: not a store of this schema, made with other settings (they are named), or being
+                written.
             TealError: the store is damaged, or the disk refuses.
         """
-        target = Path(os.path.abspath(path))
+        target = Path(path).absolute()
         layout.require_store(target)
         lock = StoreLock(target)
         try:
@@ -283,6 +290,14 @@ class StoreWriter:
             layout.set_attributes(self.path, "", {"complete": True})
             layout.consolidate(self.path)
 
+    def site_files(self, level: str) -> dict[str, SiteFiles]:
+        """Where the blocks of a level go; for LevelWriter."""
+        channels = self.header.channels
+        return {
+            site: SiteFiles(self.path / level / site, self.header, channels[site], self._pool)
+            for site in SITES
+        }
+
     def submit(self, write: Callable[..., None], *arguments: object) -> Future[None]:
         """Queues a block for the writer thread; for LevelWriter."""
         return self._thread.submit(self._guarded, write, *arguments)
@@ -316,4 +331,6 @@ class StoreWriter:
                     level.flush()
         finally:
             self._thread.shutdown(wait=True)
+            if self._pool is not None:
+                self._pool.shutdown(wait=True)
             self._lock.release()
