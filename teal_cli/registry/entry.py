@@ -1,0 +1,94 @@
+"""What the registry knows about one model: the content of its model.json, and where its calibrations are.
+
+A record and its JSON, nothing else: it neither reads weights nor decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: path relative to its folder, bytes, hex sha256 of its content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One registered model.
+
+    Attributes:
+        name: the name in the registry.
+        source: "hub:org/repo", "folder:/path", "gguf:/path/file.gguf" or "wheel:NAME==VERSION".
+        revision: the hub's commit hash, or "sha256:..." of a GGUF or of a folder's files.
+        path: folder that transformers' from_pretrained loads: the hub's cache, the user's folder, or one of
+            ours.
+        architecture: e.g. "LlamaForCausalLM".
+        family: e.g. "llama"; one of `architectures.FAMILIES`.
+        dtype: dtype of most weights, as torch names it: "bfloat16", "float16", "float32".
+        parameters: number of stored weights.
+        size_bytes: bytes of `files`.
+        files: every file that belongs to the checkpoint.
+        context: longest sequence, in tokens.
+        created: ISO 8601 time of registration, UTC.
+        home: the model's own folder in the registry (model.json, calibrations/).
+    """
+
+    name: str
+    source: str
+    revision: str
+    path: Path
+    architecture: str
+    family: str
+    dtype: str
+    parameters: int
+    size_bytes: int
+    files: tuple[FileRecord, ...]
+    context: int
+    created: str
+    home: Path
+
+    @property
+    def kind(self) -> str:
+        """Which source it came from: hub, folder, gguf or wheel."""
+        return self.source.partition(":")[0]
+
+    @property
+    def calibrations(self) -> tuple[str, ...]:
+        """The ids of the calibrations made for this model, sorted."""
+        return tuple(sorted(file.parent.name for file in self.home.glob("calibrations/*/calibration.json")))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of model.json. A path inside the model's own folder is relative, so that $TEAL_HOME can move."""
+        value = {"schema": SCHEMA, **asdict(self)}
+        del value["home"], value["name"]
+        value["path"] = (
+            str(self.path.relative_to(self.home)) if self.path.is_relative_to(self.home) else str(self.path)
+        )
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], home: Path) -> ModelEntry:
+        """Read back `to_json`; the name is the folder's.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such a file.
+        """
+        if value["schema"] != SCHEMA:
+            raise ValueError(f"schema {value['schema']}, not {SCHEMA}")
+        fields = {
+            key: value[key]
+            for key in cls.__dataclass_fields__
+            if key not in ("home", "name", "path", "files")
+        }
+        files = tuple(FileRecord(**file) for file in value["files"])
+        return cls(name=home.name, home=home, path=home / value["path"], files=files, **fields)

@@ -1,0 +1,221 @@
+"""What models this machine has: $TEAL_HOME/models/<name>/model.json, and the name of the default one.
+
+A model is registered exactly when its model.json is there, and that file appears in one rename. Nothing here
+downloads, converts or reads weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from teal_cli.errors import NotFoundError, TealError
+from teal_cli.registry import catalog
+from teal_cli.registry.entry import ModelEntry
+from teal_cli.registry.files import disk_errors, write_json
+from teal_cli.registry.names import by_prefix, unknown
+from teal_cli.settings import teal_home
+
+__all__ = ["ModelEntry", "Registry"]
+
+_LOCK_POLL_S: Final = 0.1
+
+
+class Registry:
+    """The models below one folder.
+
+    Args:
+        home: the folder; None for $TEAL_HOME, or else the user's data folder of this platform.
+    """
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = (home or teal_home()).expanduser().absolute()
+
+    # ------------------------------------------------------------------ looking
+    def list(self) -> tuple[ModelEntry, ...]:
+        """All models, by name."""
+        return tuple(self._read(name) for name in self.names())
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all models, without opening one."""
+        return tuple(sorted(file.parent.name for file in self._models.glob("*/model.json")))
+
+    @property
+    def default(self) -> str | None:
+        """The name of the default model; None where there is none."""
+        try:
+            name = json.loads(self._settings.read_text(encoding="utf-8")).get("default")
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError) as error:
+            raise TealError(
+                f"{self._settings} is damaged: {error}", hint="delete it, then `teal models default NAME`"
+            ) from error
+        return name if name in self.names() else None
+
+    def find(self, name: str | None = None) -> ModelEntry:
+        """The model of a name, alias, "org/repo" or unambiguous prefix; None is the default model.
+
+        Raises:
+            NotFoundError: there is none; the hint has a did-you-mean, or the command that fetches it.
+            UsageError: several models start with `name`.
+        """
+        names = self.names()
+        if name is None:
+            default = self.default
+            if default is None:
+                hint = "`teal models default NAME` chooses one" if names else "`teal download` fetches one"
+                raise NotFoundError("no model was named, and there is no default one", hint=hint)
+            return self._read(default)
+        if name.lower() in names:
+            return self._read(name.lower())
+        known = catalog.find(name)
+        if known is not None and known.name in names:
+            return self._read(known.name)
+        for entry in self.list():
+            if name in (entry.source, entry.source.partition(":")[2]):
+                return entry
+        if known is not None:
+            raise NotFoundError(
+                f"{known.name} is not on this machine yet", hint=f"`teal download {known.name}` fetches it"
+            )
+        found = by_prefix(name, names)
+        if found is not None:
+            return self._read(found)
+        raise unknown(name, [*names, *catalog.names()])
+
+    def get(self, name: str | None = None) -> ModelEntry:
+        """As `find`, and its files are where they should be (`verify` looks at what is in them).
+
+        Raises:
+            TealError: they are gone, e.g. because the hub's cache was emptied.
+        """
+        entry = self.find(name)
+        gone = [file.path for file in entry.files if not (entry.path / file.path).exists()]
+        if gone:
+            raise TealError(
+                f"{len(gone)} of {len(entry.files)} files of {entry.name} are gone from {entry.path}, "
+                f"the first is {gone[0]}",
+                hint=f"`teal download {entry.name}` fetches what is missing",
+            )
+        return entry
+
+    # ------------------------------------------------------------------ calibrations
+    def calibration_dir(self, name: str, calibration: str) -> Path:
+        """Where a calibration of this id belongs; the folder need not exist."""
+        return self.find(name).home / "calibrations" / calibration
+
+    def find_calibration(self, name: str, calibration: str | None = None) -> Path:
+        """The folder of a calibration: of an id or unambiguous prefix, a folder given as such, or None for the newest.
+
+        Raises:
+            NotFoundError: there is none.
+            UsageError: several start with `calibration`.
+        """
+        if calibration is not None and (Path(calibration) / "calibration.json").is_file():
+            return Path(calibration)
+        entry = self.find(name)
+        ids = entry.calibrations
+        if calibration is None:
+            if not ids:
+                raise NotFoundError(
+                    f"{entry.name} has no calibration yet", hint=f"`teal calibrate -m {entry.name}` makes one"
+                )
+            folders = [entry.home / "calibrations" / name for name in ids]
+            return max(folders, key=lambda folder: (folder / "calibration.json").stat().st_mtime_ns)
+        found = calibration if calibration in ids else by_prefix(calibration, ids)
+        if found is None:
+            there = f"it has {', '.join(ids)}" if ids else f"`teal calibrate -m {entry.name}` makes one"
+            raise NotFoundError(f"{entry.name} has no calibration called {calibration!r}", hint=there)
+        return entry.home / "calibrations" / found
+
+    # ------------------------------------------------------------------ changing
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the one lock for changing model `name`; waits until whoever holds it is done or dead."""
+        from filelock import FileLock
+
+        folder = self.home / "locks"
+        with disk_errors(self.home):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock", poll_interval=_LOCK_POLL_S):
+            yield
+
+    def is_locked(self, name: str) -> bool:
+        """Whether another process is changing model `name` right now."""
+        from filelock import FileLock, Timeout
+
+        file = self.home / "locks" / f"{name}.lock"
+        if not file.exists():
+            return False
+        try:
+            with FileLock(file, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def model_home(self, name: str) -> Path:
+        """The folder of a model, registered or not."""
+        return self._models / name
+
+    def add(self, entry: ModelEntry) -> None:
+        """Register a model, or replace the record of its name; the first one becomes the default."""
+        with disk_errors(self.home):
+            entry.home.mkdir(parents=True, exist_ok=True)
+            write_json(entry.home / "model.json", entry.to_json())
+            if self.default is None:
+                self._set_default(entry.name)
+
+    def set_default(self, name: str) -> ModelEntry:
+        """Make a model the default one."""
+        entry = self.find(name)
+        with disk_errors(self.home):
+            self._set_default(entry.name)
+        return entry
+
+    def remove(self, name: str) -> ModelEntry:
+        """Forget a model, its calibrations and its converted weights; a folder or hub cache it points at stays.
+
+        Returns:
+            What was removed.
+        """
+        entry = self.find(name)
+        with self.lock(entry.name), disk_errors(self.home):
+            was_default = self.default == entry.name
+            trash = self.home / "trash"
+            shutil.rmtree(trash, ignore_errors=True)  # what an interrupted removal has left
+            trash.mkdir()
+            entry.home.rename(trash / entry.name)  # from here on it is gone, whatever happens to the rest
+            shutil.rmtree(trash)
+            left = self.names()
+            if was_default:
+                self._set_default(left[0] if len(left) == 1 else None)
+        return entry
+
+    # ------------------------------------------------------------------ places
+    @property
+    def _models(self) -> Path:
+        return self.home / "models"
+
+    @property
+    def _settings(self) -> Path:
+        return self.home / "registry.json"
+
+    def _set_default(self, name: str | None) -> None:
+        write_json(self._settings, {"schema": 1, "default": name})
+
+    def _read(self, name: str) -> ModelEntry:
+        home = self._models / name
+        try:
+            return ModelEntry.from_json(json.loads((home / "model.json").read_text(encoding="utf-8")), home)
+        except FileNotFoundError as error:  # removed since it was listed
+            raise NotFoundError(f"{name} has just been removed") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise TealError(
+                f"{home / 'model.json'} is damaged: {error}",
+                hint=f"delete {home} and download the model again",
+            ) from error

@@ -1,0 +1,239 @@
+"""A repository of the Hugging Face hub. Weights stay in the hub's own cache and are only pointed at.
+
+huggingface_hub does the work: resuming, retries, xet, tokens, HF_HUB_OFFLINE, HF_ENDPOINT. This file decides
+which files are wanted, asks for config.json before any weights, and turns the library's errors into ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from teal_cli.errors import TealError, UsageError
+from teal_cli.registry.architectures import architecture_of
+from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, read_json, select_files
+from teal_cli.registry.entry import FileRecord
+from teal_cli.registry.events import Note, Progress
+from teal_cli.registry.files import disk_errors, require_space, sha256_chunks
+from teal_cli.registry.names import name_from
+from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile, UnreachableError
+from teal_cli.registry.sources.hub_errors import hub_errors
+from teal_cli.registry.sources.hub_transfer import transfer
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """A repository at one commit: file -> (bytes, sha256 of large files)."""
+
+    commit: str
+    files: dict[str, tuple[int | None, str | None]]
+
+
+class HubSource:
+    """One model repository at one revision.
+
+    Args:
+        repo: "org/repo".
+        revision: branch, tag or commit; None for the main branch.
+        token: None for the one that `hf auth login` or HF_TOKEN has set.
+        offline: use only what the hub's cache holds; HF_HUB_OFFLINE does the same.
+        recheck: hash the files that the cache holds, and fetch again those that were altered.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        offline: bool = False,
+        recheck: bool = False,
+    ) -> None:
+        if not is_repo(repo):
+            raise UsageError(f"{repo!r} is not a repository of the hub", hint="write it as org/repo")
+        self.repo, self.revision, self.token, self.recheck = repo, revision, token, recheck
+        self.offline = offline or _offline_by_environment()
+        self._listing: _Listing | None = None
+
+    @property
+    def location(self) -> str:
+        return f"hub:{self.repo}"
+
+    @property
+    def suggested_name(self) -> str:
+        return name_from(self.repo.partition("/")[2])
+
+    def plan(self) -> Plan:
+        """Ask the hub for commit, files and sizes, and read config.json; or look into the cache when offline."""
+        with hub_errors(self.repo, self.revision, self.token):
+            listing = self._cached_listing() if self.offline else self._hub_listing()
+            selected = select_files(listing.files, self.repo)
+            config = read_json(self._config(listing.commit))
+            architecture, _ = architecture_of(config, self.repo)
+        self._listing = listing
+        files = tuple(self._planned(name, listing) for name in selected)
+        return Plan(self.location, listing.commit, architecture, files)
+
+    def fetch(self, plan: Plan, staging: Path) -> Generator[Progress | Note, None, Fetched]:
+        """Fetch what the cache lacks, then check sizes; large files are hashed by the hub, small ones here."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        listing = self._listing
+        assert listing is not None, "plan() comes first"
+        names = [file.path for file in plan.files]
+        if not has_tokenizer(names):
+            yield Note(f"{self.repo} holds no tokenizer: text prompts will not work with this model")
+        if self.recheck:
+            plan = yield from self._rechecked(plan)
+        if plan.missing_bytes:
+            self._drop_damaged(plan)
+            require_space(Path(HF_HUB_CACHE), plan.missing_bytes)
+            with disk_errors(Path(HF_HUB_CACHE)), hub_errors(self.repo, self.revision, self.token):
+                yield from transfer(self.repo, plan, self.token)
+        config = self._cached(CONFIG, listing.commit)
+        if config is None:
+            raise UnreachableError(
+                f"{self.repo} did not arrive completely", hint="run the same command again"
+            )
+        folder = config.parent
+        records = [_record(folder, file, listing.files[file.path][1]) for file in plan.files]
+        return Fetched(folder, listing.commit, tuple(records))
+
+    def _planned(self, name: str, listing: _Listing) -> PlannedFile:
+        """A file counts as present where the cache has it in full length."""
+        size, _ = listing.files[name]
+        cached = self._cached(name, listing.commit)
+        return PlannedFile(name, size, cached is not None and size in (None, cached.stat().st_size))
+
+    def _rechecked(self, plan: Plan) -> Generator[Progress, None, Plan]:
+        """The plan, with the present files that do not have the hub's hash marked as missing."""
+        assert self._listing is not None
+        files, done = [], 0
+        for file in plan.files:
+            expected = self._listing.files[file.path][1]
+            cached = self._cached(file.path, str(plan.revision)) if file.present and expected else None
+            digest = expected
+            for item in sha256_chunks(cached) if cached is not None else ():
+                if isinstance(item, str):
+                    digest = item
+                else:
+                    done += item
+                    yield Progress("verify", done, plan.total_bytes)
+            files.append(replace(file, present=file.present and digest == expected))
+        return replace(plan, files=tuple(files))
+
+    def _drop_damaged(self, plan: Plan) -> None:
+        """Delete cached copies of files that are to be fetched; the library would take their presence as success."""
+        for file in plan.files:
+            cached = self._cached(file.path, str(plan.revision))
+            if not file.present and cached is not None:
+                cached.resolve().unlink(missing_ok=True)
+                cached.unlink(missing_ok=True)
+
+    def _hub_listing(self) -> _Listing:
+        from huggingface_hub import HfApi
+
+        info = HfApi(token=self.token).model_info(
+            self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT_S
+        )
+        if info.sha is None:
+            raise TealError(f"the hub named no commit for {self.repo}")
+        files = {
+            item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings or []
+        }
+        return _Listing(info.sha, files)
+
+    def _cached_listing(self) -> _Listing:
+        """What the cache holds of this revision; whether shards are missing is told by their index."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, CONFIG, revision=self.revision)
+        if not isinstance(found, str):
+            at = f" at {self.revision}" if self.revision else ""
+            raise UnreachableError(
+                f"{self.repo}{at} is not in the Hugging Face cache, and the network may not be used",
+                hint="run it again without --offline and HF_HUB_OFFLINE",
+            )
+        folder = Path(found).parent
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files: dict[str, tuple[int | None, str | None]] = {
+            path.relative_to(folder).as_posix(): (path.stat().st_size, _blob_sha256(path)) for path in paths
+        }
+        return _Listing(folder.name, files)
+
+    def _config(self, commit: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(
+            hf_hub_download(
+                self.repo,
+                CONFIG,
+                revision=commit,
+                token=self.token,
+                local_files_only=self.offline,
+                etag_timeout=_TIMEOUT_S,
+            )
+        )
+
+    def _cached(self, name: str, commit: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, name, revision=commit)
+        return Path(found) if isinstance(found, str) else None
+
+
+def is_repo(text: str) -> bool:
+    """Whether this could be "org/repo"."""
+    return _REPO.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def remove_from_cache(repo: str, commit: str) -> int:
+    """Delete one revision of a repository from the hub's cache; files that other revisions share stay.
+
+    Returns:
+        The bytes freed.
+    """
+    from huggingface_hub import scan_cache_dir
+
+    cache = scan_cache_dir()
+    here = any(r.repo_id == repo and any(v.commit_hash == commit for v in r.revisions) for r in cache.repos)
+    if not here:
+        return 0
+    strategy = cache.delete_revisions(commit)
+    strategy.execute()
+    return strategy.expected_freed_size
+
+
+def _offline_by_environment() -> bool:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE)
+
+
+def _blob_sha256(path: Path) -> str | None:
+    """The hub's cache names the blob of a large file by its sha256; None for other names, and without links."""
+    name = path.resolve().name
+    return name if _SHA256.fullmatch(name) else None
+
+
+def _record(folder: Path, file: PlannedFile, sha256: str | None) -> FileRecord:
+    path = folder / file.path
+    size = path.stat().st_size if path.is_file() else None
+    if size is None or (file.size is not None and size != file.size):
+        raise TealError(
+            f"{path} has {size} bytes, and the hub says {file.size}",
+            hint="delete it and run the same command again: it is fetched anew",
+        )
+    return FileRecord(file.path, size, sha256 or _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    *_, digest = sha256_chunks(path)
+    return str(digest)
