@@ -1,0 +1,223 @@
+"""`teal calibrate`: histograms of a text on a model, an import of TEAL's, and a check on other text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from teal_cli import settings
+from teal_cli.errors import UsageError
+from teal_cli.ui import completion, options
+from teal_cli.ui.output import Output, output
+from teal_cli.ui.progress import amount, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from teal_cli.sparsity.calibrate import Calibrated, Checked
+
+_SHOWN = (0.25, 0.50, 0.75, 0.90)
+_FURTHEST = 3
+
+
+def calibrate(
+    model: options.ModelOption = None,
+    dataset: options.DatasetOption = None,
+    split: options.SplitOption = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option("--text-column", metavar="NAME", help="Column of the dataset that holds the text."),
+    ] = None,
+    num_sequences: options.NumSequencesOption = None,
+    seq_len: options.SeqLenOption = None,
+    dtype: options.DtypeOption = None,
+    device: options.DeviceOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="ID", help="Name of the calibration; made of the text if not given."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="DIR", help="Import TEAL's `histograms` folder instead of running a text."
+        ),
+    ] = None,
+    rule: Annotated[
+        Literal["teal", "abs"],
+        typer.Option("--rule", help="With --from: TEAL's own thresholds, or quantiles of |x| over its bins."),
+    ] = "teal",
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            metavar="DATASET",
+            help="Then show what the thresholds drop of this other text.",
+            autocompletion=completion.datasets,
+        ),
+    ] = None,
+    check_split: Annotated[
+        str | None,
+        typer.Option(
+            "--check-split", metavar="SPLIT", help="With --check: the split; else the held-out one."
+        ),
+    ] = None,
+    calibration: options.CalibrationOption = None,
+    force: options.ForceOption = False,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Measure how large the activations of a model are, over a text.
+
+    The text runs through the model with one layer in memory at a time, and every magnitude is counted, at
+    each of the four inputs of each layer. From then on any sparsity has its thresholds: no calibration is
+    made for one.
+
+    --check shows what the thresholds really drop of a text that was not calibrated on; with --calibration
+    nothing is calibrated, and that one is checked.
+    """
+    out = output(json, quiet)
+    _refuse_mixtures(
+        source, calibration, check,
+        of_text={"--dataset": dataset, "--split": split, "--text-column": text_column, "--seq-len": seq_len,
+                 "--num-sequences": num_sequences, "--dtype": dtype},
+    )  # fmt: skip
+    given = settings.load()
+
+    from teal_cli.registry.registry import Registry
+    from teal_cli.session import choose_device
+    from teal_cli.sparsity import calibrate as library
+
+    registry, where = Registry(), choose_device(given.pick("device", device))
+    model = given.pick("model", model)
+    amounts = {
+        "num_sequences": given.pick("calibrate.num_sequences", num_sequences),
+        "seq_len": given.pick("calibrate.seq_len", seq_len),
+    }
+    made: Calibrated | None = None
+    if source is not None:
+        made = library.import_teal(registry, model, source, rule=rule, name=name, force=force)
+    elif calibration is None:
+        text = library.Text(given.pick("calibrate.dataset", dataset), split, text_column, **amounts)
+        events = library.calibrate(
+            registry, model, text, dtype=given.pick("dtype", dtype), device=where, name=name, force=force
+        )
+        made = _watch(out, f"Calibrating on {text.dataset}", events)
+    checked: Checked | None = None
+    if check is not None:
+        wanted = str(made.folder) if made else calibration
+        text = library.Text(check, check_split, text_column, **amounts)
+        checked = _watch(
+            out,
+            f"Checking on {check}",
+            library.check(registry, model, wanted, text, device=where),
+        )
+    payload = {**(_about(made) if made else {}), **({"check": _check_payload(checked)} if checked else {})}
+    out.result(payload, lambda console: _show(console, made, checked))
+    for note in checked.notes if checked else ():
+        out.note(note)
+
+
+def _refuse_mixtures(
+    source: Path | None, calibration: str | None, check: str | None, *, of_text: dict[str, object]
+) -> None:
+    given = [option for option, value in of_text.items() if value is not None]
+    if source is not None and given and check is None:
+        raise UsageError(
+            f"--from imports what is there; {given[0]} says what to run.", hint="Give one of them."
+        )
+    if source is not None and calibration is not None:
+        raise UsageError("--from makes a calibration, and --calibration names one.", hint="Give one of them.")
+    if calibration is not None and check is None:
+        raise UsageError(
+            "--calibration says what to check, but there is no --check.", hint="Add --check DATASET."
+        )
+
+
+def _watch(out: Output, text: str, events: Iterator[Any]) -> Any:
+    """Show the layers as they are done; returns the last event."""
+    event = None
+    with progress(out) as bars:
+        task = bars.task(text, unit="layers")
+        for event in events:
+            if hasattr(event, "layers"):
+                task.update(done=event.done, total=event.layers)
+    return event
+
+
+def _about(made: Calibrated) -> dict[str, Any]:
+    from teal_cli.sparsity.calibrate import mean_thresholds
+
+    means = {f"{level:.2f}": mean_thresholds(made.calibration, level) for level in _SHOWN}
+    return {
+        **made.calibration.manifest(),
+        "folder": made.folder,
+        "reused": made.reused,
+        "mean_thresholds": means,
+    }
+
+
+def _check_payload(checked: Checked) -> dict[str, Any]:
+    blocks = checked.blocks
+    levels = [
+        {"target": level.target, "mean": level.mean, "p95_deviation": level.p95, "pairs": level.pairs}
+        for level in checked.levels
+    ]
+    about = {"dataset": blocks.dataset, "split": blocks.split, "fingerprint": blocks.fingerprint}
+    return {"calibration": checked.calibration.id, **about, "tokens": blocks.tokens.size, "levels": levels}
+
+
+def _show(console: Console, made: Calibrated | None, checked: Checked | None) -> None:
+    if made is not None:
+        _show_calibration(console, made)
+    if checked is not None:
+        _show_check(console, checked)
+
+
+def _show_calibration(console: Console, made: Calibrated) -> None:
+    from rich.table import Table
+
+    from teal_cli.model.sites import SITES
+    from teal_cli.sparsity.calibrate import mean_thresholds
+
+    table = Table(title="Thresholds, mean over the layers", title_justify="left")
+    table.add_column("sparsity", justify="right")
+    for site in SITES:
+        table.add_column(site, justify="right")
+    for level in _SHOWN:
+        means = mean_thresholds(made.calibration, level)
+        table.add_row(f"{level:.0%}", *(f"{means[site]:.4g}" for site in SITES))
+    console.print(table)
+    origin = made.calibration.provenance
+    if origin.seconds is not None:
+        memory = (
+            f", peak memory {amount(origin.peak_memory_bytes, None, 'B')}" if origin.peak_memory_bytes else ""
+        )
+        memory += (
+            f", on the GPU {amount(origin.peak_device_bytes, None, 'B')}" if origin.peak_device_bytes else ""
+        )
+        console.print(f"{origin.tokens:,} tokens of {origin.dataset} in {origin.seconds:.1f} s{memory}")
+    state = "was there already" if made.reused else "is ready"
+    console.print(
+        f"calibration [bold]{made.calibration.id}[/bold] of {origin.model} {state}; next: "
+        f"[cyan]teal generate -m {origin.model} -s 0.5[/cyan]",
+        soft_wrap=True,
+    )
+
+
+def _show_check(console: Console, checked: Checked) -> None:
+    from rich.table import Table
+
+    blocks = checked.blocks
+    split = f" ({blocks.split})" if blocks.split else ""
+    text = f"{blocks.dataset}{split}, {blocks.tokens.size:,} tokens"
+    table = Table(title=f"Realised sparsity of {checked.calibration.id} on {text}", title_justify="left")
+    for column in ("target", "mean", "95% of pairs within", "furthest pairs of layer and site"):
+        table.add_column(column, justify="left" if column.startswith("furthest") else "right")
+    for level in checked.levels:
+        far = "  ".join(f"{pair.layer} {pair.site} {pair.sparsity:.1%}" for pair in level.furthest(_FURTHEST))
+        table.add_row(f"{level.target:.0%}", f"{level.mean:.1%}", f"{level.p95 * 100:.1f} points", far)
+    console.print(table)

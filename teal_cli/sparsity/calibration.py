@@ -1,0 +1,216 @@
+"""A calibration: how large the activations of a model are at every site of every layer, and how that was
+found out.
+
+It is a folder of two files: calibration.json, which anything can read, and histogram.npz. This module does
+not know how activations are observed (`observe`) nor where the folder lies (the registry does).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.registry.files import disk_errors, write_json
+from teal_cli.sparsity.histogram import MagnitudeHistogram
+from teal_cli.sparsity.teal_format import RULES, TealHistogram
+
+if TYPE_CHECKING:
+    from teal_cli.model.config import ModelConfig
+
+SCHEMA: Final = "teal-calibration/1"
+MANIFEST: Final = "calibration.json"
+COUNTS: Final = "histogram.npz"
+
+Histogram: TypeAlias = MagnitudeHistogram | TealHistogram
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a calibration comes from. What an imported one does not say is None.
+
+    Attributes:
+        model: name in the registry.
+        config_sha256: of the model's config.json; a calibration is refused for any other.
+        dataset, split: the text, as the user named it; for an import the folder.
+        fingerprint: sha256 over the token ids, see `data.blocks`.
+        tokens, sequences, seq_len: how much of it; tokens = sequences * seq_len.
+        dtype: of the activations.  device: where they were computed.
+        versions: of python, teal, torch, transformers and datasets.
+        created: UTC, ISO 8601.
+        seconds: wall-clock time of the pass over the model.
+        peak_memory_bytes: most resident memory of the process until the end of it, Python and its libraries
+            included.
+        peak_device_bytes: most memory of the GPU that PyTorch had given out; None on a CPU.
+        computed_peak_bytes: what `observe.expected_peak` makes it, without Python and its libraries.
+    """
+
+    model: str
+    config_sha256: str
+    dataset: str
+    created: str
+    versions: Mapping[str, str]
+    split: str | None = None
+    fingerprint: str | None = None
+    tokens: int | None = None
+    sequences: int | None = None
+    seq_len: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    computed_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Histograms of a whole model with their provenance.
+
+    Attributes:
+        id: its name among the calibrations of the model.
+    """
+
+    id: str
+    provenance: Provenance
+    histogram: Histogram
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.histogram.layers
+
+    @property
+    def rule(self) -> str:
+        """What a threshold is: `magnitude` (exact quantile of |x|), or `teal` or `abs` over TEAL's bins."""
+        return self.histogram.rule if isinstance(self.histogram, TealHistogram) else "magnitude"
+
+    def threshold(self, layer: int, site: str, sparsity: float) -> float:
+        """The threshold that drops this part of the entries at a site, for a sparsity in [0, 1).
+
+        0 gives 0.0, whatever the rule. An imported calibration can give a slightly negative one, which drops
+        nothing.
+        """
+        return 0.0 if sparsity == 0.0 else self.histogram.threshold(layer, site, sparsity)
+
+    def manifest(self) -> dict[str, Any]:
+        """What calibration.json holds: one flat object."""
+        about = {"schema": SCHEMA, "id": self.id, "rule": self.rule, "layers": self.layers}
+        return {**about, **asdict(self.provenance)}
+
+    def save(self, folder: Path) -> None:
+        """Write the calibration as `folder`: whole or not at all, in place of one that is there.
+
+        Raises:
+            TealError: the disk is full, or the place may not be written.
+        """
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        with disk_errors(folder):
+            try:
+                partial.mkdir(parents=True)
+                np.savez_compressed(partial / COUNTS, **_arrays(self.histogram))
+                write_json(partial / MANIFEST, self.manifest())
+                if folder.exists():
+                    folder.rename(old)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            NotFoundError: no calibration lies there.
+            TealError: it is damaged, or of another schema.
+        """
+        manifest = read_manifest(folder)
+        hint = "Make it again with `teal calibrate --force`."
+        try:
+            with np.load(folder / COUNTS, allow_pickle=False) as arrays:
+                histogram = _histogram(manifest, arrays)
+            known = {field.name for field in fields(Provenance)}
+            provenance = Provenance(**{name: value for name, value in manifest.items() if name in known})
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise TealError(f"The calibration {folder} is damaged ({error}).", hint=hint) from error
+        if histogram.layers != manifest.get("layers"):
+            raise TealError(
+                f"The calibration {folder} is damaged: its files disagree on the layers.", hint=hint
+            )
+        return cls(manifest["id"], provenance, histogram)
+
+
+def _arrays(histogram: Histogram) -> dict[str, Any]:
+    if isinstance(histogram, TealHistogram):
+        return {"counts": histogram.counts, "centers": histogram.centers}
+    return {"counts": histogram.counts, "grid": np.array(histogram.dtype)}
+
+
+def _histogram(manifest: Mapping[str, Any], arrays: Mapping[str, Any]) -> Histogram:
+    if manifest["rule"] in RULES:
+        return TealHistogram(arrays["counts"], arrays["centers"], manifest["rule"])
+    return MagnitudeHistogram(str(arrays["grid"]), arrays["counts"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The calibration.json of a folder, without the histograms.
+
+    Raises:
+        NotFoundError: there is none.
+        TealError: it is damaged, or of another schema.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"There is no calibration in {folder}.", hint="Make one with `teal calibrate`."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TealError(
+            f"{file} is damaged ({error}).", hint="Make it again with `teal calibrate --force`."
+        ) from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise TealError(
+            f"{file} is of the schema {schema!r}; this teal reads {SCHEMA}.", hint="Calibrate again."
+        )
+    return dict(manifest)
+
+
+def check_fits(calibration: Calibration, config: ModelConfig, checkpoint: Path, dtype: str) -> list[str]:
+    """Refuse a calibration of another model.
+
+    Args:
+        dtype: what the model will be run in.
+
+    Returns:
+        Remarks for the user: a calibration made in another dtype is used, since magnitudes hardly depend on
+            it.
+
+    Raises:
+        UsageError: another config.json, or another number of layers.
+    """
+    from teal_cli.model.weights import config_sha256
+
+    made = calibration.provenance
+    if calibration.layers != config.layers or made.config_sha256 != config_sha256(checkpoint):
+        raise UsageError(
+            f"The calibration {calibration.id} was made for another model: {made.model}, "
+            f"{calibration.layers} layers.",
+            hint="Leave --calibration away to use the model's own, or make one with `teal calibrate`.",
+        )
+    if made.dtype in (None, dtype):
+        return []
+    return [f"The calibration {calibration.id} was made in {made.dtype}; the model runs in {dtype}."]

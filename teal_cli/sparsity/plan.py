@@ -1,0 +1,137 @@
+"""A plan: which threshold each projection of each layer uses, and the sparsity it is meant to give.
+
+Decoding, dumps and evaluation take a plan and nothing else from this room. `uniform_plan` gives every
+projection the same sparsity; other allocations make the same object.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teal_cli.errors import TealError, UsageError
+from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
+from teal_cli.registry.files import disk_errors, write_json
+from teal_cli.sparsity.calibration import Calibration
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Thresholds for a whole model. The arrays are read-only.
+
+    Attributes:
+        target: the sparsity asked for, over the model.
+        allocation: how it is spread, e.g. `uniform`.
+        sparsity: float64 [layers, 7], the target of each projection, in the order of `PROJECTIONS`.
+        thresholds: float32 [layers, 7]; |x| <= t is dropped. 0.0 drops zeros only; a negative one, which an
+            imported calibration of TEAL can give at low sparsity, drops nothing.
+        calibration: id of the calibration that the thresholds come from; None for a plan that needs none.
+    """
+
+    target: float
+    allocation: str
+    sparsity: NDArray[np.float64]
+    thresholds: NDArray[np.float32]
+    calibration: str | None
+
+    def __post_init__(self) -> None:
+        shape = self.thresholds.shape
+        if shape != self.sparsity.shape or len(shape) != 2 or shape[1] != len(PROJECTIONS):
+            raise ValueError(f"a plan of shapes {self.sparsity.shape} and {shape}")
+        self.sparsity.flags.writeable = False
+        self.thresholds.flags.writeable = False
+
+    @classmethod
+    def dense(cls, layers: int) -> Plan:
+        """Sparsity 0 everywhere, for which no calibration is needed."""
+        shape = (layers, len(PROJECTIONS))
+        return cls(0.0, "uniform", np.zeros(shape), np.zeros(shape, np.float32), None)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.thresholds)
+
+    def site_threshold(self, layer: int, site: str) -> float:
+        """The lowest threshold among the projections that read a site: what every one of them drops."""
+        return float(min(self.thresholds[layer, PROJECTION_INDEX[p]] for p in SITE_PROJECTIONS[site]))
+
+    def by_projection(self) -> dict[str, list[float]]:
+        """Projection -> its threshold in each layer."""
+        return {name: self.thresholds[:, i].tolist() for i, name in enumerate(PROJECTIONS)}
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; `from_json` gives the same plan back, bit for bit."""
+        return {
+            "target": self.target,
+            "allocation": self.allocation,
+            "calibration": self.calibration,
+            "sparsity": {name: self.sparsity[:, i].tolist() for i, name in enumerate(PROJECTIONS)},
+            "thresholds": self.by_projection(),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Plan:
+        """The plan that `to_json` described.
+
+        Raises:
+            TealError: a value is missing or of the wrong kind.
+        """
+        try:
+            sparsity = np.array([value["sparsity"][name] for name in PROJECTIONS], np.float64).T.copy()
+            thresholds = np.array([value["thresholds"][name] for name in PROJECTIONS], np.float32).T.copy()
+            return cls(value["target"], value["allocation"], sparsity, thresholds, value["calibration"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TealError(f"This is not a plan: {error}.") from error
+
+    def save(self, file: Path) -> None:
+        """Write the plan as JSON; a file that is there is replaced at once or not at all."""
+        with disk_errors(file.parent):
+            write_json(file, self.to_json())
+
+    @classmethod
+    def load(cls, file: Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            TealError: the file cannot be read, or is no plan.
+        """
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise TealError(f"{file} cannot be read as a plan: {error}.") from error
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a sparsity outside [0, 1).
+
+    Raises:
+        UsageError: it is.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        hint = "1 would drop every activation; 0.5 is a good start." if sparsity == 1.0 else "0.5 means half."
+        raise UsageError(f"Sparsity must be at least 0 and below 1, not {sparsity:g}.", hint=hint)
+
+
+def uniform_plan(calibration: Calibration, sparsity: float) -> Plan:
+    """The same sparsity for every projection of every layer (TEAL, section 4.2). Sparsity 0 drops nothing but
+    zeros.
+
+    Raises:
+        UsageError: a sparsity outside [0, 1).
+        TealError: the calibration has no counts for some layer.
+    """
+    check_sparsity(sparsity)
+    if sparsity == 0.0:
+        return Plan.dense(calibration.layers)
+    thresholds = np.empty((calibration.layers, len(PROJECTIONS)), np.float32)
+    for layer in range(calibration.layers):
+        for site in SITES:
+            columns = [PROJECTION_INDEX[p] for p in SITE_PROJECTIONS[site]]
+            thresholds[layer, columns] = calibration.threshold(layer, site, sparsity)
+    return Plan(sparsity, "uniform", np.full(thresholds.shape, sparsity), thresholds, calibration.id)
