@@ -164,6 +164,9 @@ def _models() -> Iterator[Finding]:
     except TealError as error:
         yield Finding("models", "registry", FAIL, error.message, error.hint)
         return
+    except OSError as error:  # no permission, or TEAL_HOME is no folder: told under storage, too
+        yield Finding("models", "registry", FAIL, f"{error.filename}: {error.strerror}")
+        return
     names = [entry.name for entry in entries]
     if not names:
         yield Finding(

@@ -1,0 +1,150 @@
+"""Where a setting's value comes from, and what a wrong one says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures_cli import Teal
+
+from teal_cli import settings
+from teal_cli.errors import UsageError
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's config.toml, not yet there."""
+    path = tmp_path / "user" / "config.toml"
+    path.parent.mkdir()
+    monkeypatch.setattr(settings, "user_config", lambda: path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder whose teal.toml counts."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    return folder
+
+
+def test_each_source_beats_the_ones_below_it(user: Path, project: Path) -> None:
+    key = "generate.top_k"
+    resolved = settings.load({}, project).resolve(key)
+    assert resolved == (200, "default")
+    user.write_text("[generate]\ntop_k = 3\n")
+    assert settings.load({}, project).resolve(key) == (3, str(user))
+    (project / "teal.toml").write_text("generate.top_k = 2\n")
+    assert settings.load({}, project).resolve(key) == (2, str(project / "teal.toml"))
+    env = {"TEAL_GENERATE_TOP_K": "1"}
+    assert settings.load(env, project).resolve(key) == (1, "TEAL_GENERATE_TOP_K")
+    assert settings.load(env, project).resolve(key, 0) == (0, "command line")
+    assert settings.load(env, project).pick(key, 0) == 0
+
+
+def test_unset_is_none(user: Path, project: Path) -> None:
+    assert settings.load({}, project).resolve("model") == (None, "unset")
+
+
+def test_a_misspelt_key_in_our_own_code_is_a_defect(user: Path, project: Path) -> None:
+    with pytest.raises(KeyError):
+        settings.load({}, project).pick("generate.topk")
+
+
+def test_shipped_defaults_are_known_settings(user: Path, project: Path) -> None:
+    values = settings.load({}, project).values
+    assert values
+    assert set(values) <= set(settings.KEYS)
+    assert {value.source for value in values.values()} == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence", "hint"),
+    [
+        ("sparsty = 0.5", "unknown setting 'sparsty'", "did you mean 'sparsity'?"),
+        ("[generate]\ntopk = 1", "unknown setting 'generate.topk'", "did you mean 'generate.top_k'?"),
+        ("sparsity = ", "is not valid TOML", None),
+        ("sparsity = 1.0", "sparsity = 1.0 in", None),
+        ('sparsity = "half"', "must be a number", None),
+        ("seed = true", "must be a whole number of at least 0", None),
+        ("seed = -1", "must be a whole number of at least 0", None),
+        ('dtype = "int8"', "is not one of bfloat16, float16, float32", None),
+        ('device = "gpu"', "is not a device", None),
+        ("model = 3", "must be text", None),
+        ("sparsity = [0.5]", "must be a number", None),
+        ("generate = 3", "unknown setting 'generate'", None),
+    ],
+)
+def test_a_bad_file_is_one_sentence_that_names_it(
+    user: Path, project: Path, content: str, sentence: str, hint: str | None
+) -> None:
+    file = project / "teal.toml"
+    file.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        settings.load({}, project)
+    assert sentence in caught.value.message
+    assert str(file) in caught.value.message
+    assert "\n" not in caught.value.message
+    if hint:
+        assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "key", "value"),
+    [
+        ("TEAL_SPARSITY", "0.65", "sparsity", 0.65),
+        ("TEAL_DTYPE", "bf16", "dtype", "bfloat16"),
+        ("TEAL_DEVICE", "cuda:1", "device", "cuda:1"),
+        ("TEAL_OFFLINE", "yes", "offline", True),
+        ("TEAL_OFFLINE", "0", "offline", False),
+        ("TEAL_SEED", "7", "seed", 7),
+    ],
+)
+def test_variables_are_read_as_what_they_mean(
+    user: Path, project: Path, name: str, raw: str, key: str, value: object
+) -> None:
+    assert settings.load({name: raw}, project).resolve(key) == (value, name)
+
+
+@pytest.mark.parametrize("raw", ["nan", "inf", "-0.1", "1", "half"])
+def test_a_sparsity_outside_its_range_is_refused(user: Path, project: Path, raw: str) -> None:
+    with pytest.raises(UsageError, match="TEAL_SPARSITY"):
+        settings.load({"TEAL_SPARSITY": raw}, project)
+
+
+def test_misspelt_variables_are_found() -> None:
+    env = {"TEAL_SPARSTY": "0.5", "TEAL_SPARSITY": "0.5", "TEAL_HOME": "/", "PATH": "/"}
+    assert settings.unknown_variables(env) == ["TEAL_SPARSTY"]
+
+
+@pytest.mark.parametrize("key", settings.KEYS)
+def test_every_setting_is_described_and_has_a_variable_of_its_own(key: str) -> None:
+    assert settings.KEYS[key].help
+    assert [other for other in settings.KEYS if settings.variable(other) == settings.variable(key)] == [key]
+
+
+def test_a_broken_file_stops_a_command_with_2(
+    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teal.toml").write_text("sparsty = 0.5")
+    result = teal("generate", "--prompt", "a")
+    assert result.code == 2
+    assert (
+        result.err == "error: teal.toml has an unknown setting 'sparsty'\n  hint: did you mean 'sparsity'?\n"
+    )
+
+
+def test_home_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEAL_HOME", "~/elsewhere")
+    assert settings.teal_home() == Path.home() / "elsewhere"
+
+
+def test_configs_are_found_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    installed = {file.name for file in settings.configs().iterdir()}
+    monkeypatch.setattr("importlib.resources.files", missing)
+    assert {file.name for file in settings.configs().iterdir()} == installed
+    assert "defaults.toml" in installed

@@ -1,0 +1,119 @@
+"""JSON that any reader takes, and progress that fits where it goes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from teal_cli.ui import progress as progress_module
+from teal_cli.ui.output import Output, to_json
+from teal_cli.ui.progress import amount, progress
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+@hypothesis_settings(max_examples=40)
+def test_json_is_strict_and_keeps_finite_values(value: Any) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, float) and not np.isfinite(item):
+            return None
+        if isinstance(item, list):
+            return [finite(part) for part in item]
+        return {key: finite(part) for key, part in item.items()} if isinstance(item, dict) else item
+
+    assert json.loads(to_json(value), parse_constant=refuse) == finite(value)
+
+
+@dataclass
+class Point:
+    x: float
+    where: Path
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (Point(1.5, Path("a/b")), {"x": 1.5, "where": "a/b"}),
+        (np.float32(0.5), 0.5),
+        (np.arange(3), [0, 1, 2]),
+        (torch.tensor(2), 2),
+        ((1, 2), [1, 2]),
+        ({1: "a"}, {"1": "a"}),
+    ],
+)
+def test_json_of_what_commands_return(value: object, plain: object) -> None:
+    assert json.loads(to_json({"value": value})) == {"value": plain}
+
+
+def test_json_of_anything_else_is_a_defect() -> None:
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        to_json(object())
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "unit", "text"),
+    [
+        (7, 30, "layers", "7/30 layers"),
+        (1234, None, "rows", "1,234 rows"),
+        (3, 4, "", "3/4"),
+        (999, None, "B", "999 B"),
+        (12_500_000, 92_100_000, "B", "12.5 MB / 92.1 MB"),
+        (2e12, None, "B", "2.00 TB"),
+    ],
+)
+def test_amounts(done: float, total: float | None, unit: str, text: str) -> None:
+    assert amount(done, total, unit) == text
+
+
+def run(out: Output) -> None:
+    with progress(out) as bars:
+        task = bars.task("Calibrating", total=30, unit="layers")
+        task.update(done=7)
+        task.update(advance=1)
+        task.update(done=30)
+        task.update(done=30)
+
+
+def test_a_log_gets_first_and_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    run(Output(json=False, quiet=False))
+    assert capsys.readouterr() == ("", "Calibrating\nCalibrating: 30/30 layers\n")
+
+
+def test_a_log_gets_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    run(Output(json=False, quiet=False))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["Calibrating", "Calibrating: 7/30 layers", "Calibrating: 8/30 layers"]
+
+
+@pytest.mark.parametrize("out", [Output(json=True, quiet=False), Output(json=False, quiet=True)])
+def test_quiet_and_json_get_none(out: Output, capsys: pytest.CaptureFixture[str]) -> None:
+    run(out)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    run(Output(json=False, quiet=False))
+    drawn = capsys.readouterr()
+    assert drawn.out == ""
+    assert "30/30 layers" in drawn.err
