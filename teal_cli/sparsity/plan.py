@@ -118,6 +118,12 @@ def check_sparsity(sparsity: float) -> None:
         raise UsageError(f"Sparsity must be at least 0 and below 1, not {sparsity:g}.", hint=hint)
 
 
+def dense_plan(layers: int) -> Plan:
+    """Sparsity 0 without a calibration: every threshold is 0.0, and nothing but zeros is dropped."""
+    shape = (layers, len(PROJECTIONS))
+    return Plan(0.0, "uniform", np.zeros(shape), np.zeros(shape, np.float32), None)
+
+
 def uniform_plan(calibration: Calibration, sparsity: float) -> Plan:
     """The same sparsity for every projection of every layer (TEAL, section 4.2). Sparsity 0 drops nothing but
     zeros.
