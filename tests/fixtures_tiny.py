@@ -1,7 +1,7 @@
-"""Tiny random checkpoints of every supported family, made by transformers itself, with a real small tokenizer.
+"""Tiny random checkpoints of every supported family, made by transformers itself, with a small real tokenizer.
 
-Sizes are odd on purpose (hidden 72, intermediate 100), weights are large enough for attention to be far from uniform,
-norms and biases are random, so that nothing passes by being one or zero.
+Sizes are odd on purpose (hidden 72, intermediate 100), weights are large enough for attention to be far from
+uniform, norms and biases are random, so that nothing passes by being one or zero.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _SENTENCES = (
 
 
 def make_tokenizer(folder: Path) -> int:
-    """Writes tokenizer.json and tokenizer_config.json (byte-level BPE that encodes any text); returns the id of EOS."""
+    """Writes a byte-level BPE that encodes any text, as transformers stores it; returns the id of EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -115,7 +115,13 @@ def make_tokenizer(folder: Path) -> int:
 
 
 def make_tiny(
-    folder: Path, name: str = "llama3", *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "1GB", **changes: Any
+    folder: Path,
+    name: str = "llama3",
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "1GB",
+    **changes: Any,
 ) -> Path:
     """Writes the tiny checkpoint `name` of `TINY` into `folder` and returns it.
 
@@ -148,7 +154,7 @@ def make_tiny(
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function name of `TINY` -> folder of that checkpoint in float32, made once per session. Not to be written to."""
+    """A function: name in `TINY` -> folder of that checkpoint in float32, made once. Do not write there."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:

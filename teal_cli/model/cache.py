@@ -1,6 +1,6 @@
 """The keys and values of the tokens seen so far, in memory that is allocated once.
 
-Knows how many positions are filled and refuses to overflow. Does not know about attention windows or sampling.
+Knows how many positions are filled and refuses to overflow. Does not know about windows or sampling.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class KVCache:
     """Static key-value cache of one sequence.
 
     Attributes:
-        kv: [layers, 2, kv_heads, max_tokens, head_dim]; index 0 of the second axis holds keys, 1 holds values, so that a
-            layer writes both in one copy.
+        kv: [layers, 2, kv_heads, max_tokens, head_dim]; index 0 of the second axis holds the keys, 1 the values,
+            so that a layer writes both in one copy.
         max_tokens: how many positions there is room for.
         length: how many positions are filled. Set it lower to take tokens back, 0 to begin anew.
     """

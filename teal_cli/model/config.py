@@ -1,7 +1,7 @@
 """What teal needs to know of a checkpoint's config.json, checked once and frozen.
 
-transformers reads the file, because it knows every older spelling of it; this module decides what teal can run and
-turns it into plain numbers. It knows nothing of tensors: `weights` checks the files against these numbers.
+transformers reads the file, because it knows every older spelling of it; this module decides what teal can run
+and turns it into plain numbers. It knows nothing of tensors: `weights` checks the files against these numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ SUPPORTED: Final[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
 
+_HINT = "Check the model with `teal models verify NAME`, or fetch it again with `teal download --force`."
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -29,8 +31,10 @@ class ModelConfig:
     Attributes:
         family: `model_type` of config.json, one of `SUPPORTED`.
         context: the longest sequence the positions are made for, in tokens.
-        sliding_windows: per layer, how many positions a token attends to, itself included; None means all of them.
-        qkv_bias: q, k and v have a bias.  o_bias: o has one.  qk_norm: q and k heads pass an RMSNorm before the rotation.
+        sliding_windows: per layer, how many positions a token attends to, itself included; None means all.
+        qkv_bias: q, k and v have a bias.
+        o_bias: o has one.
+        qk_norm: each head of q and k passes an RMSNorm before the rotation.
         tied: the config says that the output head is the embedding.
         eos_ids: tokens that end a sequence; empty if the checkpoint names none.
         torch_dtype: the dtype the checkpoint asks to be run in, one of `SUPPORTED_DTYPES`.
@@ -67,7 +71,7 @@ class ModelConfig:
         }[site]
 
     def segments(self, site: str) -> tuple[int, ...]:
-        """Output widths of the projections that read a site, in the order of `SITE_PROJECTIONS`; their sum is N."""
+        """Output widths of the projections that read a site, ordered as `SITE_PROJECTIONS`; their sum is N."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "attn_in": (q, kv, kv),
@@ -105,7 +109,7 @@ def load_config(path: str | Path) -> ModelConfig:
     _refuse_unsupported_parts(hf)
     heads: int = hf.num_attention_heads
     head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    biased = bool(getattr(hf, "attention_bias", False))
+    biased = hf.model_type in ("llama", "qwen3") and bool(hf.attention_bias)
     config = ModelConfig(
         family=hf.model_type,
         layers=hf.num_hidden_layers,
@@ -119,7 +123,7 @@ def load_config(path: str | Path) -> ModelConfig:
         norm_eps=hf.rms_norm_eps,
         sliding_windows=_sliding_windows(hf),
         qkv_bias=hf.model_type == "qwen2" or biased,
-        o_bias=hf.model_type != "qwen2" and biased,
+        o_bias=biased,
         qk_norm=hf.model_type == "qwen3",
         tied=bool(hf.tie_word_embeddings),
         eos_ids=_eos_ids(hf, _read_json(folder / "generation_config.json") or {}),
@@ -138,14 +142,14 @@ def _read_json(file: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise TealError(f"{file} cannot be read: {error}.", hint="Check the model with `teal models verify`.") from error
+        raise TealError(f"{file} cannot be read: {error}.", hint=_HINT) from error
     if not isinstance(value, dict):
-        raise TealError(f"{file} does not hold a JSON object.", hint="Check the model with `teal models verify`.")
+        raise TealError(f"{file} does not hold a JSON object.", hint=_HINT)
     return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """Refuses by the file alone, before transformers tries to make sense of a model it may not know either."""
+    """Refuses by the file alone, before transformers meets a model that it may not know either."""
     supported = ", ".join(SUPPORTED)
     family = raw.get("model_type")
     if family not in SUPPORTED:
@@ -171,10 +175,7 @@ def _load_hf(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise TealError(
-            f"{folder / 'config.json'} is not a valid config: {reason.strip()}.",
-            hint="Check the model with `teal models verify`.",
-        ) from error
+        raise TealError(f"{folder / 'config.json'} is not a valid config: {reason.strip()}.", hint=_HINT) from error
 
 
 def _refuse_unsupported_parts(hf: Any) -> None:
@@ -183,7 +184,7 @@ def _refuse_unsupported_parts(hf: Any) -> None:
             f"The activation {hf.hidden_act!r} is not supported; teal runs models whose MLP uses silu.",
             hint="Choose a model with hidden_act silu.",
         )
-    if getattr(hf, "mlp_bias", False):
+    if hf.model_type == "llama" and hf.mlp_bias:
         raise UsageError(
             "The checkpoint has biases in its MLP (mlp_bias), which teal does not support.",
             hint="Choose a model without mlp_bias.",
@@ -197,7 +198,7 @@ def _refuse_unsupported_parts(hf: Any) -> None:
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(
-            f"A partial rotary embedding (partial_rotary_factor {rope['partial_rotary_factor']}) is not supported.",
+            f"A partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported.",
             hint="Choose a model that rotates whole heads.",
         )
 
@@ -221,7 +222,7 @@ def _eos_ids(hf: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _dtype_name(hf: Any) -> str:
-    """The dtype the config asks for; a file that names none means float32, as it always did in transformers."""
+    """The dtype the config asks for; one that names none means float32."""
     name = str(hf.dtype).removeprefix("torch.")
     return name if name in SUPPORTED_DTYPES else "float32"
 
@@ -236,7 +237,4 @@ def _check_shape(config: ModelConfig, folder: Path) -> None:
     elif len(config.sliding_windows) != config.layers:
         problem = f"it names {len(config.sliding_windows)} layer types for {config.layers} layers"
     if problem:
-        raise TealError(
-            f"{folder / 'config.json'} is not a valid config: {problem}.",
-            hint="Check the model with `teal models verify`.",
-        )
+        raise TealError(f"{folder / 'config.json'} is not a valid config: {problem}.", hint=_HINT)

@@ -1,7 +1,7 @@
 """The names of what flows through a layer, in the order every array of teal uses.
 
-A *site* is one distinct input vector of a layer; a *projection* is one linear layer. q, k and v read the same vector, and
-so do gate and up, hence four sites for seven projections. Constants only: nothing heavy is imported here.
+A *site* is one distinct input vector of a layer; a *projection* is one linear layer. q, k and v read the same vector,
+and so do gate and up, hence four sites for seven projections. Constants only: nothing heavy is imported here.
 """
 
 from __future__ import annotations
