@@ -110,22 +110,48 @@ class SiteReader:
         Raises:
             TealError: a checksum, the bitmap or the values disagree; the message says where.
         """
+        values, mask, row_nnz = self._load(layer, block)
+        return self._checked(layer, block, values, mask, row_nnz)
+
+    def read_layers(self, block: int) -> list[Block]:
+        """All layers of one block at once, which is far quicker than one by one; not cached.
+
+        Raises:
+            TealError: as for one layer.
+        """
+        parts = self._load(slice(None), block)
+        return [self._checked(layer, block, *part) for layer, part in enumerate(zip(*parts, strict=True))]
+
+    def _load(self, layer: int | slice, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         start, stop = self.span(block)
-        where = f"{self.where}, layer {layer}, tokens {start} to {stop}"
         try:
             values, mask, row_nnz = self._arrays
-            counts = layout.as_numpy(row_nnz[layer, start:stop])
-            kept = unpack_mask(layout.as_numpy(mask[layer, start:stop]), self.channels)
-            packed = layout.as_numpy(values[layer, block])
+            return (
+                layout.as_numpy(values[layer, block]),
+                layout.as_numpy(mask[layer, start:stop]),
+                layout.as_numpy(row_nnz[layer, start:stop]),
+            )
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-            raise TealError(f"{where}: unreadable: {error}.", hint=layout.VERIFY_HINT) from error
-        problem = _problem(packed, kept, counts)
+            which = f"layer {layer}, " if isinstance(layer, int) else ""
+            raise TealError(
+                f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}.",
+                hint=layout.VERIFY_HINT,
+            ) from error
+
+    def _checked(
+        self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray
+    ) -> Block:
+        start, stop = self.span(block)
+        kept = unpack_mask(mask, self.channels)
+        problem = _problem(values, kept, row_nnz)
         if problem:
-            raise TealError(f"{where}: {problem}.", hint=layout.VERIFY_HINT)
-        packed = packed[: int(counts.sum())]
-        for array in (packed, kept, counts):
+            raise TealError(
+                f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}.", hint=layout.VERIFY_HINT
+            )
+        values = values[: int(row_nnz.sum())]
+        for array in (values, kept, row_nnz):
             array.flags.writeable = False  # blocks are cached and shared
-        return Block(start, packed, kept, counts)
+        return Block(start, values, kept, row_nnz)
 
     def row_nnz(self, layer: int) -> np.ndarray:
         """uint32 [tokens], kept entries of every row of a layer.

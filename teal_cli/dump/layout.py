@@ -50,10 +50,11 @@ def create_skeleton(path: Path, header: StoreHeader, levels: list[LevelHeader], 
     for level in levels:
         group = root.create_group(level.name)
         group.attrs.put({"teal": level.to_attributes(tokens_committed=0, complete=False)})
-        _create_level(group, header, level)
+        create_level(group, header, level)
 
 
-def _create_level(group: zarr.Group, header: StoreHeader, level: LevelHeader) -> None:
+def create_level(group: zarr.Group, header: StoreHeader, level: LevelHeader) -> None:
+    """The arrays of one level, without rows, in its group."""
     block, layers = header.block_tokens, header.layers
     rows = capacity(level.max_tokens, block)
     for name, dtype in TOKEN_COLUMNS.items():

@@ -27,9 +27,10 @@ import numpy as np
 from teal_cli.dump import layout
 from teal_cli.dump.arrays import ActivationArray, SiteReader
 from teal_cli.dump.header import StoreHeader
+from teal_cli.dump.packing import exceeds
 from teal_cli.dump.schema import TOKEN_COLUMNS, parse_level
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITES
+from teal_cli.model.sites import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 
 
 def open_store(path: str | os.PathLike[str]) -> ActivationStore:
@@ -187,16 +188,20 @@ class Level:
         return ActivationArray(self.site_reader(PROJECTION_SITE[projection]), layer, threshold=threshold)
 
     def realised(self) -> np.ndarray:
-        """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there are no
-        tokens.
-        """
-        layers = range(self.store.header.layers)
-        return np.array([[self._realised(layer, p) for p in PROJECTIONS] for layer in layers])
-
-    def _realised(self, layer: int, projection: str) -> float:
-        rows = self.projection(layer, projection)
-        size = rows.shape[0] * rows.shape[1]
-        return 1.0 - float(rows.row_nnz.sum(dtype=np.int64)) / size if size else float("nan")
+        """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there is none."""
+        kept = np.zeros((self.store.header.layers, len(PROJECTIONS)), np.int64)
+        sizes = np.array([self._tokens * self.store.header.channels[PROJECTION_SITE[p]] for p in PROJECTIONS])
+        for site, projections in SITE_PROJECTIONS.items():
+            reader = self.site_reader(site)
+            columns = [PROJECTION_INDEX[projection] for projection in projections]
+            for index in range(reader.blocks):
+                for layer, block in enumerate(reader.read_layers(index)):
+                    for column in columns:
+                        kept[layer, column] += np.count_nonzero(
+                            exceeds(block.values, self.thresholds[layer, column])
+                        )
+        with np.errstate(invalid="ignore"):
+            return 1.0 - kept / sizes
 
     def site_reader(self, site: str) -> SiteReader:
         """Block by block access to a site, for checks and statistics."""
