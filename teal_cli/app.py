@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         plain_help()
     try:
-        code = app(args, prog_name="teal", standalone_mode=False)
+        code = app(args, prog_name="teal", standalone_mode=False, color=_colour())
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer makes this of KeyboardInterrupt, in some versions
             raise KeyboardInterrupt
@@ -139,12 +139,11 @@ def _usage(error: Any, as_json: bool) -> int:
     possible = sorted(getattr(error, "possibilities", None) or ())
     text = error.message if possible else error.format_message()
     sentence, _, guess = " ".join(text.split()).partition(" Did you mean ")
-    hint = None
     if possible or guess:
         hint = f"did you mean {guess or ' or '.join(possible) + '?'}"
-    elif error.ctx is not None:
-        hint = f"`{error.ctx.command_path} --help` shows what there is"
-    return _fail(sentence.rstrip("."), hint, error.exit_code, as_json)
+    else:
+        hint = f"`{error.ctx.command_path if error.ctx else 'teal'} --help` shows what there is"
+    return _fail(sentence[:1].lower() + sentence[1:].rstrip("."), hint, error.exit_code, as_json)
 
 
 def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:
@@ -153,8 +152,12 @@ def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:
         error = {"message": message, "hint": hint, "exit_code": code}
         sys.stderr.write(to_json({"error": error}) + "\n")
         return code
-    colour = False if os.environ.get("NO_COLOR") else None
-    typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True, color=colour)
+    typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True, color=_colour())
     if hint:
-        typer.echo(typer.style("  hint: ", fg="cyan") + hint, err=True, color=colour)
+        typer.echo(typer.style("  hint: ", fg="cyan") + hint, err=True, color=_colour())
     return code
+
+
+def _colour() -> bool | None:
+    """None lets typer decide: colour on a terminal only."""
+    return False if os.environ.get("NO_COLOR") else None

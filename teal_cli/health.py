@@ -78,9 +78,7 @@ def examine(*, offline: bool = False) -> Iterator[Finding]:
 def _versions() -> Iterator[Finding]:
     python = platform.python_version()
     yield Finding("versions", "teal", OK, __version__, data={"version": __version__})
-    yield Finding(
-        "versions", "python", OK, f"{python} on {platform.platform(terse=True)}", data={"version": python}
-    )
+    yield Finding("versions", "python", OK, f"{python} on {platform.platform(terse=True)}", data={"version": python})
     for name, wanted in _requirements():
         try:
             version = metadata.version(name)
@@ -91,9 +89,7 @@ def _versions() -> Iterator[Finding]:
             yield Finding("versions", name, OK, version, data={"version": version})
         else:
             hint = f"pip install '{name}{wanted}'"
-            yield Finding(
-                "versions", name, WARN, f"{version}, but teal wants {wanted}", hint, {"version": version}
-            )
+            yield Finding("versions", name, WARN, f"{version}, but teal wants {wanted}", hint, {"version": version})
     for name, purpose in OPTIONAL.items():
         try:
             version = metadata.version(name)
@@ -126,14 +122,10 @@ def _settings() -> Iterator[Finding]:
     for key, (value, source) in set_by_user.items():
         yield Finding("settings", key, OK, f"{value} from {source}", data={"value": value, "source": source})
     if not set_by_user:
-        yield Finding(
-            "settings", "settings", OK, f"all at their defaults; {settings.user_config()} would set them"
-        )
+        yield Finding("settings", "settings", OK, f"all at their defaults; {settings.user_config()} would set them")
     for name in settings.unknown_variables():
         meant = settings.closest(name, [settings.variable(key) for key in settings.KEYS])
-        yield Finding(
-            "settings", name, WARN, "is no setting of teal", f"did you mean {meant}?" if meant else None
-        )
+        yield Finding("settings", name, WARN, "is no setting of teal", f"did you mean {meant}?" if meant else None)
 
 
 # ---------------------------------------------------------------- storage, models
@@ -219,9 +211,7 @@ def _kernels() -> Iterator[Finding]:
 
         from teal_kernels.backends import available, choose_backend
     except Exception as error:
-        yield Finding(
-            "kernels", "teal_kernels", FAIL, f"does not import: {error}", "reinstall teal-cli", exit_code=5
-        )
+        yield Finding("kernels", "teal_kernels", FAIL, f"does not import: {error}", "reinstall teal-cli", exit_code=5)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = choose_backend(device)
@@ -230,9 +220,7 @@ def _kernels() -> Iterator[Finding]:
         used = chosen if chosen in usable else "reference"
         reasons = "; ".join(f"not {name}: {problem}" for name, problem in backends.items() if problem)
         data = {"device": device, "used": used, "unavailable": {n: p for n, p in backends.items() if p}}
-        yield Finding(
-            "kernels", op, OK, f"{used} on {device}" + (f" ({reasons})" if reasons else ""), data=data
-        )
+        yield Finding("kernels", op, OK, f"{used} on {device}" + (f" ({reasons})" if reasons else ""), data=data)
         for backend in usable:
             yield _agrees(op, backend, device)
 
@@ -252,9 +240,7 @@ def _agrees(op: str, backend: str, device: str) -> Finding:
         return Finding("kernels", name, FAIL, detail, "--backend reference works without it", exit_code=5)
     if not worst <= 8:
         detail = f"differs from the exact result by {worst:.0f} ulp"
-        return Finding(
-            "kernels", name, FAIL, detail, "--backend reference is right", exit_code=HardwareError.exit_code
-        )
+        return Finding("kernels", name, FAIL, detail, "--backend reference is right", exit_code=HardwareError.exit_code)
     return Finding("kernels", name, OK, "agrees with the exact result", data={"worst_ulp": round(worst, 3)})
 
 
@@ -297,9 +283,7 @@ def _network(offline: bool) -> Iterator[Finding]:
     try:
         from huggingface_hub import constants, get_token
     except Exception as error:
-        yield Finding(
-            "network", "hub", FAIL, f"huggingface_hub does not import: {error}", "reinstall huggingface_hub"
-        )
+        yield Finding("network", "hub", FAIL, f"huggingface_hub does not import: {error}", "reinstall huggingface_hub")
         return
     endpoint = constants.ENDPOINT
     if offline or constants.HF_HUB_OFFLINE:

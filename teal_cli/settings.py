@@ -205,9 +205,7 @@ def unknown_variables(env: Mapping[str, str] | None = None) -> list[str]:
     """TEAL_* variables that set nothing: misspelt ones."""
     known = {variable(key) for key in KEYS} | _NOT_SETTINGS
     return sorted(
-        name
-        for name in (os.environ if env is None else env)
-        if name.startswith("TEAL_") and name not in known
+        name for name in (os.environ if env is None else env) if name.startswith("TEAL_") and name not in known
     )
 
 

@@ -123,16 +123,12 @@ def test_every_setting_is_described_and_has_a_variable_of_its_own(key: str) -> N
     assert [other for other in settings.KEYS if settings.variable(other) == settings.variable(key)] == [key]
 
 
-def test_a_broken_file_stops_a_command_with_2(
-    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_file_stops_a_command_with_2(teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teal.toml").write_text("sparsty = 0.5")
     result = teal("generate", "--prompt", "a")
     assert result.code == 2
-    assert (
-        result.err == "error: teal.toml has an unknown setting 'sparsty'\n  hint: did you mean 'sparsity'?\n"
-    )
+    assert result.err == "error: teal.toml has an unknown setting 'sparsty'\n  hint: did you mean 'sparsity'?\n"
 
 
 def test_home_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

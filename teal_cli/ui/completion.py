@@ -30,9 +30,7 @@ def models(incomplete: str) -> Items:
     items = []
     for path in sorted(teal_home().glob("models/*/model.json")):
         entry = _read_json(path)
-        items.append(
-            (path.parent.name, _join(_size(entry.get("size_bytes")), entry.get("family"), entry.get("dtype")))
-        )
+        items.append((path.parent.name, _join(_size(entry.get("size_bytes")), entry.get("family"), entry.get("dtype"))))
     return _matching(items, incomplete)
 
 
@@ -50,9 +48,7 @@ def calibrations(ctx: typer.Context, incomplete: str) -> Items:
     items = []
     for path in sorted(teal_home().glob(f"models/{name}/calibrations/*/calibration.json")):
         entry = _read_json(path)
-        items.append(
-            (path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype")))
-        )
+        items.append((path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype"))))
     return _matching(items, incomplete)
 
 

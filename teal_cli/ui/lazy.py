@@ -98,9 +98,10 @@ def load(entry: Entry) -> Any:
 
 
 def _adopt(command: Any) -> None:
-    """Give a command, and those under it, our help and `-h`."""
+    """Give a command, and those under it, our help and `-h`, and list it with its whole first line."""
     command.rich_markup_mode = None
     command.context_class = TealContext
     command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS}
+    command.short_help = command.short_help or (command.help or "").partition("\n")[0]
     for child in getattr(command, "commands", {}).values():
         _adopt(child)

@@ -150,14 +150,10 @@ TopKOption = Annotated[
     int | None,
     typer.Option("--top-k", min=0, metavar="K", help="Sample among the K most likely tokens; 0 among all."),
 ]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the sampling.")
-]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the sampling.")]
 
 # ---------------------------------------------------------------- network and safety
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use only what is on this machine already.")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", "-N", help="Say what would be done and how much, and stop.")
-]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", "-N", help="Say what would be done and how much, and stop.")]
 ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]

@@ -86,8 +86,9 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Something the user should know, on stderr, always."""
-        self.err.print("[yellow]warning:[/yellow]", end=" ")
-        self.err.print(text, markup=False, soft_wrap=True)
+        from rich.text import Text
+
+        self.err.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

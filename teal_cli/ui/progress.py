@@ -104,9 +104,7 @@ class _Drawn:
         self._bars = bars
 
     def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
-        return _DrawnTask(
-            self._bars, self._bars.add_task(text, total=total, amount=amount(0, total, unit)), unit
-        )
+        return _DrawnTask(self._bars, self._bars.add_task(text, total=total, amount=amount(0, total, unit)), unit)
 
 
 class _DrawnTask:

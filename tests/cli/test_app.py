@@ -94,7 +94,7 @@ def test_mistyped_command_is_guessed(teal: Teal) -> None:
 def test_mistyped_option_is_guessed(teal: Teal) -> None:
     result = teal("doctor", "--ofline")
     assert result.code == 2
-    assert result.err == "error: No such option: --ofline\n  hint: did you mean --offline?\n"
+    assert result.err == "error: no such option: --ofline\n  hint: did you mean --offline?\n"
 
 
 def test_usage_error_is_one_sentence_with_a_hint(teal: Teal, behave) -> None:
@@ -102,7 +102,7 @@ def test_usage_error_is_one_sentence_with_a_hint(teal: Teal, behave) -> None:
     result = teal("doctor", "--count", "many")
     assert result.code == 2
     error, hint = result.err.splitlines()
-    assert error.startswith("error: Invalid value for '--count'")
+    assert error.startswith("error: invalid value for '--count'")
     assert hint == "  hint: `teal doctor --help` shows what there is"
 
 
@@ -114,9 +114,7 @@ def _counting(count: Annotated[int, typer.Option(help="How many.")] = 1) -> None
     ("kind", "code"),
     [(TealError, 1), (UsageError, 2), (NotFoundError, 3), (AuthError, 4), (HardwareError, 5)],
 )
-def test_teal_errors_become_sentence_hint_and_code(
-    teal: Teal, behave, kind: type[TealError], code: int
-) -> None:
+def test_teal_errors_become_sentence_hint_and_code(teal: Teal, behave, kind: type[TealError], code: int) -> None:
     def fail(json: JsonOption = False) -> None:
         raise kind("the sky is green", hint="look again")
 
@@ -140,9 +138,7 @@ def test_json_counts_before_and_after_the_command(teal: Teal, behave, args: list
     def show(json: JsonOption = False) -> None:
         out = output(json)
         out.note("a note")
-        out.result(
-            {"value": 1, "path": Path("a"), "nothing": float("nan")}, lambda console: console.print("text")
-        )
+        out.result({"value": 1, "path": Path("a"), "nothing": float("nan")}, lambda console: console.print("text"))
 
     behave(show)
     result = teal(*args)
@@ -213,9 +209,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         "sys.modules[module.__name__] = module\n"
         "sys.exit(main(['doctor']))\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)

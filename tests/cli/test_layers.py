@@ -113,18 +113,14 @@ def test_imports_run_one_way(module: str) -> None:
     here = room(module)
     assert here in LEVEL, f"{module} is in no layer: give {here} a place in LAYERS"
     for name, _ in imports(module):
-        if name not in MODULES or not imports(
-            name
-        ):  # not ours, or constants without imports: open to everyone
+        if name not in MODULES or not imports(name):  # not ours, or constants without imports: open to everyone
             continue
         there = room(name)
         if there != here and (within(module), there) not in ALLOWED:
             assert LEVEL[there] > LEVEL[here], f"{module} imports {name}, but {there} is not below {here}"
 
 
-@pytest.mark.parametrize(
-    "module", [m for m in MODULES if room(m) in LIGHT and not within(m).startswith(COMPUTES)]
-)
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in LIGHT and not within(m).startswith(COMPUTES)])
 def test_what_talks_imports_nothing_heavy(module: str) -> None:
     """Follows the imports at module level through our own modules."""
     seen: set[str] = set()

@@ -47,9 +47,7 @@ def complete(home: Path) -> Complete:
             "COMP_CWORD": str(len(line.split(" ")) - 1),
         }
         command = [sys.executable, "-m", "teal_cli"]
-        result = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **env}, check=True
-        )
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=True)
         assert result.stderr == ""
         return result.stdout.strip().splitlines()
 

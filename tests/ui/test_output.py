@@ -95,9 +95,7 @@ def test_a_log_gets_first_and_last_line(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr() == ("", "Calibrating\nCalibrating: 30/30 layers\n")
 
 
-def test_a_log_gets_a_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
     run(Output(json=False, quiet=False))
     lines = capsys.readouterr().err.splitlines()
