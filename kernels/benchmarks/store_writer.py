@@ -1,12 +1,12 @@
 """What the store costs and saves, against one `torch.save` file per token, layer and projection.
 
-    python kernels/benchmarks/store_writer.py                       # SmolLM2-135M's shape, bfloat16, 50/75/90%
-    python kernels/benchmarks/store_writer.py --model llama-2-7b --tokens 128
+    python kernels/benchmarks/store_writer.py                       # SmolLM2-135M's shape, bfloat16,
+    50/75/90% python kernels/benchmarks/store_writer.py --model llama-2-7b --tokens 128
 
-Rows are normal numbers, thresholded so that the target share is dropped. Each result is one JSON object on a line:
-tokens per second of either way (producer and disk together, the store finished and closed), files, bytes per element,
-the share of time that a decoding thread would spend in `begin` and `end`, and the throughput of packing alone.
-The two ways alternate within one run; both write to the folder of --folder.
+Rows are normal numbers, thresholded so that the target share is dropped. Each result is one JSON object on a
+line: tokens per second of either way (producer and disk together, the store finished and closed), files,
+bytes per element, the share of time that a decoding thread would spend in `begin` and `end`, and the
+throughput of packing alone. The two ways alternate within one run; both write to the folder of --folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def header(model: str) -> StoreHeader:
 
 
 def thresholded(shape: StoreHeader, threshold: float) -> list[Rows]:
-    """A block of tokens, made beforehand and used in turn: blocks are compressed one by one, so a store of equal
+    """A block of tokens, made beforehand and used in turn: blocks are compressed one by one, so a store of
+    equal
     blocks has the size of one of different ones."""
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -159,10 +161,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: the temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for row in measure(
-            arguments.model, arguments.tokens, arguments.file_tokens, arguments.repeats, Path(folder)
-        ):
-            print(json.dumps(row), flush=True)
+        for row in measure(arguments.model, arguments.tokens, arguments.file_tokens, arguments.repeats, Path(folder)):
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ class Block:
         kept[self.kept] = stays
         return Block(self.start, self.values[stays], kept, np.count_nonzero(kept, axis=1).astype(np.uint32))
 
+    def dense(self) -> np.ndarray:
+        """Rows [tokens, K] in the stored data type, zeros where dropped."""
+        return unpack(self.values, self.kept)
+
     def rows(self, start: int, stop: int) -> Block:
         """Part of the block, by indices of tokens in the level."""
         a, b = start - self.start, stop - self.start
@@ -138,9 +142,7 @@ class SiteReader:
                 hint=layout.VERIFY_HINT,
             ) from error
 
-    def _checked(
-        self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray
-    ) -> Block:
+    def _checked(self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray) -> Block:
         start, stop = self.span(block)
         kept = unpack_mask(mask, self.channels)
         problem = _problem(values, kept, row_nnz)
@@ -276,7 +278,7 @@ class ActivationArray:
     def _dense(self, block: Block) -> np.ndarray:
         if self._form == "mask":
             return block.kept
-        return self._convert(unpack(block.values, block.kept))
+        return self._convert(block.dense())
 
     def _convert(self, values: np.ndarray) -> np.ndarray:
         if self._form == "mask":
