@@ -1,87 +1,25 @@
-"""Our transformer against transformers' own: logits, and the inputs of all linear layers."""
+"""Our transformer against transformers' own on tiny models of every family."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from reference_model import (
+    PROMPT,
+    Recorder,
+    assert_same_inputs,
+    reference,
+    relative_rms,
+    run_ours,
+    run_theirs,
+    tokens_for,
+    watch,
+)
 
-from teal_cli.model.sites import SITE_PROJECTIONS
-from teal_cli.model.transformer import Transformer, attend_alone, block, dense
+from teal_cli.model.transformer import Transformer, attend_alone, block
 from teal_cli.model.weights import Checkpoint
-
-PROMPT, TOTAL = 13, 24  # both beyond the tiny models' sliding window of 8
-MODULES = {
-    **dict.fromkeys("qkvo", "self_attn"),
-    **dict.fromkeys(("gate", "up", "down"), "mlp"),
-}
-
-
-def reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-
-
-def tokens_for(vocab: int, count: int = TOTAL) -> Tensor:
-    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(7))
-
-
-def watch(model: Any) -> dict[tuple[int, str], list[Tensor]]:
-    """(layer, projection) -> what each call of that linear layer of transformers' model read, [S, K]."""
-    seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
-    for index, layer in enumerate(model.model.layers):
-        for name, parent in MODULES.items():
-            linear = getattr(getattr(layer, parent), f"{name}_proj")
-            linear.register_forward_pre_hook(lambda _, args, key=(index, name): seen[key].append(args[0][0].clone()))
-    return seen
-
-
-class Recorder:
-    """A `Project` that remembers its inputs."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
-
-    def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
-        self.seen[layer, site].append(x.clone())
-        return dense(layer, site, x, weight)
-
-
-def relative_rms(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt())
-
-
-def assert_same_inputs(ours: Recorder, theirs: dict[tuple[int, str], list[Tensor]], limit: float) -> None:
-    """Row by row, so that one bad token among many good ones is seen."""
-    for (layer, site), xs in ours.seen.items():
-        rows = torch.cat(xs)
-        for projection in SITE_PROJECTIONS[site]:
-            for row, expected in zip(rows, torch.cat(theirs[layer, projection]), strict=True):
-                assert relative_rms(row, expected) < limit, (layer, projection)
-
-
-@torch.inference_mode()
-def run_theirs(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [steps + 1, vocab] of a prefill of PROMPT tokens and one step for each token after it."""
-    out = model(tokens[None, :PROMPT], use_cache=True)
-    logits = [out.logits[0, -1]]
-    for token in tokens[PROMPT:]:
-        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits[0, -1])
-    return torch.stack(logits).float()
-
-
-def run_ours(model: Transformer, tokens: Tensor, project: Any = dense, chunk: int = PROMPT) -> Tensor:
-    cache = model.cache(len(tokens))
-    for start in range(0, PROMPT, chunk):
-        last = model.forward(tokens[start : min(start + chunk, PROMPT)], start, cache, project)
-    logits = [last]
-    logits += [model.forward(tokens[i : i + 1], i, cache, project) for i in range(PROMPT, len(tokens))]
-    return torch.stack(logits)
 
 
 def test_logits_and_linear_inputs_agree(tiny_model: Path) -> None:

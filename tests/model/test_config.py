@@ -1,0 +1,178 @@
+"""What config.json is read as, in older and newer spellings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_tiny import TINY
+
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.model.config import SUPPORTED, ModelConfig, load_config
+from teal_cli.model.sites import PROJECTIONS, SITE_PROJECTIONS
+
+SIZES = {
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
+
+def write(folder: Path, **fields: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **fields}))
+    return folder
+
+
+def read(folder: Path, **fields: Any) -> ModelConfig:
+    return load_config(write(folder, **fields))
+
+
+def test_widths_of_every_site(tmp_path: Path) -> None:
+    config = read(tmp_path, model_type="qwen3", head_dim=16)
+    assert {site: config.channels(site) for site in SITE_PROJECTIONS} == {
+        "attn_in": 72,
+        "attn_out": 96,
+        "mlp_in": 72,
+        "mlp_mid": 100,
+    }
+    assert config.segments("attn_in") == (96, 32, 32)
+    assert config.segments("mlp_in") == (100, 100)
+    sizes = config.projection_sizes()
+    assert tuple(sizes) == PROJECTIONS
+    assert sizes["v"] == 72 * 32
+    assert sizes["down"] == 100 * 72
+
+
+def test_every_tiny_model_is_of_a_supported_family(tiny: Callable[[str], Path]) -> None:
+    families = {load_config(tiny(name)).family for name in TINY}
+    assert families == set(SUPPORTED)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
+    ],
+    ids=["oldest", "old", "new"],
+)
+def test_rope_is_read_in_every_spelling(tmp_path: Path, fields: dict[str, Any]) -> None:
+    rope = read(tmp_path, **fields).hf.rope_parameters
+    assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("linear", 5e5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"model_type": "llama"}, (None,) * 4),
+        ({"model_type": "mistral", "sliding_window": 9}, (9,) * 4),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 4),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 9}, (None,) * 4),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+            (None, None, None, 9),
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (9, None, 9, None),
+        ),
+    ],
+)
+def test_sliding_windows(tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert read(tmp_path, **fields).sliding_windows == windows
+
+
+def test_biases_and_norms_by_family(tmp_path: Path) -> None:
+    found = {}
+    for family in SUPPORTED:
+        config = read(tmp_path, model_type=family)
+        found[family] = (config.qkv_bias, config.o_bias, config.qk_norm)
+    assert found == {
+        "llama": (False, False, False),
+        "mistral": (False, False, False),
+        "qwen2": (True, False, False),
+        "qwen3": (False, False, True),
+    }
+    biased = read(tmp_path, attention_bias=True)
+    assert (biased.qkv_bias, biased.o_bias) == (True, True)
+
+
+def test_generation_config_names_the_end_tokens(tmp_path: Path) -> None:
+    assert read(tmp_path, eos_token_id=3).eos_ids == (3,)
+    assert read(tmp_path, eos_token_id=[3, 4]).eos_ids == (3, 4)
+    assert read(tmp_path, eos_token_id=None).eos_ids == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert read(tmp_path, eos_token_id=3).eos_ids == (7, 8)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert read(tmp_path, eos_token_id=3).eos_ids == (3,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16"}, "float16"),
+        ({}, "float32"),
+    ],
+)
+def test_dtype_the_checkpoint_asks_for(tmp_path: Path, fields: dict[str, Any], dtype: str) -> None:
+    assert read(tmp_path, **fields).torch_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["gpt2", "GPT2LMHeadModel", *SUPPORTED]),
+        ({"model_type": "not-even-in-transformers"}, ["not-even-in-transformers", *SUPPORTED]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised", "gptq"]),
+        ({"hidden_act": "gelu"}, ["gelu", "silu"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "llama3", "yarn"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["0.5"]),
+    ],
+)
+def test_what_teal_cannot_run_is_named(tmp_path: Path, fields: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(tmp_path, **fields)
+    assert all(word in caught.value.message for word in named)
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "many"},
+        {"num_key_value_heads": 4},
+        {"head_dim": 13},
+        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(TealError, match=r"config\.json is not a valid config") as caught:
+        read(tmp_path, **fields)
+    assert "\n" not in caught.value.message
+
+
+def test_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no config\.json"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(TealError, match=r"config\.json"):
+        load_config(tmp_path)
