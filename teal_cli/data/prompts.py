@@ -83,13 +83,10 @@ class PromptSource:
 
     def _from_dataset(self, dataset: str, encode: Encode) -> list[list[int]]:
         count = 1 if self.count is None else self.count
-        prompts: list[tuple[str, list[int]]] = []
-        for text, ids in _long_enough(
-            open_source(dataset, split=self.split, held_out=self.split is None).documents(),
-            encode,
-            self.prompt_tokens,
-        ):
-            prompts.append((text, ids))
+        prompts: list[list[int]] = []
+        source = open_source(dataset, split=self.split, held_out=self.split is None)
+        for ids in _long_enough(source.documents(), encode, self.prompt_tokens):
+            prompts.append(ids)
             if len(prompts) == count:
                 return prompts
         raise UsageError(

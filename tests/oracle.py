@@ -17,8 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from teal_cli.dump.reader import Level
+from teal_cli.data.prompts import PromptSource
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.dump.reader import Level, open_store
+from teal_cli.dumping import Dump, DumpRequest
 from teal_cli.model.sites import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
+from teal_cli.session import open_session
 
 _MODULES = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in PROJECTIONS}
 
@@ -54,23 +58,26 @@ def judge(model: PreTrainedModel, level: Level, prompt: Sequence[int], tokens: S
         model: from `reference_model`.
         level: the level that holds the sequence.
         prompt: the prompt's token ids.
-        tokens: what teal generated.
+        tokens: the tokens that were fed to the steps, as teal generated them.
         sequence: its index in the level.
     """
     verdict = Verdict()
-    (rows,) = np.nonzero(level.tokens["sequence"] == sequence)
-    assert len(rows) == len(tokens) - 1, "a dump holds one row for every decode step"
-    assert list(level.tokens["token_id"][rows]) == list(tokens[:-1])
-    assert list(level.tokens["position"][rows]) == list(range(len(prompt), len(prompt) + len(rows)))
-    captured = {(layer, p): np.asarray(level.projection(layer, p)[rows[0] : rows[-1] + 1]) if len(rows) else None
-                for layer in range(model.config.num_hidden_layers) for p in PROJECTIONS}
+    rows = np.flatnonzero(level.tokens.sequence == sequence)
+    assert list(level.tokens.token_id[rows]) == list(tokens)
+    assert list(level.tokens.position[rows]) == list(range(len(prompt), len(prompt) + len(rows)))
+    captured = {
+        (layer, p): np.asarray(level.projection(layer, p)[rows[0] : rows[-1] + 1])
+        for layer in range(model.config.num_hidden_layers)
+        for p in PROJECTIONS
+    }
     output = model(torch.tensor([list(prompt)]), use_cache=True)
     _check_token(verdict, output.logits[0, -1], tokens[0])
     for step in range(len(rows)):
         row = {key: torch.from_numpy(np.ascontiguousarray(values[step])) for key, values in captured.items()}
         with _masked(model, row, level.thresholds, verdict):
             output = model(torch.tensor([[tokens[step]]]), past_key_values=output.past_key_values, use_cache=True)
-        _check_token(verdict, output.logits[0, -1], tokens[step + 1])
+        if step + 1 < len(tokens):
+            _check_token(verdict, output.logits[0, -1], tokens[step + 1])
         verdict.steps += 1
     return verdict
 
@@ -120,3 +127,32 @@ def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> 
         if not distance < 1e-4:
             verdict.trouble.append(f"{where}: mask differs {distance:.2e} (relative) from the threshold {t:.3e}")
     return masked
+
+
+def make_dump(model: str, path: Path, *, levels: tuple[float, ...], prompts: Path, max_new_tokens: int,
+              backend: str) -> Dump:
+    """A greedy float32 dump of a registered, calibrated model through the library calls of `teal dump`."""
+    session = open_session(model, dtype="float32", device="cpu", backend=backend)
+    request = DumpRequest(levels, PromptSource(file=prompts), max_new_tokens, Sampling(temperature=0), ignore_eos=True)
+    dump = Dump(session, request)
+    for _ in dump.run(path):
+        pass
+    return dump
+
+
+def assert_agrees(dump: Dump, path: Path) -> None:
+    """Every sequence of every level of a dump, by the limits that teal promises."""
+    reference = reference_model(dump.session.entry.path)
+    for target in dump.request.levels:
+        level = open_store(path).level(target)
+        kept = entries = 0
+        for index, prompt in enumerate(dump.prompts):
+            rows = level.rows(index)
+            # What was generated: the tokens that were fed, and the last one, which no step was fed any more.
+            tokens = [int(token) for token in level.tokens.token_id[rows]]
+            verdict = judge(reference, level, prompt.token_ids, tokens, sequence=index)
+            assert verdict.steps == dump.request.max_new_tokens - 1
+            assert verdict.logit_gap < 1e-3
+            assert not verdict.trouble, verdict.trouble[:5]
+            kept, entries = kept + verdict.kept, entries + verdict.entries
+        assert abs(1 - kept / entries - target) < 0.2, "the masks are nowhere near the level they are filed under"

@@ -1,0 +1,49 @@
+"""What a dump holds, judged step by step by transformers' own model with hooks on its linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures_tiny import TINY, TINY_FAMILIES
+from oracle import assert_agrees, make_dump
+
+from teal_cli.registry.download import fetch
+from teal_cli.registry.registry import ModelEntry, Registry
+from teal_cli.sparsity.calibrate import Text, calibrate
+
+LEVELS = (0.0, 0.25, 0.5, 0.9)
+
+
+def calibrated(name: str, sequences: int, seq_len: int) -> None:
+    text = Text("python-docs", num_sequences=sequences, seq_len=seq_len)
+    for _ in calibrate(Registry(), name, text, dtype="float32", device=torch.device("cpu")):
+        pass
+
+
+def prompt_file(folder: Path, *prompts: str) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "auto") for name in sorted(TINY)), *((name, "reference") for name in TINY_FAMILIES)]
+)
+def test_tiny_models(name: str, backend: str, tiny: Callable[[str], Path], teal_home: Path, tmp_path: Path) -> None:
+    fetch(str(tiny(name)), name="tiny")
+    calibrated("tiny", 2, 64)
+    prompts = prompt_file(tmp_path, "The quick brown fox", "def keep")
+    dump = make_dump("tiny", tmp_path / "out.zarr", levels=LEVELS, prompts=prompts, max_new_tokens=20, backend=backend)
+    assert_agrees(dump, tmp_path / "out.zarr")
+
+
+@pytest.mark.slow
+def test_the_real_model(smollm2: ModelEntry, smollm2_home: Path, tmp_path: Path) -> None:
+    calibrated("smollm2-135m", 4, 256)
+    prompts = prompt_file(tmp_path, "The capital of France is", "Once upon a time, in a village by the sea,")
+    path = tmp_path / "out.zarr"
+    dump = make_dump("smollm2-135m", path, levels=LEVELS, prompts=prompts, max_new_tokens=64, backend="auto")
+    assert_agrees(dump, path)
