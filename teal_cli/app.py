@@ -45,7 +45,7 @@ COMMANDS = tuple(
             Entry("generate", RUN, "Generate text with sparse decoding."),
             Entry("dump", RUN, "Dump activations of many prompts at many sparsity levels into one store."),
             Entry("bench", RUN, "Speed against the dense path and the memory limit.", attribute="app"),
-            Entry("store", STORES, "Look into a store, check it, convert it.", attribute="app"),
+            Entry("store", STORES, "Look into a store, check it, measure it, convert it.", attribute="app"),
             Entry("plot", STORES, "Pictures of stores and benchmarks.", attribute="app"),
         ),
     )

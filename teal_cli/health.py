@@ -25,6 +25,12 @@ FAIL: Final = "fail"
 ROOM_WANTED = 5_000_000_000
 """Bytes that a small model, its calibration and a store need."""
 
+DISPENSABLE = {
+    "numba": "no compiled CPU step",
+    "triton": "no triton backend",
+}
+"""Requirements that teal runs without, if more slowly: some platforms do not have them."""
+
 OPTIONAL = {
     "xarray": "xarray.open_dataset(store, engine='teal')",
     "matplotlib": "teal plot",
@@ -83,7 +89,10 @@ def _versions() -> Iterator[Finding]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding("versions", name, FAIL, "not installed", f"pip install '{name}{wanted}'")
+            if name in DISPENSABLE:
+                yield Finding("versions", name, WARN, f"not installed: {DISPENSABLE[name]}")
+            else:
+                yield Finding("versions", name, FAIL, "not installed", f"pip install '{name}{wanted}'")
             continue
         if wanted.contains(version, prereleases=True):
             yield Finding("versions", name, OK, version, data={"version": version})

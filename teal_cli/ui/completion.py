@@ -44,7 +44,7 @@ def catalog(incomplete: str) -> Items:
 
 def calibrations(ctx: typer.Context, incomplete: str) -> Items:
     """Calibrations of the model that the line names so far, or of every model."""
-    name = ctx.params.get("model") or "*"
+    name = ctx.params.get("model") or _argument(ctx, "name") or "*"
     items = []
     for path in sorted(teal_home().glob(f"models/{name}/calibrations/*/calibration.json")):
         entry = _read_json(path)
@@ -65,11 +65,9 @@ def recipes(incomplete: str) -> Items:
 
 def levels(ctx: typer.Context, incomplete: str) -> Items:
     """Levels of the store that the line names."""
-    store = ctx.params.get("store")
-    if store is None:
-        return []
+    store = _argument(ctx, "store")
     items = []
-    for path in sorted(Path(store).glob("*/zarr.json")):
+    for path in [] if store is None else sorted(Path(store).glob("*/zarr.json")):
         attrs = _read_json(path).get("attributes", {}).get("teal", {})
         if "tokens_committed" in attrs:
             items.append((path.parent.name, f"{attrs['tokens_committed']} tokens"))
@@ -101,6 +99,12 @@ def plain_help() -> None:
 
     if hasattr(_completion_classes, "_sanitize_help_text"):
         _completion_classes._sanitize_help_text = lambda text: text
+
+
+def _argument(ctx: typer.Context, name: str) -> str | None:
+    """A positional argument given so far. While an option at the end still lacks its value, click has not assigned
+    the arguments to their names yet and keeps them aside."""
+    return ctx.params.get(name) or next(iter(ctx.args), None)
 
 
 def _matching(items: Items, incomplete: str) -> Items:

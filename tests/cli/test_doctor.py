@@ -13,6 +13,7 @@ from fixtures_cli import Teal
 
 from teal_cli import health
 from teal_cli.health import Finding, examine, summary
+from teal_kernels.backends import OPS
 
 
 def findings(area: str | None = None) -> dict[str, Finding]:
@@ -40,7 +41,7 @@ def test_for_people(teal: Teal) -> None:
 
 def test_every_op_says_what_it_uses_and_why_not_the_rest() -> None:
     kernels = findings("kernels")
-    for op in ("threshold", "sparse_gemv"):
+    for op in OPS:
         used, unavailable = kernels[op].data["used"], kernels[op].data["unavailable"]
         assert kernels[f"{op}/{used}"].status == "ok"
         assert used not in unavailable
@@ -93,13 +94,14 @@ def test_missing_and_old_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     real = metadata.version
 
     def version(name: str) -> str:
-        if name == "gguf":
+        if name in ("gguf", "triton"):
             raise metadata.PackageNotFoundError(name)
         return "0.1" if name == "zarr" else real(name)
 
     monkeypatch.setattr(health.metadata, "version", version)
     versions = findings("versions")
     assert versions["gguf"].status == "fail"
+    assert versions["triton"] == Finding("versions", "triton", "warn", "not installed: no triton backend")
     assert versions["zarr"].status == "warn"
     assert "pip install 'zarr" in (versions["zarr"].hint or "")
 

@@ -78,6 +78,17 @@ def test_calibrations_of_the_model_on_the_line(complete: Complete) -> None:
     assert complete("teal generate -m mistral-7b-v0.3 -c ") == []
 
 
+def test_levels_of_the_store_on_the_line(complete: Complete, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    for level, tokens in (("s0.50", 1000), ("s0.90", 20)):
+        (store / level).mkdir(parents=True)
+        attributes = {"teal": {"target": float(level[1:]), "tokens_committed": tokens}}
+        (store / level / "zarr.json").write_text(json.dumps({"node_type": "group", "attributes": attributes}))
+    assert complete(f"teal store stats {store} --level ") == ["s0.50\t1000 tokens", "s0.90\t20 tokens"]
+    assert complete(f"teal store stats {store} --level s0.9") == ["s0.90\t20 tokens"]
+    assert complete("teal store stats --level ") == []
+
+
 def test_datasets_and_recipes_come_from_the_shipped_files(complete: Complete) -> None:
     datasets = dict(line.split("\t") for line in complete("teal dump -d "))
     assert {"wikitext", "alpaca", "c4", "python-docs"} <= set(datasets)
