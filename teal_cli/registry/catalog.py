@@ -51,8 +51,7 @@ def catalog() -> dict[str, CatalogModel]:
     """All models by name, smallest first within a family."""
     files = [file for file in (configs() / "models").iterdir() if file.name.endswith(".toml")]
     models = [
-        _model(file.name.removesuffix(".toml"), tomllib.loads(file.read_text(encoding="utf-8")))
-        for file in files
+        _model(file.name.removesuffix(".toml"), tomllib.loads(file.read_text(encoding="utf-8"))) for file in files
     ]
     return {model.name: model for model in sorted(models, key=_order)}
 
@@ -63,7 +62,7 @@ def _model(name: str, fields: dict[str, Any]) -> CatalogModel:
 
 def _order(model: CatalogModel) -> tuple[bool, str, int, str]:
     series = re.split(r"-(?=[\d.]+b)", model.name)[0]
-    return model.name != DEFAULT, series, model.parameters, model.name
+    return not DEFAULT.startswith(series), series, model.parameters, model.name
 
 
 def find(name: str) -> CatalogModel | None:

@@ -32,7 +32,7 @@ _DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def select_files(names: Collection[str], where: str) -> list[str]:
-    """The files of a checkpoint that teal and transformers need, out of all that a repository or folder holds.
+    """The files of a checkpoint that teal and transformers need, out of all that a folder holds.
 
     Weights are taken once, as safetensors: .bin, .pth, original/, consolidated.safetensors, onnx/ and GGUF
     copies of the same weights are left out, which for Llama-2-7B is half of the repository.
@@ -104,7 +104,7 @@ def context_of(config: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of all safetensors files say: dtype of most bytes (torch's name) and number of weights."""
+    """What the headers of all safetensors files say: dtype of most weights (torch's name), their number."""
 
     dtype: str
     parameters: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +63,7 @@ def download(
     registry: Registry | None = None,
     name: str | None = None,
     options: Options | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Fetch a model and register it.
 
     Args:
@@ -83,34 +83,45 @@ def download(
         UsageError: an unsupported architecture or format, or a name that another model has.
         TealError: no network (`UnreachableError`), a full disk, a damaged file.
     """
+    from filelock import Timeout
+
     registry, options = registry or Registry(), options or Options()
     target = resolve(spec, registry, options, name)
-    if registry.is_locked(target.name):
+    lock = registry.lock(target.name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
         yield Note(f"another teal is working on {target.name}; waiting for it")
-    with registry.lock(target.name):
-        here = _registered(registry, target, options)
-        if here is not None and not options.force and options.revision is None and _intact(here):
-            yield Done(here, fetched=False)
-            return
-        source, plan = yield from _plan(target)
-        if here is not None and not options.force and plan.revision == here.revision and _intact(here):
-            yield Done(here, fetched=False)
-            return
-        yield Planned(plan)
-        staging = _staging(registry, target.name, source)
-        require_space(registry.home, plan.writes)
-        with disk_errors(registry.home):
-            staging.mkdir(parents=True, exist_ok=True)
-        fetched = yield from source.fetch(plan, staging)
-        entry = yield from _register(registry, target.name, source, fetched, here)
-        for leftover in staging.parent.glob(f"{target.name}@*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield Done(entry, fetched=True)
+        lock.acquire()
+    try:
+        yield from _download(registry, target, options)
+    finally:
+        lock.release()
 
 
-def fetch(
-    spec: str | None = None, *, registry: Registry | None = None, name: str | None = None
-) -> ModelEntry:
+def _download(registry: Registry, target: Target, options: Options) -> Generator[Event, None, None]:
+    """`download`, once the lock is held."""
+    here = _registered(registry, target, options)
+    if here is not None and not options.force and options.revision is None and _intact(here):
+        yield Done(here, fetched=False)
+        return
+    source, plan = yield from _plan(target)
+    if here is not None and not options.force and plan.revision == here.revision and _intact(here):
+        yield Done(here, fetched=False)
+        return
+    yield Planned(plan)
+    staging = _staging(registry, target.name, source)
+    require_space(registry.home, plan.writes)
+    with disk_errors(registry.home):
+        staging.mkdir(parents=True, exist_ok=True)
+    fetched = yield from source.fetch(plan, staging)
+    entry = yield from _register(registry, target.name, source, fetched, here)
+    for leftover in staging.parent.glob(f"{target.name}@*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    yield Done(entry, fetched=True)
+
+
+def fetch(spec: str | None = None, *, registry: Registry | None = None, name: str | None = None) -> ModelEntry:
     """`download` for callers that want the model and no events."""
     *_, last = download(spec, registry=registry, name=name)
     assert isinstance(last, Done)
@@ -156,7 +167,7 @@ def _staging(registry: Registry, name: str, source: Source) -> Path:
 def _register(
     registry: Registry, name: str, source: Source, fetched: Fetched, before: ModelEntry | None
 ) -> Generator[Note, None, ModelEntry]:
-    """Move what was made in staging into place and write model.json; then clean up after the model it replaces."""
+    """Move what was made in staging into place, write model.json, clean up after what it replaces."""
     config = read_json(fetched.path / CONFIG)
     architecture, family = architecture_of(config, source.location)
     weights = inspect_weights(fetched.path, [file.path for file in fetched.files])

@@ -68,12 +68,10 @@ class ModelEntry:
         return tuple(sorted(file.parent.name for file in self.home.glob("calibrations/*/calibration.json")))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of model.json. A path inside the model's own folder is relative, so that $TEAL_HOME can move."""
+        """The content of model.json; a path inside the model's own folder is relative: $TEAL_HOME can move."""
         value = {"schema": SCHEMA, **asdict(self)}
         del value["home"], value["name"]
-        value["path"] = (
-            str(self.path.relative_to(self.home)) if self.path.is_relative_to(self.home) else str(self.path)
-        )
+        value["path"] = str(self.path.relative_to(self.home)) if self.path.is_relative_to(self.home) else str(self.path)
         return value
 
     @classmethod
@@ -85,10 +83,6 @@ class ModelEntry:
         """
         if value["schema"] != SCHEMA:
             raise ValueError(f"schema {value['schema']}, not {SCHEMA}")
-        fields = {
-            key: value[key]
-            for key in cls.__dataclass_fields__
-            if key not in ("home", "name", "path", "files")
-        }
+        fields = {key: value[key] for key in cls.__dataclass_fields__ if key not in ("home", "name", "path", "files")}
         files = tuple(FileRecord(**file) for file in value["files"])
         return cls(name=home.name, home=home, path=home / value["path"], files=files, **fields)

@@ -22,7 +22,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` bytes of one stage ("download", "convert", "hash") have passed; total is None while unknown."""
+    """How far one stage is, in bytes; `total` is None while it is not known.
+
+    Stages are "download", "unpack", "convert", "hash" and "verify".
+    """
 
     stage: str
     done: int

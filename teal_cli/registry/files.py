@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sha256_chunks(path: Path) -> Iterator[int | str]:
+def sha256_chunks(path: Path) -> Generator[int | str, None, None]:
     """Hash a file: yields the bytes of each chunk read, and last the hex digest."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -68,7 +68,7 @@ def require_space(folder: Path, size: int) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full; libraries may wrap the OSError."""
+    """Whether an error says that the disk, or the user's share of it, is full; it may be wrapped."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -42,9 +42,7 @@ def by_prefix(typed: str, names: Iterable[str]) -> str | None:
     found = sorted({name for name in names if name.startswith(typed.lower())})
     if len(found) > 1:
         shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
-        raise UsageError(
-            f"{typed!r} could be any of {shown}", hint="type enough of the name to tell them apart"
-        )
+        raise UsageError(f"{typed!r} could be any of {shown}", hint="type enough of the name to tell them apart")
     return found[0] if found else None
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from teal_cli.errors import NotFoundError, TealError
 from teal_cli.registry import catalog
@@ -19,6 +17,9 @@ from teal_cli.registry.entry import ModelEntry
 from teal_cli.registry.files import disk_errors, write_json
 from teal_cli.registry.names import by_prefix, unknown
 from teal_cli.settings import teal_home
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = ["ModelEntry", "Registry"]
 
@@ -110,7 +111,7 @@ class Registry:
         return self.find(name).home / "calibrations" / calibration
 
     def find_calibration(self, name: str, calibration: str | None = None) -> Path:
-        """The folder of a calibration: of an id or unambiguous prefix, a folder given as such, or None for the newest.
+        """The folder of a calibration: by id, unambiguous prefix or as a folder; None for the newest.
 
         Raises:
             NotFoundError: there is none.
@@ -134,29 +135,14 @@ class Registry:
         return entry.home / "calibrations" / found
 
     # ------------------------------------------------------------------ changing
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold the one lock for changing model `name`; waits until whoever holds it is done or dead."""
+    def lock(self, name: str) -> BaseFileLock:
+        """The one lock for changing model `name`, not yet taken; the system frees it when its holder dies."""
         from filelock import FileLock
 
         folder = self.home / "locks"
         with disk_errors(self.home):
             folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{name}.lock", poll_interval=_LOCK_POLL_S):
-            yield
-
-    def is_locked(self, name: str) -> bool:
-        """Whether another process is changing model `name` right now."""
-        from filelock import FileLock, Timeout
-
-        file = self.home / "locks" / f"{name}.lock"
-        if not file.exists():
-            return False
-        try:
-            with FileLock(file, timeout=0):
-                return False
-        except Timeout:
-            return True
+        return FileLock(folder / f"{name}.lock", poll_interval=_LOCK_POLL_S, thread_local=False)
 
     def model_home(self, name: str) -> Path:
         """The folder of a model, registered or not."""
@@ -178,7 +164,7 @@ class Registry:
         return entry
 
     def remove(self, name: str) -> ModelEntry:
-        """Forget a model, its calibrations and its converted weights; a folder or hub cache it points at stays.
+        """Forget a model, its calibrations and converted weights; a folder or hub cache it points at stays.
 
         Returns:
             What was removed.

@@ -97,7 +97,7 @@ def _from_catalog(model: catalog.CatalogModel, options: Options, name: str | Non
 
 
 def _registered(entry: ModelEntry, options: Options, name: str | None) -> Target:
-    """A model that is here: the same source again, and the same revision unless another, or --force, was given."""
+    """A model that is here: the same source, and the same revision unless another or --force was given."""
     kind, _, rest = entry.source.partition(":")
     if kind == "hub" and options.revision is None and not options.force:
         options = Options(entry.revision, options.token, options.offline)
@@ -130,6 +130,4 @@ def _looks_like_path(spec: str) -> bool:
     separators = {os.sep, os.altsep} - {None}
     if spec.lower().endswith(".gguf") or spec.startswith((".", "~")) or path.is_absolute():
         return True
-    return path.exists() and (
-        any(str(mark) in spec for mark in separators) or (path / "config.json").is_file()
-    )
+    return path.exists() and (any(str(mark) in spec for mark in separators) or (path / "config.json").is_file())

@@ -1,4 +1,4 @@
-"""Holds a model's files against what was registered: size first, which is free, then sha256, which reads every byte."""
+"""Holds a model's files against what was registered: size, which is free, then sha256, which reads all."""
 
 from __future__ import annotations
 

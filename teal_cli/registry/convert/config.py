@@ -70,12 +70,12 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
 
 
 def generation_config(gguf: GgufFile) -> dict[str, Any]:
-    """The generation_config.json: the ids that start, end and pad a text; how to sample is the caller's business."""
+    """The generation_config.json: the ids that start, end and pad a text."""
     return _token_ids(gguf)
 
 
 def _token_ids(gguf: GgufFile) -> dict[str, Any]:
-    """bos, eos and pad ids. Several ids end a text where the file names an end of turn or message besides eos."""
+    """bos, eos and pad ids. eos is a list where an end of turn or message is named besides it."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [gguf.metadata.get(f"tokenizer.ggml.{name}") for name in names]
     ends = list(dict.fromkeys(int(token) for token in found if token is not None))

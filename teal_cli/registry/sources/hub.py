@@ -35,6 +35,11 @@ class _Listing:
     commit: str
     files: dict[str, tuple[int | None, str | None]]
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the files that have one."""
+        return {name: sha256 for name, (_, sha256) in self.files.items() if sha256 is not None}
+
 
 class HubSource:
     """One model repository at one revision.
@@ -71,18 +76,18 @@ class HubSource:
         return name_from(self.repo.partition("/")[2])
 
     def plan(self) -> Plan:
-        """Ask the hub for commit, files and sizes, and read config.json; or look into the cache when offline."""
+        """Ask the hub for commit, files and sizes, and read config.json; offline, look into the cache."""
         with hub_errors(self.repo, self.revision, self.token):
             listing = self._cached_listing() if self.offline else self._hub_listing()
             selected = select_files(listing.files, self.repo)
-            config = read_json(self._config(listing.commit))
+            config = read_json(self._config(listing))
             architecture, _ = architecture_of(config, self.repo)
         self._listing = listing
         files = tuple(self._planned(name, listing) for name in selected)
         return Plan(self.location, listing.commit, architecture, files)
 
     def fetch(self, plan: Plan, staging: Path) -> Generator[Progress | Note, None, Fetched]:
-        """Fetch what the cache lacks, then check sizes; large files are hashed by the hub, small ones here."""
+        """Fetch what the cache lacks, check sizes; large files were hashed by the hub, small ones are here."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         listing = self._listing
@@ -96,12 +101,10 @@ class HubSource:
             self._drop_damaged(plan)
             require_space(Path(HF_HUB_CACHE), plan.missing_bytes)
             with disk_errors(Path(HF_HUB_CACHE)), hub_errors(self.repo, self.revision, self.token):
-                yield from transfer(self.repo, plan, self.token)
+                yield from transfer(self.repo, plan, listing.hashes, self.token)
         config = self._cached(CONFIG, listing.commit)
         if config is None:
-            raise UnreachableError(
-                f"{self.repo} did not arrive completely", hint="run the same command again"
-            )
+            raise UnreachableError(f"{self.repo} did not arrive completely", hint="run the same command again")
         folder = config.parent
         records = [_record(folder, file, listing.files[file.path][1]) for file in plan.files]
         return Fetched(folder, listing.commit, tuple(records))
@@ -130,7 +133,7 @@ class HubSource:
         return replace(plan, files=tuple(files))
 
     def _drop_damaged(self, plan: Plan) -> None:
-        """Delete cached copies of files that are to be fetched; the library would take their presence as success."""
+        """Delete cached copies of files that are to be fetched: the library would take them for complete."""
         for file in plan.files:
             cached = self._cached(file.path, str(plan.revision))
             if not file.present and cached is not None:
@@ -145,9 +148,7 @@ class HubSource:
         )
         if info.sha is None:
             raise TealError(f"the hub named no commit for {self.repo}")
-        files = {
-            item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings or []
-        }
+        files = {item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings or []}
         return _Listing(info.sha, files)
 
     def _cached_listing(self) -> _Listing:
@@ -168,19 +169,23 @@ class HubSource:
         }
         return _Listing(folder.name, files)
 
-    def _config(self, commit: str) -> Path:
+    def _config(self, listing: _Listing) -> Path:
+        """config.json; asked for by branch or tag, so that the cache learns which commit that is (for offline use)."""
         from huggingface_hub import hf_hub_download
 
-        return Path(
+        path = Path(
             hf_hub_download(
                 self.repo,
                 CONFIG,
-                revision=commit,
+                revision=self.revision,
                 token=self.token,
                 local_files_only=self.offline,
                 etag_timeout=_TIMEOUT_S,
             )
         )
+        if path.parent.name != listing.commit:
+            raise UnreachableError(f"{self.repo} is being changed right now", hint="run the same command again")
+        return path
 
     def _cached(self, name: str, commit: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -218,7 +223,7 @@ def _offline_by_environment() -> bool:
 
 
 def _blob_sha256(path: Path) -> str | None:
-    """The hub's cache names the blob of a large file by its sha256; None for other names, and without links."""
+    """The cache names the blob of a large file by its sha256; None for other names, and without links."""
     name = path.resolve().name
     return name if _SHA256.fullmatch(name) else None
 

