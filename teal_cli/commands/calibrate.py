@@ -105,12 +105,12 @@ def calibrate(
         events = library.calibrate(
             registry, model, text, dtype=given.pick("dtype", dtype), device=where, name=name, force=force
         )
-        made = _watch(out, f"Calibrating on {text.dataset}", events)
+        made = watch(out, f"Calibrating on {text.dataset}", events)
     checked: Checked | None = None
     if check is not None:
         wanted = str(made.folder) if made else calibration
         text = library.Text(check, check_split, text_column, **amounts)
-        checked = _watch(
+        checked = watch(
             out,
             f"Checking on {check}",
             library.check(registry, model, wanted, text, device=where),
@@ -137,7 +137,7 @@ def _refuse_mixtures(
         )
 
 
-def _watch(out: Output, text: str, events: Iterator[Any]) -> Any:
+def watch(out: Output, text: str, events: Iterator[Any]) -> Any:
     """Show the layers as they are done; returns the last event."""
     event = None
     with progress(out) as bars:
@@ -218,6 +218,9 @@ def _show_check(console: Console, checked: Checked) -> None:
     for column in ("target", "mean", "95% of pairs within", "furthest pairs of layer and site"):
         table.add_column(column, justify="left" if column.startswith("furthest") else "right")
     for level in checked.levels:
-        far = "  ".join(f"{pair.layer} {pair.site} {pair.sparsity:.1%}" for pair in level.furthest(_FURTHEST))
+        # Joined by spaces that do not break, so that a narrow table breaks between the pairs.
+        far = ", ".join(
+            f"{pair.layer}\u00a0{pair.site}\u00a0{pair.sparsity:.1%}" for pair in level.furthest(_FURTHEST)
+        )
         table.add_row(f"{level.target:.0%}", f"{level.mean:.1%}", f"{level.p95 * 100:.1f} points", far)
     console.print(table)

@@ -53,8 +53,11 @@ def hub_splits(repository: str, config: str | None) -> dict[str, Rows]:
     except ValueError as error:
         if "config" not in str(error).lower():
             raise TealError(f"The dataset {repository} cannot be read: {_first_line(error)}") from error
+        # Its message ends with the list of them.
+        _, _, there = str(error).rpartition("[")
         raise UsageError(
-            f"{repository}: {_first_line(error)}", hint=f"Name a configuration: {repository}:CONFIG."
+            f"{repository}: {_first_line(error)}",
+            hint=f"Name one as {repository}:CONFIG; there are {there.partition(']')[0]}.",
         ) from error
     except (OSError, RuntimeError) as error:
         raise TealError(f"The dataset {repository} cannot be read: {_first_line(error)}") from error

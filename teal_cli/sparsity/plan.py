@@ -46,12 +46,6 @@ class Plan:
         self.sparsity.flags.writeable = False
         self.thresholds.flags.writeable = False
 
-    @classmethod
-    def dense(cls, layers: int) -> Plan:
-        """Sparsity 0 everywhere, for which no calibration is needed."""
-        shape = (layers, len(PROJECTIONS))
-        return cls(0.0, "uniform", np.zeros(shape), np.zeros(shape, np.float32), None)
-
     @property
     def layers(self) -> int:
         """Number of layers."""
@@ -134,7 +128,7 @@ def uniform_plan(calibration: Calibration, sparsity: float) -> Plan:
     """
     check_sparsity(sparsity)
     if sparsity == 0.0:
-        return Plan.dense(calibration.layers)
+        return dense_plan(calibration.layers)
     thresholds = np.empty((calibration.layers, len(PROJECTIONS)), np.float32)
     for layer in range(calibration.layers):
         for site in SITES:
