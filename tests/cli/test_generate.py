@@ -1,0 +1,171 @@
+"""`teal generate` as a user meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_cli import Teal
+
+from teal_cli import open_store
+
+pytestmark = pytest.mark.usefixtures("ready")
+GREEDY = ("--temperature", 0, "--ignore-eos", "--max-new-tokens", 12)
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(teal: Teal) -> None:
+    run = teal("generate", "-p", "The quick", *GREEDY)
+    assert run.code == 0
+    assert run.out.strip()
+    assert "tok/s" not in run.out
+    assert "tok/s" in run.err
+    assert "50% wanted" in " ".join(run.err.split())
+
+
+def test_json_is_one_whole_object(teal: Teal, tmp_path: Path) -> None:
+    run = teal("generate", "-p", "The quick", *GREEDY, "--json", "--dump", tmp_path / "out.zarr")
+    result = run.json
+    assert set(result) == {"model", "prompt", "text", "prompt_ids", "token_ids", "sparsity", "backend", "device",
+                           "dtype", "seed", "timings", "store"}  # fmt: skip
+    assert set(result["timings"]) == {"load_s", "prefill_s", "decode_s", "tokens_per_s", "effective_gbps"}
+    assert len(result["token_ids"]) == 12
+    assert set(result["sparsity"]["per_projection"]) == set("qkvo") | {"gate", "up", "down"}
+    assert abs(result["sparsity"]["realised"] - 0.5) < 0.15
+    assert result["store"] == str(tmp_path / "out.zarr")
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.9])
+def test_a_dump_changes_no_token_and_holds_every_step(teal: Teal, tmp_path: Path, sparsity: float) -> None:
+    options = ("-p", "The quick", "-s", sparsity, "--seed", 3, "--ignore-eos", "--max-new-tokens", 30, "--json")
+    without = teal("generate", *options).json
+    with_dump = teal("generate", *options, "--dump", tmp_path / "out.zarr").json
+    assert with_dump["token_ids"] == without["token_ids"]
+    assert with_dump["sparsity"] == without["sparsity"]
+    level = open_store(tmp_path / "out.zarr").level(sparsity)
+    assert list(level.tokens.token_id) == without["token_ids"][:-1]
+    assert set(level.tokens.phase) == {1}
+    assert teal("store", "verify", tmp_path / "out.zarr").code == 0
+    dropped = dict(zip(without["sparsity"]["per_projection"], level.realised().mean(0), strict=True))
+    for projection, share in without["sparsity"]["per_projection"].items():
+        assert dropped[projection] == pytest.approx(share, abs=1e-9)
+
+
+def test_the_prompt_may_come_from_standard_input(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = teal("generate", "-p", "The quick", *GREEDY, "--json").json["token_ids"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("The quick"))
+    assert teal("generate", *GREEDY, "--json").json["token_ids"] == given
+
+
+def test_a_seed_repeats_itself_and_none_is_a_new_one(teal: Teal) -> None:
+    sampled = ("-p", "The quick", "--temperature", 1.5, "--top-k", 0, "--ignore-eos", "--json")
+    first, again = (teal("generate", *sampled, "--seed", 5).json for _ in range(2))
+    assert first["token_ids"] == again["token_ids"]
+    assert teal("generate", *sampled).json["seed"] != teal("generate", *sampled).json["seed"]
+
+
+def test_backends_give_the_same_tokens(teal: Teal) -> None:
+    tokens = [
+        teal("generate", "-p", "The quick", *GREEDY, "--dtype", "float32", "--backend", backend, "--json").json["token_ids"]
+        for backend in ("auto", "cpu", "reference")
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("-p", "x", "-m", "tinny"), 3, "did you mean tiny"),
+        (("-p", "x", "-s", 1), 2, "outside [0, 1)"),
+        (("-p", "x", "-s", -0.1), 2, "outside [0, 1)"),
+        (("-p", "x", "--backend", "triton"), 5, "needs a GPU"),
+        (("-p", "x", "--backend", "cuda"), 2, "not one of"),
+        (("-p", "x", "--device", "cuda:7"), 5, "no device cuda:7"),
+        (("-p", "x", "--dtype", "int8"), 2, "not one of"),
+        (("-p", ""), 2, "prompt is empty"),
+        (("-p", "x " * 400), 2, "context of 256"),
+        (("-p", "x", "--max-new-tokens", 0), 2, "--max-new-tokens"),
+        (("-p", "x", "--max-new-tokens", 300), 2, "context of 256"),
+        (("-p", "x", "--chat"), 2, "no chat template"),
+        (("-p", "x", "-c", "another"), 3, "another"),
+        (("-p", "x", "--sparsty", 0.5), 2, "--sparsity"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_a_hint_and_an_exit_code(
+    teal: Teal, options: tuple[object, ...], code: int, says: str
+) -> None:
+    run = teal("generate", *options)
+    assert run.code == code
+    assert run.out == ""
+    assert says in " ".join(run.err.split())
+    assert "hint:" in run.err
+    assert "Traceback" not in run.err
+
+
+def test_a_store_that_is_there_stays_as_it_is(teal: Teal, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    assert teal("generate", "-p", "The quick", *GREEDY, "--dump", store).code == 0
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    refused = teal("generate", "-p", "def keep", *GREEDY, "--dump", store)
+    assert refused.code == 2
+    assert "--force" in refused.err
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    assert teal("generate", "-p", "def keep", *GREEDY, "--dump", store, "--force").code == 0
+    assert open_store(store).header.prompts["texts"] == ["def keep"]
+
+
+def test_a_folder_that_is_no_store_is_never_replaced(teal: Teal, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    assert teal("generate", "-p", "x", *GREEDY, "--dump", tmp_path / "thesis", "--force").code == 2
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_calibration_of_another_model_is_refused(teal: Teal, tiny, tmp_path: Path) -> None:
+    assert teal("download", tiny("qwen3"), "--name", "other").code == 0
+    (calibration,) = teal("models", "info", "tiny", "--json").json["calibrations"]
+    folder = Path(teal("models", "info", "tiny", "--json").json["home"]) / "calibrations" / calibration_id(calibration)
+    run = teal("generate", "-m", "other", "-p", "x", "-c", folder)
+    assert run.code == 2
+    assert "another model" in run.err
+
+
+def calibration_id(calibration: object) -> str:
+    return calibration["id"] if isinstance(calibration, dict) else str(calibration)
+
+
+def test_a_model_without_calibration_says_how_to_make_one(teal: Teal, tiny) -> None:
+    assert teal("download", tiny("qwen3"), "--name", "other").code == 0
+    run = teal("generate", "-m", "other", "-p", "x")
+    assert run.code == 3
+    assert "teal calibrate" in run.err
+    assert teal("generate", "-m", "other", "-p", "The", "-s", 0, *GREEDY).code == 0
+
+
+def test_interrupted_it_leaves_a_store_that_reads(ready: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    command = [sys.executable, "-m", "teal_cli", "generate", "-p", "The quick", "--ignore-eos", "--max-new-tokens", "240",
+               "--dump", str(store)]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.read(3)  # decoding has begun
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.fail("the run was over before the signal came; make it longer")
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    opened = open_store(store)
+    assert not opened.complete
+    level = opened.level(0.5)
+    assert np.asarray(level.site(0, "mlp_in")[:]).shape == (len(level), 72)
+    info = subprocess.run([sys.executable, "-m", "teal_cli", "store", "info", str(store), "--json"], capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert json.loads(info.stdout)["complete"] is False
