@@ -72,7 +72,9 @@ def test_a_seed_repeats_itself_and_none_is_a_new_one(teal: Teal) -> None:
 
 def test_backends_give_the_same_tokens(teal: Teal) -> None:
     tokens = [
-        teal("generate", "-p", "The quick", *GREEDY, "--dtype", "float32", "--backend", backend, "--json").json["token_ids"]
+        teal("generate", "-p", "The quick", *GREEDY, "--dtype", "float32", "--backend", backend, "--json").json[
+            "token_ids"
+        ]
         for backend in ("auto", "cpu", "reference")
     ]
     assert tokens[0] == tokens[1] == tokens[2]
