@@ -38,7 +38,7 @@ def doctor(offline: OfflineOption = False, json: JsonOption = False) -> None:
     def verdict(console: Console) -> None:
         warnings = sum(finding.status == "warn" for finding in findings)
         failures = sum(finding.status == "fail" for finding in findings)
-        counts = f" ({failures} failed, {warnings} warnings)" if failures or warnings else ""
+        counts = f" (failed: {failures}, warnings: {warnings})" if failures or warnings else ""
         console.print(
             f"\n{'Everything essential works' if sound else 'Something essential is broken'}{counts}."
         )
