@@ -7,6 +7,7 @@ The order of the files is that of their names, so that the same folder gives the
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,18 @@ _KINDS = ", ".join(_FORMATS)
 
 def is_local(dataset: str) -> bool:
     """Whether a dataset names files: a path that exists, or that can be nothing else."""
-    path = Path(dataset).expanduser()
+    path = _path(dataset)
     return (
         path.exists()
         or glob.has_magic(dataset)
         or path.suffix.lower() in _FORMATS
         or dataset.startswith((".", "/", "~"))
     )
+
+
+def _path(dataset: str) -> Path:
+    """With ~ as the shell takes it; Path.expanduser raises for a user that does not exist."""
+    return Path(os.path.expanduser(dataset))  # noqa: PTH111
 
 
 def local_rows(dataset: str) -> tuple[str, Callable[[], Iterator[dict[str, Any]]]]:
@@ -51,7 +57,7 @@ def local_rows(dataset: str) -> tuple[str, Callable[[], Iterator[dict[str, Any]]
 
 
 def _files(dataset: str) -> list[Path]:
-    path = Path(dataset).expanduser()
+    path = _path(dataset)
     if path.is_file():
         if path.suffix.lower() not in _FORMATS:
             raise UsageError(

@@ -8,10 +8,12 @@ text; the fingerprint of the tokens says which one was used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 SPLITS = ("train", "test")
 
+_BETWEEN = re.compile(r"\n{2,}")
 _SECTION_CHARS = 8192
 _HELD_OUT_EVERY = 5
 
@@ -41,7 +43,7 @@ def _paragraphs() -> Iterator[str]:
 
     seen: set[str] = set()
     for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
+        for paragraph in _BETWEEN.split(topics[name].strip("\n")):
             if paragraph not in seen:
                 seen.add(paragraph)
                 yield paragraph

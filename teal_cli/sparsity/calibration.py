@@ -138,7 +138,8 @@ class Calibration:
         manifest = read_manifest(folder)
         hint = "Make it again with `teal calibrate --force`."
         try:
-            with np.load(folder / COUNTS, allow_pickle=False) as arrays:
+            # Opened here, because np.load leaves a file open that turns out to be no archive.
+            with (folder / COUNTS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 histogram = _histogram(manifest, arrays)
             known = {field.name for field in fields(Provenance)}
             provenance = Provenance(**{name: value for name, value in manifest.items() if name in known})
