@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import pytest
 from fixtures_cli import Teal
 
 from teal_cli import open_store
+from teal_cli.registry.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("ready")
+Tiny = Callable[[str], Path]
 GREEDY = ("--temperature", 0, "--ignore-eos", "--max-new-tokens", 12)
 
 
@@ -129,20 +132,14 @@ def test_a_folder_that_is_no_store_is_never_replaced(teal: Teal, tmp_path: Path)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_a_calibration_of_another_model_is_refused(teal: Teal, tiny, tmp_path: Path) -> None:
+def test_a_calibration_of_another_model_is_refused(teal: Teal, tiny: Tiny) -> None:
     assert teal("download", tiny("qwen3"), "--name", "other").code == 0
-    (calibration,) = teal("models", "info", "tiny", "--json").json["calibrations"]
-    folder = Path(teal("models", "info", "tiny", "--json").json["home"]) / "calibrations" / calibration_id(calibration)
-    run = teal("generate", "-m", "other", "-p", "x", "-c", folder)
+    run = teal("generate", "-m", "other", "-p", "x", "-c", Registry().find_calibration("tiny"))
     assert run.code == 2
     assert "another model" in run.err
 
 
-def calibration_id(calibration: object) -> str:
-    return calibration["id"] if isinstance(calibration, dict) else str(calibration)
-
-
-def test_a_model_without_calibration_says_how_to_make_one(teal: Teal, tiny) -> None:
+def test_a_model_without_calibration_says_how_to_make_one(teal: Teal, tiny: Tiny) -> None:
     assert teal("download", tiny("qwen3"), "--name", "other").code == 0
     run = teal("generate", "-m", "other", "-p", "x")
     assert run.code == 3
@@ -168,6 +165,3 @@ def test_interrupted_it_leaves_a_store_that_reads(ready: Path, tmp_path: Path) -
     assert not opened.complete
     level = opened.level(0.5)
     assert np.asarray(level.site(0, "mlp_in")[:]).shape == (len(level), 72)
-    info = subprocess.run([sys.executable, "-m", "teal_cli", "store", "info", str(store), "--json"], capture_output=True,
-                          text=True, check=True)  # fmt: skip
-    assert json.loads(info.stdout)["complete"] is False

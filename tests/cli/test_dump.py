@@ -1,0 +1,210 @@
+"""`teal dump` as a user meets it, and the promise that an interrupted run can be taken up."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from fixtures_cli import Teal
+
+from teal_cli import open_store
+from teal_cli.dump.levels import parse_levels
+from teal_cli.dump.recipe import KEYS, load_recipe, shipped_recipes
+
+pytestmark = pytest.mark.usefixtures("ready")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    lines = ["The quick brown fox", "def keep(x, t):", "Sparse activations"]
+    file.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    return file
+
+
+def small(prompts: Path, store: Path) -> tuple[object, ...]:
+    return ("dump", "-s", "0,0.5,0.9", "--prompts", prompts, "--max-new-tokens", 20, "--ignore-eos", "-o", store)
+
+
+def arrays(store: Path) -> dict[str, np.ndarray]:
+    """Every array of a store as Zarr itself reads it."""
+    group = zarr.open_group(store, mode="r")
+    return {name: np.asarray(array[...]) for name, array in group.members(max_depth=None) if isinstance(array, zarr.Array)}
+
+
+def test_a_dataset_of_levels_and_prompts(teal: Teal, prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    result = teal(*small(prompts, store), "--json").json
+    assert result["new_rows"] == 3 * 3 * 19
+    opened = open_store(store)
+    assert opened.complete
+    assert list(opened.levels) == ["s0.00", "s0.50", "s0.90"]
+    assert opened.header.prompts["texts"][1] == "def keep(x, t):"
+    for name in opened.levels:
+        tokens = opened.level(name).tokens
+        assert np.bincount(tokens.sequence).tolist() == [19, 19, 19]
+        for sequence in range(3):
+            start = len(opened.header.prompts["token_ids"][sequence])
+            rows = opened.level(name).rows(sequence)
+            assert tokens.position[rows].tolist() == list(range(start, start + 19))
+    assert teal("store", "verify", store).code == 0
+
+
+def test_the_rows_are_those_of_generate(teal: Teal, prompts: Path, tmp_path: Path) -> None:
+    """A dump of many is many dumps of one: sequence 0 has the random stream that `generate` has."""
+    teal(*small(prompts, tmp_path / "many.zarr"), "--seed", 4)
+    teal("generate", "-p", "The quick brown fox", "-s", 0.5, "--max-new-tokens", 20, "--ignore-eos", "--seed", 4,
+         "--dump", tmp_path / "one.zarr")  # fmt: skip
+    many, one = (open_store(tmp_path / name).level(0.5) for name in ("many.zarr", "one.zarr"))
+    assert many.tokens.token_id[:19].tolist() == one.tokens.token_id.tolist()
+    for layer in range(3):
+        np.testing.assert_array_equal(many.site(layer, "mlp_mid")[:19], one.site(layer, "mlp_mid")[:])
+
+
+def test_dry_run_writes_nothing_and_is_near_the_truth(teal: Teal, prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    estimate = teal(*small(prompts, store), "--dry-run", "--json").json
+    assert not store.exists()
+    assert estimate["rows"] == 3 * 3 * 19
+    assert estimate["seconds"] > 0
+    assert set(estimate) >= {"store_bytes", "free_bytes", "levels", "prompts"}
+
+
+def test_resuming_what_is_complete_changes_nothing(teal: Teal, prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    assert teal(*small(prompts, store)).code == 0
+    before = arrays(store)
+    result = teal(*small(prompts, store), "--resume", "--json").json
+    assert result["new_rows"] == 0
+    for name, values in arrays(store).items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+@pytest.mark.parametrize("change", [("--seed", 9), ("--temperature", 0), ("-s", "0,0.5"), ("--max-new-tokens", 21),
+                                    ("--dtype", "bfloat16"), ("--backend", "reference")])  # fmt: skip
+def test_resuming_with_other_settings_is_refused(teal: Teal, prompts: Path, tmp_path: Path, change: Sequence[object]) -> None:
+    store = tmp_path / "out.zarr"
+    assert teal(*small(prompts, store)).code == 0
+    run = teal(*small(prompts, store), *change, "--resume")
+    assert run.code == 2
+    assert "other settings" in run.err
+    assert open_store(store).complete
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("-s", "0.5"), 2, "name it with -o"),
+        (("-s", "half", "-o", "x.zarr"), 2, "levels look like"),
+        (("-s", "0.5:1.0:0.1", "-o", "x.zarr"), 2, "below 1"),
+        (("-o", "x.zarr", "--resume", "--force"), 2, "exclude each other"),
+        (("-o", "x.zarr", "--resume", "-d", "python-docs", "--prompt-tokens", 8, "-n", 1), 3, "no store"),
+        (("-o", "x.zarr", "--prompts", "nowhere.txt"), 3, "no file nowhere.txt"),
+        (("-o", "x.zarr", "-d", "wikitxt"), 3, "wikitext"),
+        (("-o", "x.zarr", "-r", "swep"), 3, "did you mean sweep"),
+        (("-o", "x.zarr", "-d", "python-docs", "--prompt-tokens", 100000), 2, "--prompt-tokens"),
+        (("-o", "x.zarr", "-d", "python-docs", "--prompt-tokens", 250, "-n", 1), 2, "context of 256"),
+        (("-o", "x.zarr", "--max-new-tokens", 1, "-d", "python-docs"), 2, "--max-new-tokens"),
+    ],
+)
+def test_bad_input(teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], code: int,
+                   says: str) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    run = teal("dump", *options)
+    assert run.code == code, run.err
+    assert says in " ".join(run.err.split())
+    assert "hint:" in run.err
+    assert "Traceback" not in run.err
+    assert not (tmp_path / "x.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no prompts"),
+        ('{"prompt": "a"}\nnot json\n', "line 2"),
+        ('{"question": "a"}\n', "'prompt' or 'text'"),
+        ('{"prompt": "a"}\n', "fewer than the 3"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_named(teal: Teal, tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(content)
+    run = teal("dump", "--prompts", file, "-n", 3, "-o", tmp_path / "out.zarr")
+    assert run.code == 2
+    assert says in " ".join(run.err.split())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_whole(name: str) -> None:
+    recipe = load_recipe(name)
+    assert parse_levels(recipe["levels"])
+    assert set(recipe) <= set(KEYS)
+    assert {"about", "levels", "dataset", "num_sequences", "max_new_tokens"} <= set(recipe)
+
+
+def test_a_recipe_gives_what_the_command_line_does_not(teal: Teal, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    options = ("-r", "offline", "-n", 1, "--prompt-tokens", 16, "--max-new-tokens", 5, "-o", store)
+    assert teal("dump", *options).code == 0
+    opened = open_store(store)
+    assert list(opened.levels) == ["s0.50", "s0.90"]
+    assert opened.header.sampling["temperature"] == 0
+    assert opened.header.prompts["count"] == 1
+
+
+SMALL_BLOCKS = """
+import sys
+from teal_cli.app import main
+from teal_cli.dump import header
+header.block_tokens = lambda channels, itemsize: 16  # commits come often, as they do with a large model
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_dump(prompts: Path, store: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SMALL_BLOCKS, "--quiet", *map(str, small(prompts, store)), "--max-new-tokens", "80",
+               "--seed", "1", *options]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_again_and_again_it_ends_as_if_it_had_not_been(prompts: Path, tmp_path: Path, kind: int) -> None:
+    """Kills come at random moments of decoding and commits."""
+    whole, broken = tmp_path / "whole.zarr", tmp_path / "broken.zarr"
+    finished(run_dump(prompts, whole))
+    moments = random.Random(int(kind))
+    interrupted = 0
+    for _ in range(3):
+        process = run_dump(prompts, broken, *(["--resume"] if broken.exists() else []))
+        deadline = time.monotonic() + 60
+        while not broken.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 0.8))
+        process.send_signal(kind)
+        process.communicate(timeout=60)
+        interrupted += process.returncode != 0
+    assert interrupted, "every run was over before it was killed"
+    finished(run_dump(prompts, broken, "--resume"))
+    expected = arrays(whole)
+    got = arrays(broken)
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
