@@ -88,7 +88,8 @@ def feed(writer: LevelWriter, count: int, *, dtype: str = "bfloat16", pause: flo
         for site, values in row(writer.header, token, dtype).items():
             views[site].copy_(values)
         writer.end()
-        time.sleep(pause)
+        if pause:
+            time.sleep(pause)
 
 
 def write_store(path: Path, count: int = 100, *, dtype: str = "bfloat16", **changes: Any) -> None:

@@ -235,7 +235,7 @@ def _show_problems(console: Console, store: Path, blocks: int, problems: list[Pr
 def _show_stats(console: Console, found: list[SiteStats]) -> None:
     from rich.table import Table
 
-    table = Table("level", "site", "dropped", "B/elem", box=None, pad_edge=False)
+    table = Table("level", "site", "dropped", "B/elem", box=None, padding=(0, 1, 0, 0))
     for name in ("/dense", "/CSR", "/bound", "channels", "overlap", "chance"):
         table.add_column(name, justify="right", no_wrap=True)
     for site in found:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -135,13 +134,3 @@ def _rewind(path: Path, level: LevelHeader, block: int) -> None:
     # First the promise is taken back, then the rows: a reader, or a kill between the two, never sees a hole.
     layout.set_attributes(path, level.name, {"tokens_committed": keep})
     layout.drop_rows(path, level.name, keep=keep, rows=layout.capacity(level.max_tokens, block), block=block)
-
-
-def sync_tree(path: Path) -> None:
-    """fsync of every file and folder under a store."""
-    for node in (path, *path.rglob("*")):
-        descriptor = os.open(node, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,8 +11,8 @@
 The decoding thread only writes into the block buffers; one background thread packs, compresses, writes and
 commits. Commit order per block: values, mask, row_nnz, token columns, and `tokens_committed` last, each file
 replaced atomically. So after kill -9 at any moment everything up to `tokens_committed` is whole, and `resume`
-drops the rest. That is a promise about the process, not about power: only `complete` waits for the disk
-(fsync), before it says `complete: true`.
+drops the rest. That is a promise about the process, not about the machine: nothing waits for the disk (an
+fsync per file was most of the time of a short dump), so after a loss of power run `teal store verify`.
 
 Knows nothing of models, prompts or sampling.
 """
@@ -276,7 +276,7 @@ class StoreWriter:
         raise NotFoundError(f"The store has no level {name}.", hint=f"It has {', '.join(self._levels)}.")
 
     def complete(self) -> None:
-        """Declares the store whole: data to the disk, `complete: true`, metadata consolidated.
+        """Declares the store whole: `complete: true`, then metadata consolidated.
 
         Raises:
             ValueError: a level is not finished.
@@ -286,7 +286,6 @@ class StoreWriter:
         if unfinished:
             raise ValueError(f"levels not finished: {', '.join(unfinished)}")
         with self.disk_errors():
-            placing.sync_tree(self.path)
             layout.set_attributes(self.path, "", {"complete": True})
             layout.consolidate(self.path)
 

@@ -28,15 +28,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return dict(digest(path))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_and_resumed_is_the_same_store(tmp_path: Path, uninterrupted: dict[str, str], seed: int) -> None:
     path = tmp_path / "out.zarr"
     moments = random.Random(seed)
-    process = spawn(path, "--pause", "0.003")
+    process = spawn(path, "--pause", "0.001")
     deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(moments.uniform(0.0, 0.7))
+    time.sleep(moments.uniform(0.0, 0.4))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     committed = {name: len(open_store(path).level(name)) for name in open_store(path).levels}

@@ -216,9 +216,7 @@ def test_interrupting_keeps_every_ended_row(tmp_path: Path) -> None:
     opened = open_store(path)
     assert not opened.complete
     assert len(opened.level(0.5)) == 21
-    np.testing.assert_array_equal(
-        np.asarray(opened.level(0.5).site(2, "mlp_in")), dense(levels()[0], "mlp_in", 2, 21)
-    )
+    np.testing.assert_array_equal(np.asarray(opened.level(0.5).site(2, "mlp_in")), dense(levels()[0], "mlp_in", 2, 21))
 
 
 def test_a_row_that_was_not_filled_is_found(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""`teal store`: what it prints, what --json holds, and its exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_cli import Teal
+from fixtures_store import feed, header, levels, write_store
+
+from teal_cli.dump.writer import StoreWriter
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "out.zarr"
+    write_store(path, 40)
+    return path
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    path = tmp_path / "unfinished.zarr"
+    with StoreWriter.create(path, header(), levels()) as writer:
+        feed(writer.level(0.5), 20)
+    return path
+
+
+def test_info(teal: Teal, store: Path) -> None:
+    shown = teal("store", "info", store, "--prompt", "prompt 3")
+    assert shown.code == 0
+    for text in ("synthetic", "teal-activations/1", "s0.50", "s0.90", "sequence 3: tokens s0.50 21:28"):
+        assert text in shown.out
+    found = teal("store", "info", store, "--prompt", "prompt 3", "--json").json["store"]
+    assert [level["tokens"] for level in found["levels"]] == [40, 40]
+    assert found["matches"][0] == {
+        "sequence": 3,
+        "prompt": "prompt 3",
+        "rows": {"s0.50": [21, 28], "s0.90": [21, 28]},
+    }
+    assert found["attributes"]["model"] == "synthetic"
+
+
+def test_info_of_an_unfinished_store(teal: Teal, unfinished: Path) -> None:
+    shown = teal("store", "info", unfinished, "--prompt", "no such")
+    assert "`teal dump --resume` goes on" in shown.out
+    assert "no prompt contains that text" in shown.out
+
+
+def test_verify(teal: Teal, store: Path, unfinished: Path) -> None:
+    good = teal("store", "verify", store)
+    assert good.code == 0
+    assert "nothing wrong" in good.out
+    assert teal("store", "verify", store, "--json").json["ok"] is True
+    bad = teal("store", "verify", unfinished)
+    assert bad.code == 1
+    assert "not complete" in bad.out
+    assert teal("store", "verify", unfinished, "--partial").code == 0
+
+
+def test_verify_shows_the_first_problems(teal: Teal, tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    write_store(path, 40)
+    for file in path.glob("s0.*/*/row_nnz/c/0/*"):
+        file.unlink()
+    shown = teal("store", "verify", path)
+    assert shown.code == 1
+    assert "72 problems" in shown.out  # 2 levels, 4 sites, 3 blocks, 3 layers
+    assert "and 62 more" in shown.out
+    result = teal("store", "verify", path, "--json")
+    assert result.code == 1
+    assert len(result.json["problems"]) == 72
+
+
+def test_stats(teal: Teal, store: Path) -> None:
+    shown = teal("store", "stats", store)
+    assert shown.code == 0
+    assert "mlp_mid" in shown.out
+    sites = teal("store", "stats", store, "--level", "0.9", "--json").json["sites"]
+    assert [site["site"] for site in sites] == ["attn_in", "attn_out", "mlp_in", "mlp_mid"]
+    assert {site["level"] for site in sites} == {"s0.90"}
+    assert 0.7 < sites[0]["realised"]["q"] < 0.95
+
+
+def test_convert(teal: Teal, store: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    options = ("--level", "0.5", "--layers", "0,1:3", "--names", "q,mlp_in", "--tokens", "5:")
+    result = teal("store", "convert", store, "-o", target, *options, "--json")
+    assert result.code == 0
+    assert result.json["arrays"] == 6
+    with np.load(target / "s0.50/layer_2/mlp_in.npz") as data:
+        assert data["rows"].shape == (35, 40)
+    again = teal("store", "convert", store, "-o", target)
+    assert again.code == 2
+    assert "exists" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (("--format", "hdf5"), 2, "npz, csr, mtx, pt"),
+        (("--layers", "a"), 2, "names no layers"),
+        (("--layers", "0:x"), 2, "no range"),
+        (("--layers", "9"), 2, "There is no layer 9"),
+        (("--names", "qkv"), 2, "no site or projection 'qkv'"),
+        (("--tokens", "7"), 2, "no range"),
+        (("--tokens", "30:50"), 2, "40 tokens"),
+        (("--tokens", "0:5", "--sequence", "1"), 2, "exclude each other"),
+        (("--sequence", "30"), 3, "no row of sequence 30"),
+        (("--level", "0.7"), 3, "s0.50, s0.90"),
+    ],
+)
+def test_bad_conversions(
+    teal: Teal, store: Path, tmp_path: Path, options: tuple[str, ...], code: int, text: str
+) -> None:
+    result = teal("store", "convert", store, "-o", tmp_path / "out", *options)
+    assert (result.code, text in result.err) == (code, True), result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_store(teal: Teal, tmp_path: Path) -> None:
+    for command in ("info", "verify", "stats"):
+        missing = teal("store", command, tmp_path / "nothing")
+        assert missing.code == 3
+        assert teal("store", command, tmp_path).code == 2
