@@ -1,13 +1,22 @@
-"""Launch configurations of the gather GEMV: shipped defaults, so that a first run never waits for a search.
+"""Launch configurations of the gather GEMV: shipped defaults, and those that a search left on disk.
 
-A configuration decides speed and, through the order of the sums, the last bits; it never depends on timing
-at run time. This file knows nothing of Triton.
+A configuration decides speed and, through the order of the sums, the last bits. It is never searched for at run time:
+a first run takes the defaults and does not wait, `tuning.tune` searches when it is asked to, and what it found is used
+from then on, per GPU model, Triton version and kernel source. This file does not launch anything.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+import torch
 
 EXACT: Final = {"enable_fp_fusion": False}
 """Compiler options of every launch: the compiler contracts no multiply and add on its own. A fused
@@ -49,3 +58,45 @@ def default_gemv_config(inputs: int, outputs: int, itemsize: int) -> GemvConfig:
     while splits < 16 and tiles * splits < 768 and inputs // (splits * 2) >= 8 * rows:
         splits *= 2
     return GemvConfig(block_n=block_n, rows=rows, splits=splits)
+
+
+BANDS: Final = (0.3, 0.6, 0.8, 1.0)
+"""Upper ends of the sparsity bands that have configurations of their own."""
+
+
+def sparsity_band(sparsity: float) -> float:
+    """The band a sparsity in [0, 1) falls into, named by its upper end."""
+    return next(end for end in BANDS if sparsity <= end)
+
+
+def config_key(inputs: int, outputs: int, itemsize: int, sparsity: float) -> str:
+    """How a weight [inputs, outputs] is named in the table on disk; dtypes of one size move the same bytes."""
+    return f"{inputs}x{outputs}x{itemsize}@{sparsity_band(sparsity)}"
+
+
+@functools.cache
+def table_file(device: torch.device) -> Path:
+    """Where the tuned configurations of this GPU model lie, for this Triton and these kernels."""
+    import triton
+
+    root = Path(os.environ.get("TEAL_KERNEL_CACHE") or Path.home() / ".cache" / "teal" / "kernels")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    source = (Path(__file__).parent / "sparse_gemv" / "kernel.py").read_bytes()
+    version = f"triton{triton.__version__}-{hashlib.sha256(source).hexdigest()[:8]}"
+    return root / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{version}.json"
+
+
+@functools.cache
+def tuned_configs(file: Path) -> dict[str, GemvConfig]:
+    """What a search wrote into `file`. A file that is not there, or not whole, holds nothing."""
+    try:
+        return {key: GemvConfig(**value) for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def gemv_config(inputs: int, outputs: int, itemsize: int, sparsity: float, device: torch.device) -> GemvConfig:
+    """The configuration for a weight [inputs, outputs] on `device`: the tuned one, else the default."""
+    tuned = tuned_configs(table_file(device)) if device.type == "cuda" else {}
+    key = config_key(inputs, outputs, itemsize, sparsity)
+    return tuned.get(key) or default_gemv_config(inputs, outputs, itemsize)

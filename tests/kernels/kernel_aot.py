@@ -30,15 +30,17 @@ class Compiled:
         """The 16-byte loads from global memory."""
         return re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", self.ptx)
 
+    def weight_loads(self) -> int:
+        """16-byte loads of streamed data, those marked to be evicted first."""
+        return len(re.findall(r"ld\.global\S*evict_first\S*\.(?:v4\.b32|v2\.b64)", self.ptx))
+
     def assert_no_spills(self) -> None:
         assert self.stack == 0, f"{self.stack} bytes of stack"
         assert self.local == 0, f"{self.local} bytes of local memory"
         assert ".local" not in self.ptx
 
 
-def compile_kernel(
-    kernel, arguments: dict[str, str], constants: dict, capability: int, warps: int = 4
-) -> Compiled:
+def compile_kernel(kernel, arguments: dict[str, str], constants: dict, capability: int, warps: int = 4) -> Compiled:
     """Compile for compute capability `capability`; pointers and integers are taken as divisible by 16."""
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     aligned = {
@@ -47,9 +49,7 @@ def compile_kernel(
         if name in arguments and (arguments[name].startswith("*") or arguments[name] == "i32")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **EXACT}
-    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **EXACT})
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -63,6 +63,4 @@ def compile_kernel(
         assert found, usage
         return int(found[1])
 
-    return Compiled(
-        ptx=built.asm["ptx"], registers=number("REG"), stack=number("STACK"), local=number("LOCAL")
-    )
+    return Compiled(ptx=built.asm["ptx"], registers=number("REG"), stack=number("STACK"), local=number("LOCAL"))

@@ -66,9 +66,7 @@ def test_dropped_rows_are_not_read(backend):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_all_dropped_gives_zeros(backend):
     x, weight = operands(40, 12, torch.bfloat16)
-    assert torch.equal(
-        sparse_gemv(x, weight, torch.tensor([9e9]), (12,), backend=backend), torch.zeros_like(weight[0])
-    )
+    assert torch.equal(sparse_gemv(x, weight, torch.tensor([9e9]), (12,), backend=backend), torch.zeros_like(weight[0]))
 
 
 def test_the_threshold_is_not_rounded_to_the_dtype_of_x():

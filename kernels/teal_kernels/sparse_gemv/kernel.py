@@ -1,14 +1,7 @@
-"""Triton kernels of `sparse_gemv`: compact the kept inputs, sum their weight rows, add up the partial sums.
+"""Triton kernels of `sparse_gemv`: sum the weight rows of a kept list in shares, then add up the shares.
 
-A **kept list** is what thresholding a vector gives: positions (int32) and values of its kept entries,
-ascending. It is stored in chunks, so that many programs can write it in one launch with no program waiting
-for another: program c compacts entries `c*CHUNK ... (c+1)*CHUNK` to the front of its own stretch of the list
-and writes their number to `count[c]`. A reader finds the r-th kept entry at `r + sum over chunks that end at
-or before r of (CHUNK - count[c])`.
-
-Nothing here is atomic and every sum has a fixed order: the same inputs give the same bits. How many entries
-are kept is known on the device only; the host never asks. Device code only: sizes, launches and checks live
-in `op.py`.
+Nothing here is atomic and every sum has a fixed order: the same inputs give the same bits. How long the list
+is, only the device knows; the host never asks. Device code only: sizes, launches and checks live in `op.py`.
 """
 
 from __future__ import annotations
@@ -16,52 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.threshold.kernel import is_kept, lowest_threshold
-
-
-@triton.jit
-def write_kept(index_ptr, value_ptr, count_ptr, chunk, first, offsets, values, kept, CHUNK: tl.constexpr):
-    """Compact one chunk: entry `first + offsets[j]`, of value `values[j]`, is listed where `kept[j]`."""
-    ones = kept.to(tl.int32)
-    slot = chunk * CHUNK + tl.cumsum(ones, axis=0) - ones
-    tl.store(index_ptr + slot, first + offsets, mask=kept)
-    tl.store(value_ptr + slot, values, mask=kept)
-    tl.store(count_ptr + chunk, tl.sum(ones, axis=0))
-
-
-@triton.jit
-def compact_kernel(
-    x_ptr, thresholds_ptr, index_ptr, value_ptr, count_ptr, K, P: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The kept list of x [K] at the lowest of P thresholds. Grid: (cdiv(K, CHUNK),)."""
-    chunk = tl.program_id(0)
-    offsets = tl.arange(0, CHUNK)
-    first = chunk * CHUNK
-    x = tl.load(x_ptr + first + offsets, mask=first + offsets < K, other=0.0)
-    kept = is_kept(x, lowest_threshold(thresholds_ptr, P))
-    write_kept(index_ptr, value_ptr, count_ptr, chunk, first, offsets, x, kept, CHUNK)
-
-
-@triton.jit
-def list_address(position, count_ptr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """Where the kept entries number `position` are stored in a chunked list."""
-    address = position
-    if CHUNKS > 1:
-        end = tl.load(count_ptr) * 0
-        for c in tl.static_range(CHUNKS):
-            here = tl.load(count_ptr + c)
-            end += here
-            address += tl.where(end <= position, CHUNK - here, 0)
-    return address
-
-
-@triton.jit
-def kept_total(count_ptr, CHUNKS: tl.constexpr):
-    """How many entries a chunked list holds."""
-    total = tl.load(count_ptr)
-    for c in tl.static_range(1, CHUNKS):
-        total += tl.load(count_ptr + c)
-    return total
+from teal_kernels.kept.kernel import kept_total, list_address
+from teal_kernels.threshold.kernel import is_kept
 
 
 @triton.jit
@@ -138,9 +87,9 @@ def gather_gemv_kernel(
 
 @triton.jit
 def sum_splits(partial_ptr, columns, inside, N, SPLITS: tl.constexpr):
-    """Second pass of the split sum: partial[0] + partial[1] + ..., always in this order."""
+    """Second pass of the split sum: partial[0] + partial[1] + ..., always in this order, four loads under way."""
     total = tl.load(partial_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    for s in tl.static_range(1, SPLITS):
+    for s in tl.range(1, SPLITS, loop_unroll_factor=4):
         total += tl.load(partial_ptr + s * N + columns, mask=inside, other=0.0).to(tl.float32)
     return total
 

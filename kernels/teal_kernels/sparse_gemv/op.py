@@ -5,57 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from teal_kernels.backends import CPU, TRITON, choose_backend
-from teal_kernels.configs import EXACT, GemvConfig, default_gemv_config
+from teal_kernels.configs import EXACT, GemvConfig, gemv_config
+from teal_kernels.kept.op import KeptList, launch_compact
 from teal_kernels.sparse_gemv.cpu import sparse_gemv_cpu
 from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _REDUCE_BLOCK = 256
-
-
-@dataclass(frozen=True, slots=True)
-class KeptList:
-    """Device buffers of a chunked kept list (see `sparse_gemv/kernel.py`); contents are written by kernels
-    only.
-
-    Attributes:
-        index: int32 [chunks * chunk]; value: [chunks * chunk], dtype of the vector; count: int32 [chunks].
-        chunk: entries of the vector per chunk, a power of two.
-    """
-
-    index: Tensor
-    value: Tensor
-    count: Tensor
-    chunk: int
-
-    @classmethod
-    def empty(cls, size: int, dtype: torch.dtype, device: torch.device, chunk: int = 2048) -> KeptList:
-        """Uninitialised buffers for a vector of `size` entries."""
-        chunk = min(chunk, max(16, 1 << (size - 1).bit_length()))
-        chunks = -(-size // chunk)
-        return cls(
-            index=torch.empty(chunks * chunk, dtype=torch.int32, device=device),
-            value=torch.empty(chunks * chunk, dtype=dtype, device=device),
-            count=torch.empty(chunks, dtype=torch.int32, device=device),
-            chunk=chunk,
-        )
-
-
-def launch_compact(x: Tensor, thresholds: Tensor, kept: KeptList) -> None:
-    """Fill `kept` with the entries of x [K] above the lowest of the thresholds."""
-    from teal_kernels.sparse_gemv.kernel import compact_kernel
-
-    compact_kernel[(len(kept.count),)](
-        x, thresholds, kept.index, kept.value, kept.count, len(x),
-        P=len(thresholds), CHUNK=kept.chunk, num_warps=max(1, min(8, kept.chunk // 256)), **EXACT,
-    )  # fmt: skip
 
 
 def launch_gather(
@@ -91,7 +53,7 @@ def launch_reduce(partial: Tensor, out: Tensor) -> None:
 
 def _sparse_gemv_triton(x: Tensor, weight: Tensor, thresholds: Tensor, segments: tuple[int, ...]) -> Tensor:
     inputs, outputs = weight.shape
-    config = default_gemv_config(inputs, outputs, weight.element_size())
+    config = gemv_config(inputs, outputs, weight.element_size(), 0.5, weight.device)
     kept = KeptList.empty(inputs, x.dtype, x.device)
     partial = torch.empty(config.splits, outputs, dtype=torch.float32, device=x.device)
     out = torch.empty(outputs, dtype=x.dtype, device=x.device)
@@ -104,22 +66,16 @@ def _sparse_gemv_triton(x: Tensor, weight: Tensor, thresholds: Tensor, segments:
 _IMPLEMENTATIONS = {CPU: sparse_gemv_cpu, TRITON: _sparse_gemv_triton}
 
 
-def _sparse_gemv(
-    x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int], backend: str
-) -> Tensor:
+def _sparse_gemv(x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int], backend: str) -> Tensor:
     return _IMPLEMENTATIONS.get(backend, sparse_gemv_reference)(x, weight, thresholds, tuple(segments))
 
 
-def _sparse_gemv_fake(
-    x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int], backend: str
-) -> Tensor:
+def _sparse_gemv_fake(x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int], backend: str) -> Tensor:
     return x.new_empty(weight.shape[1])
 
 
 _LIBRARY = torch.library.Library("teal", "FRAGMENT")
-_LIBRARY.define(
-    "sparse_gemv(Tensor x, Tensor weight, Tensor thresholds, SymInt[] segments, str backend) -> Tensor"
-)
+_LIBRARY.define("sparse_gemv(Tensor x, Tensor weight, Tensor thresholds, SymInt[] segments, str backend) -> Tensor")
 _LIBRARY.impl("sparse_gemv", _sparse_gemv, "CompositeExplicitAutograd")
 torch.library.register_fake("teal::sparse_gemv", _sparse_gemv_fake, lib=_LIBRARY)
 
@@ -128,22 +84,16 @@ def _check(x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int
     if x.ndim != 1 or weight.ndim != 2 or x.shape[0] != weight.shape[0]:
         raise ValueError(f"x [K] and weight [K, N] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
-        raise TypeError(
-            f"x and weight share one dtype of bfloat16, float16, float32; got {x.dtype} and {weight.dtype}"
-        )
+        raise TypeError(f"x and weight share one dtype of bfloat16, float16, float32; got {x.dtype} and {weight.dtype}")
     if thresholds.dtype != torch.float32 or thresholds.shape != (len(segments),):
         raise ValueError(
             f"thresholds are float32 [{len(segments)}], one per segment; "
             f"got {thresholds.dtype} {tuple(thresholds.shape)}"
         )
     if sum(segments) != weight.shape[1] or min(segments) < 1:
-        raise ValueError(
-            f"segments {tuple(segments)} do not add up to the {weight.shape[1]} columns of the weight"
-        )
+        raise ValueError(f"segments {tuple(segments)} do not add up to the {weight.shape[1]} columns of the weight")
     if not (x.is_contiguous() and weight.is_contiguous() and thresholds.is_contiguous()):
-        raise ValueError(
-            "x, weight and thresholds must be contiguous (weights are stored input-major, [K, N])"
-        )
+        raise ValueError("x, weight and thresholds must be contiguous (weights are stored input-major, [K, N])")
     if not x.device == weight.device == thresholds.device:
         raise ValueError(
             f"x, weight, thresholds lie on {x.device}, {weight.device}, {thresholds.device}; want one device"

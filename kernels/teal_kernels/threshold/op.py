@@ -20,9 +20,7 @@ def _threshold_triton(x: Tensor, threshold: Tensor) -> Tensor:
     out = torch.empty_like(flat)
     size = flat.numel()
     if size:
-        threshold_kernel[(-(-size // _BLOCK),)](
-            flat, threshold, out, size, BLOCK=_BLOCK, num_warps=4, **EXACT
-        )
+        threshold_kernel[(-(-size // _BLOCK),)](flat, threshold, out, size, BLOCK=_BLOCK, num_warps=4, **EXACT)
     return out
 
 
@@ -62,8 +60,7 @@ def threshold(x: Tensor, t: float | Tensor, *, backend: str | None = None) -> Te
         t = torch.tensor([t], dtype=torch.float32, device=x.device)
     elif t.dtype != torch.float32 or t.numel() != 1 or t.device != x.device:
         raise ValueError(
-            f"a threshold tensor has one float32 element on {x.device}; "
-            f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+            f"a threshold tensor has one float32 element on {x.device}; got {t.dtype} {tuple(t.shape)} on {t.device}"
         )
     name = choose_backend(x.device.type, backend)
     return torch.ops.teal.threshold(x, t, name if name == TRITON else REFERENCE)

@@ -1,0 +1,1 @@
+"""Attention of one token over the key-value cache, the positions shared out among programs."""

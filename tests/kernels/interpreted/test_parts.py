@@ -1,0 +1,116 @@
+"""The fused kernels of a decode step, interpreted, one by one, where the whole step does not reach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, TOLERANCE, relative_error
+
+from teal_kernels.attention.op import AttentionShares, launch_attention
+from teal_kernels.attention.reference import attention_reference
+from teal_kernels.kept.op import KeptList, Sink
+from teal_kernels.rms_norm.op import launch_rms_norm
+from teal_kernels.rms_norm.reference import add_partials_reference, rms_norm_reference
+from teal_kernels.sample.op import Chooser, DeviceSampling
+from teal_kernels.sample.reference import sample_reference
+from teal_kernels.swiglu.op import launch_swiglu
+from teal_kernels.swiglu.reference import swiglu_reference
+from teal_kernels.threshold.reference import keep_mask
+
+CPU = torch.device("cpu")
+
+
+def sparse_sink(size, chunk, dtype, thresholds):
+    """A sink whose buffers hold what no kernel may read."""
+    kept = KeptList.empty(size, dtype, CPU, chunk)
+    kept.index.fill_(2**30)
+    kept.value.fill_(torch.nan)
+    kept.count.fill_(2**30)
+    tally = torch.zeros(len(thresholds), len(kept.count), dtype=torch.int64)
+    return Sink(kept.chunk, kept, thresholds, tally, None, None)
+
+
+def listed(sink, size):
+    """The vector that a kept list stands for."""
+    x = torch.zeros(size, dtype=sink.kept.value.dtype)
+    for c, count in enumerate(sink.kept.count.tolist()):
+        here = slice(c * sink.chunk, c * sink.chunk + count)
+        x[sink.kept.index[here].long()] = sink.kept.value[here]
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [50, 700])
+def test_norm_over_several_chunks(size, dtype):
+    torch.manual_seed(size)
+    hidden, weight, bias = torch.randn(3, size).to(dtype)
+    partial = torch.randn(3, size)
+    thresholds = torch.tensor([0.8, 0.5])
+    sink, stream = sparse_sink(size, 256, dtype, thresholds), torch.full_like(hidden, torch.nan)
+    launch_rms_norm(hidden, stream, weight, 1e-5, sink, partial=partial, bias=bias)
+    wanted = add_partials_reference(hidden, partial, bias)
+    assert torch.equal(stream, wanted)
+    x = rms_norm_reference(wanted, weight, 1e-5)
+    assert relative_error(listed(sink, size), torch.where(keep_mask(x, 0.5), x, 0.0)) < TOLERANCE[dtype]
+    counts = [int(keep_mask(x, t).sum()) for t in (0.8, 0.5)]
+    assert sink.tally.sum(1).tolist() == pytest.approx(counts, abs=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_over_several_chunks(dtype):
+    partial = torch.randn(3, 2 * 600, generator=torch.Generator().manual_seed(1))
+    sink = sparse_sink(600, 128, dtype, torch.tensor([0.1]))
+    launch_swiglu(partial, torch.empty(0, dtype=dtype), sink)
+    x = swiglu_reference(partial, dtype)
+    assert relative_error(listed(sink, 600), torch.where(keep_mask(x, 0.1), x, 0.0)) < 2 * TOLERANCE[dtype]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    length=st.integers(1, 90),
+    shares=st.integers(1, 7),
+    window=st.sampled_from([None, 1, 20]),
+    group=st.sampled_from([1, 3]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_attention_with_any_length_and_number_of_shares(length, shares, window, group, dtype):
+    torch.manual_seed(length)
+    keys, values = torch.randn(2, 2, 90, 32).to(dtype)
+    q = torch.randn(2 * group, 32).to(dtype)
+    wanted = attention_reference(q, keys, values, length, window)
+    keys[:, length:], values[:, length:] = torch.nan, torch.nan
+    scratch = AttentionShares.empty(len(q), 32, shares, CPU)
+    for tensor in (scratch.mixed, scratch.peak, scratch.total):
+        tensor.fill_(torch.nan)
+    sink = sparse_sink(q.numel(), 64, dtype, torch.tensor([0.0]))
+    launch_attention(q, keys, values, torch.tensor([length - 1]), window, scratch, sink)
+    assert relative_error(listed(sink, q.numel()), wanted) < 4 * TOLERANCE[dtype]
+
+
+@triton.jit
+def uniform_kernel(seed, position, out_ptr):
+    tl.store(out_ptr, tl.rand(seed, position))
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_draws_by_inverting_the_cumulative_distribution(top_k):
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 2
+    choose = Chooser(DeviceSampling(0.7, top_k, seed=9), CPU)
+    values, ids = logits.topk(top_k) if top_k else (logits, torch.arange(300))
+    token, uniform, tokens = torch.tensor([-1]), torch.empty(1), []
+    for position in range(30):
+        choose(logits, torch.tensor([position]), token)
+        uniform_kernel[(1,)](9, position, uniform)
+        assert token.item() == ids[sample_reference(values, 0.7, uniform.item())]
+        tokens.append(token.item())
+    assert len(set(tokens)) > 3
+
+
+def test_temperature_zero_takes_the_most_likely():
+    logits, token = torch.randn(50), torch.tensor([-1])
+    Chooser(DeviceSampling(0.0), CPU)(logits, torch.tensor([3]), token)
+    assert token.item() == logits.argmax()

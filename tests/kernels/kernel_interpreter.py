@@ -1,0 +1,44 @@
+"""Make Triton's interpreter treat bfloat16 as a GPU does: it keeps the bits as integers, and forgets that twice."""
+
+from __future__ import annotations
+
+import numpy as np
+from triton import language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_cast_impl = InterpreterBuilder.cast_impl
+_create_dot = InterpreterBuilder.create_dot
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits, uint16 -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bits, uint16, to the nearest, ties to even (the interpreter cuts the low bits off)."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
+
+
+def _cast(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    kinds = source.dtype.scalar, target.scalar
+    if kinds == (tl.bfloat16, tl.float32):
+        return TensorHandle(widen(source.data), tl.float32)
+    if kinds == (tl.float32, tl.bfloat16):
+        return TensorHandle(narrow(source.data), tl.bfloat16)
+    return _cast_impl(self, source, target)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """Multiply the numbers that bfloat16 operands stand for; the interpreter multiplies their bit patterns."""
+    a, b = (TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def repair() -> None:
+    """Install both corrections in this process."""
+    InterpreterBuilder.cast_impl = _cast
+    InterpreterBuilder.create_dot = _dot

@@ -1,0 +1,99 @@
+"""Tiny random decoders in the shape `GpuStep` takes, and a context to decode in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teal_kernels.cpu_step.spec import StepSpec
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's tensors; see `teal_kernels.cpu_step.spec.LayerTensors`."""
+
+    attn_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attn_out: Tensor
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything a step needs, with `length` positions of the cache filled at random."""
+
+    spec: StepSpec
+    layers: list[Layer]
+    ends: tuple[Tensor, Tensor, Tensor]
+    rope: tuple[Tensor, Tensor]
+    keys: Tensor
+    values: Tensor
+
+    def arguments(self) -> tuple:
+        """The positional arguments of `GpuStep`; cache tensors are copies, so that runs do not disturb each other."""
+        return self.spec, self.layers, *self.ends, self.rope, self.keys.clone(), self.values.clone()
+
+
+def rope_table(positions: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, head_dim], the sign folded into sin."""
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(positions)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def tiny_model(
+    dtype: torch.dtype,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    hidden: int = 48,
+    intermediate: int = 80,
+    windows: tuple[int | None, ...] = (None, None),
+    biases: bool = False,
+    qk_norm: bool = False,
+    max_tokens: int = 40,
+    device: str = "cpu",
+) -> Model:
+    """A decoder with random weights of the scale that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
+
+    spec = StepSpec(hidden, intermediate, heads, kv_heads, head_dim, 67, 1e-5, windows)
+    qkv, q = spec.qkv_width, spec.query_width
+    layers = [
+        Layer(
+            attn_norm=random(hidden, scale=0.1, shift=1.0),
+            qkv=random(hidden, qkv, scale=hidden**-0.5),
+            qkv_bias=random(qkv, scale=0.3) if biases else None,
+            q_norm=random(head_dim, scale=0.1, shift=1.0) if qk_norm else None,
+            k_norm=random(head_dim, scale=0.1, shift=1.0) if qk_norm else None,
+            attn_out=random(q, hidden, scale=q**-0.5),
+            o_bias=random(hidden, scale=0.3) if biases else None,
+            mlp_norm=random(hidden, scale=0.1, shift=1.0),
+            gate_up=random(hidden, 2 * intermediate, scale=hidden**-0.5),
+            down=random(intermediate, hidden, scale=intermediate**-0.5),
+        )
+        for _ in windows
+    ]
+    embedding, final_norm = random(67, hidden), random(hidden, scale=0.1, shift=1.0)
+    cache = random(2, len(windows), kv_heads, max_tokens, head_dim)
+    cos, sin = (half.to(device) for half in rope_table(max_tokens, head_dim, dtype))
+    return Model(spec, layers, (embedding, final_norm, embedding), (cos, sin), cache[0], cache[1])
+
+
+def plan(layers: int, values: tuple[float, ...] = (0.4, 0.6, 0.5, 0.2, 0.7, 0.5, 0.1)) -> np.ndarray:
+    """Thresholds float32 [layers, 7], different for projections that share a site."""
+    return np.tile(np.array(values, np.float32), (layers, 1))
