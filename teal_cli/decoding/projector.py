@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
+from teal_cli.model.transformer import dense
 from teal_kernels.sparse_gemv.op import sparse_gemv
 from teal_kernels.threshold.op import threshold
 
@@ -69,4 +70,4 @@ class DenseProjector:
     def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
         if self.rows is not None:
             self.rows[site][layer].copy_(x[0])
-        return x @ weight
+        return dense(layer, site, x, weight)

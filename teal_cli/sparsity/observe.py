@@ -24,7 +24,7 @@ from teal_cli.errors import TealError, UsageError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RopeTable
 from teal_cli.model.sites import SITES
-from teal_cli.model.transformer import attend_alone, block
+from teal_cli.model.transformer import attend_alone, block, dense
 from teal_cli.model.weights import Checkpoint
 from teal_cli.sparsity.histogram import MAGNITUDES, MagnitudeHistogram
 
@@ -88,7 +88,7 @@ def observe(
 
     def count(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
         histogram.add(layer, site, x)
-        return x @ weight
+        return dense(layer, site, x, weight)
 
     rope = RopeTable(config, dtype, device).at(0, tokens.shape[1])
     attend = attend_alone(config)
@@ -118,9 +118,7 @@ def _check(config: ModelConfig, tokens: NDArray[np.int64]) -> None:
         )
 
 
-def _embed(
-    checkpoint: Checkpoint, tokens: NDArray[np.int64], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
+def _embed(checkpoint: Checkpoint, tokens: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """The first hidden states, one [seq_len, hidden] per sequence; the embedding is freed again."""
     with torch.inference_mode():
         embedding = checkpoint.embedding(dtype, device)
