@@ -42,9 +42,7 @@ def calibrate(
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--from", metavar="DIR", help="Import TEAL's `histograms` folder instead of running a text."
-        ),
+        typer.Option("--from", metavar="DIR", help="Import TEAL's `histograms` folder instead of running a text."),
     ] = None,
     rule: Annotated[
         Literal["teal", "abs"],
@@ -61,9 +59,7 @@ def calibrate(
     ] = None,
     check_split: Annotated[
         str | None,
-        typer.Option(
-            "--check-split", metavar="SPLIT", help="With --check: the split; else the held-out one."
-        ),
+        typer.Option("--check-split", metavar="SPLIT", help="With --check: the split; else the held-out one."),
     ] = None,
     calibration: options.CalibrationOption = None,
     force: options.ForceOption = False,
@@ -81,10 +77,10 @@ def calibrate(
     """
     out = output(json, quiet)
     _refuse_mixtures(
-        source, calibration, check,
-        of_text={"--dataset": dataset, "--split": split, "--text-column": text_column, "--seq-len": seq_len,
-                 "--num-sequences": num_sequences, "--dtype": dtype},
-    )  # fmt: skip
+        {"--from": source, "--calibration": calibration, "--check": check, "--check-split": check_split},
+        to_calibrate={"--dataset": dataset, "--split": split, "--dtype": dtype},
+        to_run={"--text-column": text_column, "--seq-len": seq_len, "--num-sequences": num_sequences},
+    )
     given = settings.load()
 
     from teal_cli.registry.registry import Registry
@@ -121,20 +117,18 @@ def calibrate(
         out.note(note)
 
 
-def _refuse_mixtures(
-    source: Path | None, calibration: str | None, check: str | None, *, of_text: dict[str, object]
-) -> None:
-    given = [option for option, value in of_text.items() if value is not None]
-    if source is not None and given and check is None:
-        raise UsageError(
-            f"--from imports what is there; {given[0]} says what to run.", hint="Give one of them."
-        )
-    if source is not None and calibration is not None:
-        raise UsageError("--from makes a calibration, and --calibration names one.", hint="Give one of them.")
-    if calibration is not None and check is None:
-        raise UsageError(
-            "--calibration says what to check, but there is no --check.", hint="Add --check DATASET."
-        )
+def _refuse_mixtures(kind: dict[str, object], *, to_calibrate: dict[str, object], to_run: dict[str, object]) -> None:
+    """Refuse options that would go unheard: an import and a check of what is there run no text of their own."""
+    given = {option for option, value in {**kind, **to_calibrate, **to_run}.items() if value is not None}
+    if "--check" not in given:
+        for option in ("--calibration", "--check-split"):
+            if option in given:
+                raise UsageError(f"{option} is about a check, but there is no --check.", hint="Add --check DATASET.")
+    unheard = ["--calibration", *to_calibrate, *(() if "--check" in given else to_run)]
+    for maker in ("--from", "--calibration"):
+        for option in unheard:
+            if maker in given and option in given and maker != option:
+                raise UsageError(f"{option} does not go with {maker}.", hint="Leave one of them away.")
 
 
 def watch(out: Output, text: str, events: Iterator[Any]) -> Any:
@@ -193,12 +187,8 @@ def _show_calibration(console: Console, made: Calibrated) -> None:
     console.print(table)
     origin = made.calibration.provenance
     if origin.seconds is not None:
-        memory = (
-            f", peak memory {amount(origin.peak_memory_bytes, None, 'B')}" if origin.peak_memory_bytes else ""
-        )
-        memory += (
-            f", on the GPU {amount(origin.peak_device_bytes, None, 'B')}" if origin.peak_device_bytes else ""
-        )
+        memory = f", peak memory {amount(origin.peak_memory_bytes, None, 'B')}" if origin.peak_memory_bytes else ""
+        memory += f", on the GPU {amount(origin.peak_device_bytes, None, 'B')}" if origin.peak_device_bytes else ""
         console.print(f"{origin.tokens:,} tokens of {origin.dataset} in {origin.seconds:.1f} s{memory}")
     state = "was there already" if made.reused else "is ready"
     console.print(
@@ -219,8 +209,6 @@ def _show_check(console: Console, checked: Checked) -> None:
         table.add_column(column, justify="left" if column.startswith("furthest") else "right")
     for level in checked.levels:
         # Joined by spaces that do not break, so that a narrow table breaks between the pairs.
-        far = ", ".join(
-            f"{pair.layer}\u00a0{pair.site}\u00a0{pair.sparsity:.1%}" for pair in level.furthest(_FURTHEST)
-        )
+        far = ", ".join(f"{pair.layer}\u00a0{pair.site}\u00a0{pair.sparsity:.1%}" for pair in level.furthest(_FURTHEST))
         table.add_row(f"{level.target:.0%}", f"{level.mean:.1%}", f"{level.p95 * 100:.1f} points", far)
     console.print(table)

@@ -45,9 +45,7 @@ class NamedDataset:
 def named_datasets() -> dict[str, NamedDataset]:
     """Every named dataset, by name, in alphabetical order."""
     folder = configs() / "calibrate"
-    found = sorted(
-        (entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda entry: entry.name
-    )
+    found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda entry: entry.name)
     datasets = (parse(entry.name.removesuffix(".toml"), entry.read_text(encoding="utf-8")) for entry in found)
     return {dataset.name: dataset for dataset in datasets}
 

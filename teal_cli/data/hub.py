@@ -14,9 +14,7 @@ from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
-_NO_NETWORK_HINT = (
-    "Check the network; `python-docs` and local files need none, HF_HUB_OFFLINE=1 reads what is cached."
-)
+_NO_NETWORK_HINT = "Check the network; `python-docs` and local files need none, HF_HUB_OFFLINE=1 reads what is cached."
 _PROBE_SECONDS = 15.0
 
 

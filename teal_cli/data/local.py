@@ -73,9 +73,7 @@ def _files(dataset: str) -> list[Path]:
     if found:
         return found
     if path.exists() or glob.has_magic(dataset):
-        raise NotFoundError(
-            f"{dataset} holds no file that teal reads as a dataset.", hint=f"It reads {_KINDS}."
-        )
+        raise NotFoundError(f"{dataset} holds no file that teal reads as a dataset.", hint=f"It reads {_KINDS}.")
     raise NotFoundError(f"There is no file {dataset}.")
 
 
@@ -84,9 +82,7 @@ def _rows(paths: list[Path], form: str) -> Iterator[dict[str, Any]]:
     options = {"keep_linebreaks": True} if form == "text" else {}
     for path in paths:  # one by one, so that an error names its file
         try:
-            yield from datasets.load_dataset(
-                form, data_files=str(path), split="train", streaming=True, **options
-            )
+            yield from datasets.load_dataset(form, data_files=str(path), split="train", streaming=True, **options)
         except UnicodeDecodeError as error:
             raise TealError(
                 f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.",

@@ -101,15 +101,11 @@ def _unknown(dataset: str) -> NotFoundError:
     )
 
 
-def _hub_source(
-    dataset: str, where: NamedDataset, split: str | None, column: str | None, held_out: bool
-) -> Source:
+def _hub_source(dataset: str, where: NamedDataset, split: str | None, column: str | None, held_out: bool) -> Source:
     splits = hub_splits(where.hub or "", where.config)
     preferred = where.held_out if held_out else where.split
     chosen = _choose(dataset, split, tuple(splits), held_out, preferred)
-    return Source(
-        dataset, chosen, where.separator, lambda: _texts(dataset, splits[chosen](), column or where.text)
-    )
+    return Source(dataset, chosen, where.separator, lambda: _texts(dataset, splits[chosen](), column or where.text))
 
 
 def _choose(

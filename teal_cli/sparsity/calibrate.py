@@ -249,9 +249,7 @@ def _make_id(blocks: TokenBlocks, dtype: str, sha256: str) -> str:
     stem = re.sub(r"[^a-z0-9]+", "-", Path(blocks.dataset).name.lower()).strip("-") or "text"
     tokens = blocks.tokens.size
     size = f"{tokens // 1000}k" if tokens >= 1000 else str(tokens)
-    digest = hashlib.sha256(
-        f"{blocks.fingerprint} {blocks.tokens.shape} {dtype} {sha256}".encode()
-    ).hexdigest()
+    digest = hashlib.sha256(f"{blocks.fingerprint} {blocks.tokens.shape} {dtype} {sha256}".encode()).hexdigest()
     return f"{stem[:40]}-{size}-{_SHORT[dtype]}-{digest[:6]}"
 
 

@@ -50,9 +50,7 @@ class MagnitudeHistogram:
 
     def __init__(self, dtype: str, counts: NDArray[np.int64]) -> None:
         if dtype not in DTYPES or counts.dtype != np.int64 or counts.shape[1:] != (len(SITES), MAGNITUDES):
-            raise TealError(
-                f"This is no histogram of magnitudes: {counts.dtype} {list(counts.shape)}, {dtype}."
-            )
+            raise TealError(f"This is no histogram of magnitudes: {counts.dtype} {list(counts.shape)}, {dtype}.")
         if counts.min(initial=0) < 0 or counts[..., _INFINITE[dtype] :].any():
             raise TealError("The histogram of magnitudes is damaged: it holds counts that cannot be.")
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""Datasets of the hub, against a local stand-in; in a child process, since `datasets` reads its address when imported."""
+"""Datasets of the hub, against a local stand-in; in child processes, as `datasets` reads its address when imported."""
 
 from __future__ import annotations
 

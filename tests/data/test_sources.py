@@ -1,4 +1,4 @@
-"""What a dataset's name leads to: shipped names, the text that Python carries, local files. The hub is in test_hub.py."""
+"""What a dataset's name leads to: shipped names, the text that Python carries, local files. The hub comes apart."""
 
 from __future__ import annotations
 
@@ -121,11 +121,14 @@ class TestLocal:
             texts(jsonl(tmp_path / "a.jsonl", {"text": "one", "id": 1}), text_column="id")
 
     def test_alpaca_without_its_text_column(self, tmp_path: Path) -> None:
-        rows = {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Go.", "input": "", "output": "Ok"}
+        rows = (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            {"instruction": "Go.", "input": "", "output": "Ok"},
+        )
         with_input, without = texts(jsonl(tmp_path / "a.jsonl", *rows))
         assert with_input == (
-            "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-            "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
+            "a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
             "### Response:\n3"
         )
         assert without == (

@@ -84,7 +84,7 @@ def test_widths_of_the_model_it_was_made_from(original: Path) -> None:
 
 
 def test_widths_of_another_model(original: Path) -> None:
-    with pytest.raises(TealError, match="Layer 0 .* mlp_mid 11008"):
+    with pytest.raises(TealError, match=r"Layer 0 .* mlp_mid 11008"):
         check_widths(read_histograms(original), {**WIDTHS, "mlp_mid": 11008})
 
 
