@@ -1,0 +1,152 @@
+"""Attention of one token over the cache, in work items that threads share: a key-value head and a part of its
+positions.
+
+A part keeps a running softmax (maximum, sum of exponentials, weighted sum of values, as in FlashDecoding), so
+that parts can be joined afterwards. Scores, probabilities and sums are float32; what enters the cache and
+what leaves is rounded.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from teal_kernels.cpu_step.intrinsics import item_bytes, narrow, store
+from teal_kernels.cpu_step.layout import K_NORM, NONE, Q_NORM
+from teal_kernels.cpu_step.rows import add_rows, dot_rows
+from teal_kernels.cpu_step.vectors import compiled, contracted, exp, rms_norm, rotate
+
+TILE = 256
+"""Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
+
+ZERO, ONE, LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
+
+
+def parts_for(threads: int, kv_heads: int) -> int:
+    """Into how many parts each head's positions are cut, so that all threads get the same number of items."""
+    return threads // gcd(threads, kv_heads)
+
+
+@compiled
+def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
+    """This thread's items: rotates queries, appends key and value to the cache, leaves partial sums in `shared`."""
+    parts = shared.totals.shape[1]
+    items = shape.kv_heads * parts
+    first = max(0, token.position + 1 - weights.windows[layer])
+    count = token.position + 1 - first
+    step = max(64, (count + parts - 1) // parts)
+    for item in range(items * own.thread // own.threads, items * (own.thread + 1) // own.threads):
+        head, part = item // parts, item % parts
+        start = first + part * step
+        stop = min(start + step, token.position + 1)
+        if start >= stop:
+            group = shape.heads // shape.kv_heads
+            shared.totals[head * group : (head + 1) * group, part] = ZERO
+            continue
+        keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
+        values = cache.values + layer * cache.layer_stride + head * cache.head_stride
+        if stop == token.position + 1:
+            append(kind, shape, weights, layer, token, shared, own, head, keys, values)
+        for query in range(head * shape.heads // shape.kv_heads, (head + 1) * shape.heads // shape.kv_heads):
+            place(kind, shape, weights.tensors[layer, Q_NORM], weights.eps, token, shared.qkv, query, own)
+            attend_part(kind, shape, keys, values, start, stop, query, part, shared, own)
+
+
+@compiled
+def place(kind: Any, shape: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any) -> None:
+    """own.rotated = one head of qkv, normalised if the model does that, turned to this token's position."""
+    start = head * shape.head_dim
+    if norm != NONE:
+        rms_norm(kind, qkv, start, shape.head_dim, norm, eps, own.normed)
+        rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, own.rotated)
+    else:
+        rotate(kind, qkv[start : start + shape.head_dim], shape.head_dim, token.cos, token.sin, own.rotated)
+
+
+@compiled
+def append(
+    kind: Any,
+    shape: Any,
+    weights: Any,
+    layer: int,
+    token: Any,
+    shared: Any,
+    own: Any,
+    head: int,
+    keys: int,
+    values: int,
+) -> None:
+    """Writes this token's key and value of one head into the cache."""
+    place(kind, shape, weights.tensors[layer, K_NORM], weights.eps, token, shared.qkv, shape.heads + head, own)
+    start = (shape.heads + shape.kv_heads + head) * shape.head_dim
+    first = token.position * shape.head_dim
+    for i in range(shape.head_dim):
+        store(kind, keys, first + i, own.rotated[i])
+        store(kind, values, first + i, shared.qkv[start + i])
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def largest(x: Any, count: int) -> Any:
+    top = LOWEST
+    for i in range(count):
+        top = x[i] if x[i] > top else top
+    return top
+
+
+@compiled
+def attend_part(
+    kind: Any, shape: Any, keys: int, values: int, start: int, stop: int, head: int, part: int, shared: Any, own: Any
+) -> None:
+    """Softmax-weighted sum of the values of positions start..stop for the query in own.rotated."""
+    row = shape.head_dim * item_bytes(kind)
+    scale = ONE / np.sqrt(np.float32(shape.head_dim))
+    top, total = LOWEST, ZERO
+    mixed = shared.mixed[head, part]
+    mixed[:] = ZERO
+    for tile in range(start, stop, TILE):
+        count = min(TILE, stop - tile)
+        dot_rows(kind, keys + tile * row, row, count, own.rotated, shape.head_dim, own.scores)
+        new_top = max(top, largest(own.scores, count) * scale)
+        shrink = exp(top - new_top)
+        total = total * shrink + exponentials(own.scores, count, scale, new_top)
+        for i in range(shape.head_dim):
+            mixed[i] *= shrink
+        add_rows(kind, values + tile * row, row, own.ramp, own.scores, count, shape.head_dim, mixed)
+        top = new_top
+    shared.tops[head, part], shared.totals[head, part] = top, total
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+def exponentials(scores: Any, count: int, scale: Any, top: Any) -> Any:
+    """scores[:count] = exp(scores * scale - top), and their sum."""
+    for i in range(count):
+        scores[i] = exp(scores[i] * scale - top)
+    total = ZERO
+    for i in range(count):
+        total += scores[i]
+    return total
+
+
+@contracted
+def join_parts(kind: Any, shape: Any, shared: Any, out: Any) -> None:
+    """out = the attention's output of all heads, rounded: the parts weighed by their softmax sums."""
+    parts = shared.totals.shape[1]
+    for head in range(shape.heads):
+        top = LOWEST
+        for part in range(parts):
+            if shared.totals[head, part] > ZERO:
+                top = max(top, shared.tops[head, part])
+        mixed = out[head * shape.head_dim : (head + 1) * shape.head_dim]
+        mixed[:] = ZERO
+        total = ZERO
+        for part in range(parts):
+            if shared.totals[head, part] > ZERO:
+                weight = exp(shared.tops[head, part] - top)
+                total += weight * shared.totals[head, part]
+                for i in range(shape.head_dim):
+                    mixed[i] += weight * shared.mixed[head, part, i]
+        for i in range(shape.head_dim):
+            mixed[i] = narrow(kind, mixed[i] / total)

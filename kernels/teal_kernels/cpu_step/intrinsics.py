@@ -1,0 +1,185 @@
+"""The few machine operations that numba's Python lacks: elements of the model's dtype at an address, atomics,
+hints.
+
+A `kind` says in which dtype the memory behind an address is: an empty numpy array whose dtype the compiler
+sees, uint16 for bfloat16, int16 for float16 (numba has neither on a CPU) or float32. All arithmetic is
+float32; `narrow` rounds to the kind.
+
+Rows of weights and of the key-value cache are read under one LLVM alias scope, and `put` declares that it
+does not write there. Without that, each loop over rows begins with a comparison of every row's address with
+the output's.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _HALF = ir.FloatType(), ir.HalfType()
+_ELEMENT = {types.uint16: _I16, types.int16: _HALF, types.float32: _F32}
+ITEM_BYTES = {types.uint16: 2, types.int16: 2, types.float32: 4}
+
+
+def _scope(builder: Any) -> Any:
+    module = builder.module
+    domain = module.add_metadata(["teal"])
+    return module.add_metadata([module.add_metadata(["rows", domain])])
+
+
+def _element(builder: Any, kind: Any, base: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(base, _ELEMENT[kind.dtype].as_pointer()), [index])
+
+
+def _widened(builder: Any, kind: Any, value: Any) -> Any:
+    if kind.dtype == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
+    return builder.fpext(value, _F32) if kind.dtype == types.int16 else value
+
+
+def _rounded_bits(builder: Any, value: Any) -> Any:
+    """float32 -> its bits after rounding to bfloat16, to nearest even; a NaN stays one."""
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    near = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+    return builder.select(builder.fcmp_unordered("uno", value, value), builder.or_(bits, _I32(0x400000)), near)
+
+
+@intrinsic
+def fetch(typingctx: Any, kind: Any, base: Any, index: Any) -> Any:
+    """fetch(kind, address, index): the element at address + index, widened to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loaded = builder.load(_element(builder, kind, args[1], args[2]))
+        loaded.align = ITEM_BYTES[kind.dtype]
+        loaded.set_metadata("alias.scope", _scope(builder))
+        return _widened(builder, kind, loaded)
+
+    return types.float32(kind, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, kind: Any, base: Any, index: Any, value: Any) -> Any:
+    """store(kind, address, index, value): writes a float32 that the kind can represent."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = args[3]
+        if kind.dtype == types.uint16:
+            value = builder.trunc(builder.lshr(builder.bitcast(value, _I32), _I32(16)), _I16)
+        elif kind.dtype == types.int16:
+            value = builder.fptrunc(value, _HALF)
+        builder.store(value, _element(builder, kind, args[1], args[2])).align = ITEM_BYTES[kind.dtype]
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def put(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """put(array, index, value): array[index] = value, float32, in memory where no row lies."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        written = builder.store(args[2], builder.gep(data, [args[1]]))
+        written.align = 4
+        written.set_metadata("noalias", _scope(builder))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.float32), codegen
+
+
+@intrinsic
+def narrow(typingctx: Any, kind: Any, value: Any) -> Any:
+    """narrow(kind, value): value rounded to the kind, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = args[1]
+        if kind.dtype == types.uint16:
+            return builder.bitcast(builder.and_(_rounded_bits(builder, value), _I32(0xFFFF0000)), _F32)
+        return builder.fpext(builder.fptrunc(value, _HALF), _F32) if kind.dtype == types.int16 else value
+
+    return types.float32(kind, types.float32), codegen
+
+
+@intrinsic
+def item_bytes(typingctx: Any, kind: Any) -> Any:
+    """item_bytes(kind): the size of one element."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _I64(ITEM_BYTES[kind.dtype])
+
+    return types.int64(kind), codegen
+
+
+@intrinsic
+def power_of_two(typingctx: Any, exponent: Any) -> Any:
+    """power_of_two(n): 2.0 ** n as float32, n an int32 in [-126, 127]."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.add(args[0], _I32(127)), _I32(23)), _F32)
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """prefetch(address): asks for the cache line at address, into the second-level cache, without waiting."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        hint = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        )
+        builder.call(hint, [builder.inttoptr(args[0], pointer), _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """atomic_add(array, index, value): adds to an int64 and returns what was there; orders memory both ways."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "acq_rel")
+
+    return types.int64(array, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
+    """atomic_load(array, index): an int64, with every write that came before the one it sees."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), "acquire", 8)
+
+    return types.int64(array, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """pause(): tells the core that this is a spinning loop."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if context.codegen().magic_tuple()[0].startswith("x86_64"):
+            name, operands = "llvm.x86.sse2.pause", []
+        else:
+            name, operands = "llvm.aarch64.hint", [_I32(1)]
+        function = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, name), operands)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+if sys.platform == "win32":
+    give_way = pause
+else:
+    give_way = types.ExternalFunction("sched_yield", types.int32())

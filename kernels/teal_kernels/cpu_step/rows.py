@@ -1,0 +1,85 @@
+"""The two ways in which a step reads rows from memory: weighted sums of rows, and dot products with each row.
+
+Both serve two masters. Sums of rows are the sparse projections (rows of an input-major matrix, weighted by
+the kept entries) and the values in attention (weighted by probabilities); dot products are the output head
+(rows of the embedding) and the scores in attention. Nearly all the time of a step is spent here, waiting for
+memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from teal_kernels.cpu_step.intrinsics import fetch, item_bytes, prefetch, put
+from teal_kernels.cpu_step.vectors import contracted, reordered
+
+ZERO = np.float32(0.0)
+LINE = 64
+SHORT_ROW = 4096  # bytes; the processor's own prefetcher learns longer rows soon enough
+
+
+@contracted
+def add_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: int, width: int, out: Any) -> None:
+    """out[:width] += sum over k of value[k] * row index[k], in the order of k.
+
+    Args:
+        base: address of the first wanted element of row 0; rows are `stride` bytes apart.
+        index, value: int64 and float32, `kept` of them.
+        out: float32; its first `width` elements stay in the first-level cache while eight rows at a time pass by.
+    """
+    bytes_wide = width * item_bytes(kind)
+    ahead = bytes_wide <= SHORT_ROW
+    k = 0
+    while k + 8 <= kept:
+        if ahead:
+            for j in range(k + 8, min(k + 16, kept)):
+                row = base + index[j] * stride
+                for byte in range(0, bytes_wide, LINE):
+                    prefetch(row + byte)
+        r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
+        r2, r3 = base + index[k + 2] * stride, base + index[k + 3] * stride
+        r4, r5 = base + index[k + 4] * stride, base + index[k + 5] * stride
+        r6, r7 = base + index[k + 6] * stride, base + index[k + 7] * stride
+        v0, v1, v2, v3 = value[k], value[k + 1], value[k + 2], value[k + 3]
+        v4, v5, v6, v7 = value[k + 4], value[k + 5], value[k + 6], value[k + 7]
+        for i in range(width):
+            total = out[i] + v0 * fetch(kind, r0, i)
+            total += v1 * fetch(kind, r1, i)
+            total += v2 * fetch(kind, r2, i)
+            total += v3 * fetch(kind, r3, i)
+            total += v4 * fetch(kind, r4, i)
+            total += v5 * fetch(kind, r5, i)
+            total += v6 * fetch(kind, r6, i)
+            total += v7 * fetch(kind, r7, i)
+            put(out, i, total)
+        k += 8
+    while k < kept:
+        r0, v0 = base + index[k] * stride, value[k]
+        for i in range(width):
+            put(out, i, out[i] + v0 * fetch(kind, r0, i))
+        k += 1
+
+
+@reordered
+def dot_rows(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any) -> None:
+    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`."""
+    i = 0
+    while i + 4 <= count:
+        r0 = base + i * stride
+        r1, r2, r3 = r0 + stride, r0 + 2 * stride, r0 + 3 * stride
+        s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
+        for j in range(width):
+            s0 += x[j] * fetch(kind, r0, j)
+            s1 += x[j] * fetch(kind, r1, j)
+            s2 += x[j] * fetch(kind, r2, j)
+            s3 += x[j] * fetch(kind, r3, j)
+        out[i], out[i + 1], out[i + 2], out[i + 3] = s0, s1, s2, s3
+        i += 4
+    while i < count:
+        s0 = ZERO
+        for j in range(width):
+            s0 += x[j] * fetch(kind, base + i * stride, j)
+        out[i] = s0
+        i += 1

@@ -1,0 +1,107 @@
+"""What the compiled decode step needs to know of a model: its dimensions and its tensors, nothing of where they
+come from.
+
+Plain data, without numba, so that a caller may describe a step on a machine that cannot run one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from torch import Tensor
+
+SITES: Final = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
+"""The input vectors of a layer that are thresholded, in the order in which a step meets them."""
+
+PROJECTIONS: Final = 7
+"""Columns of a threshold table: q k v o gate up down."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpec:
+    """Dimensions of a decoder.
+
+    Attributes:
+        hidden, intermediate, heads, kv_heads, head_dim, vocab: the usual counts; heads is a multiple of kv_heads,
+            head_dim is even.
+        norm_eps: epsilon of every RMSNorm.
+        windows: per layer, how many positions a token attends to, its own included; None for all.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm_eps: float
+    windows: tuple[int | None, ...]
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads, which is the input of the output projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the fused q, k, v matrix."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def channels(self) -> tuple[int, int, int, int]:
+        """Width of each site's vector, in the order of `SITES`."""
+        return self.hidden, self.query_width, self.hidden, self.intermediate
+
+
+class LayerTensors(Protocol):
+    """One layer. Matrices are input-major, [K, N] contiguous: channel k of the input is row k.
+
+    attn_norm, mlp_norm [hidden]; qkv [hidden, Nq + 2 Nkv]; qkv_bias [Nq + 2 Nkv] or None; q_norm, k_norm [head_dim] or
+    None; attn_out [Nq, hidden]; o_bias [hidden] or None; gate_up [hidden, 2 intermediate]; down [intermediate, hidden].
+    """
+
+    @property
+    def attn_norm(self) -> Tensor: ...
+    @property
+    def qkv(self) -> Tensor: ...
+    @property
+    def qkv_bias(self) -> Tensor | None: ...
+    @property
+    def q_norm(self) -> Tensor | None: ...
+    @property
+    def k_norm(self) -> Tensor | None: ...
+    @property
+    def attn_out(self) -> Tensor: ...
+    @property
+    def o_bias(self) -> Tensor | None: ...
+    @property
+    def mlp_norm(self) -> Tensor: ...
+    @property
+    def gate_up(self) -> Tensor: ...
+    @property
+    def down(self) -> Tensor: ...
+
+
+Rotation = Callable[[int], tuple[Tensor, Tensor]]
+"""position -> (cos, sin), each of head_dim elements in the model's dtype, the rotation's sign folded into sin:
+rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum."""
+
+
+def layer_shapes(spec: StepSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a layer, in the order in which the compiled step finds their addresses."""
+    return {
+        "attn_norm": (spec.hidden,),
+        "qkv": (spec.hidden, spec.qkv_width),
+        "qkv_bias": (spec.qkv_width,),
+        "q_norm": (spec.head_dim,),
+        "k_norm": (spec.head_dim,),
+        "attn_out": (spec.query_width, spec.hidden),
+        "o_bias": (spec.hidden,),
+        "mlp_norm": (spec.hidden,),
+        "gate_up": (spec.hidden, 2 * spec.intermediate),
+        "down": (spec.intermediate, spec.hidden),
+    }
+
+
+OPTIONAL: Final = frozenset({"qkv_bias", "q_norm", "k_norm", "o_bias"})

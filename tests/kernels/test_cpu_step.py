@@ -1,0 +1,294 @@
+"""The compiled decode step against a plain PyTorch implementation of the same step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from teal_kernels.cpu_step import compiled
+from teal_kernels.cpu_step.op import CpuStep, default_threads
+from teal_kernels.cpu_step.spec import OPTIONAL, SITES, StepSpec, layer_shapes
+
+if compiled.unavailable() is not None:
+    pytest.skip(str(compiled.unavailable()), allow_module_level=True)
+
+SPEC = StepSpec(96, 160, 6, 2, 16, 300, 1e-5, (None, None))
+VARIANTS = {
+    "grouped": SPEC,
+    "odd": StepSpec(63, 77, 3, 1, 10, 101, 1e-6, (None,)),
+    "single heads": StepSpec(64, 200, 4, 4, 16, 333, 1e-5, (None, None, None)),
+    "window": replace(SPEC, windows=(4, None)),
+    "wide": StepSpec(576, 1536, 9, 3, 64, 1000, 1e-5, (None,)),
+}
+FLAVOURS = {
+    "plain": frozenset[str](),
+    "biases": frozenset({"qkv_bias", "o_bias"}),
+    "norms": frozenset({"q_norm", "k_norm"}),
+}
+SITE_COLUMNS = {"attn_in": (0, 3), "attn_out": (3, 4), "mlp_in": (4, 6), "mlp_mid": (6, 7)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Model:
+    """Random weights of a spec, a cache, and the plain step over them."""
+
+    spec: StepSpec
+    layers: list[Any]
+    embedding: Tensor
+    final_norm: Tensor
+    lm_head: Tensor
+    kv: Tensor
+
+    def rope(self, position: int) -> tuple[Tensor, Tensor]:
+        half = self.spec.head_dim // 2
+        angles = position / 10_000 ** (torch.arange(half) / half)
+        cos, sin = angles.cos(), angles.sin()
+        dtype = self.embedding.dtype
+        return torch.cat((cos, cos)).to(dtype), torch.cat((-sin, sin)).to(dtype)
+
+    def compiled(self, **options: Any) -> CpuStep:
+        tensors = self.embedding, self.final_norm, self.lm_head
+        return CpuStep(self.spec, self.layers, *tensors, self.rope, self.kv[:, 0], self.kv[:, 1], **options)
+
+    def step(self, token: int, position: int, thresholds: Any, kv: Tensor, rows: Any = None) -> tuple[Tensor, Any]:
+        """Logits, and per site the inputs of every layer; rounds where a plain PyTorch model does.
+
+        What is kept is decided by `rows`, if given: sums in another order may put an entry on the other side of a
+        threshold, and one such entry moves the logits more than all rounding.
+        """
+        spec = self.spec
+        seen: dict[str, list[Tensor]] = {site: [] for site in SITES}
+        hidden = self.embedding[token]
+        for i, layer in enumerate(self.layers):
+            limits = np.full(7, -1, np.float32) if thresholds is None else thresholds[i]
+
+            def project(site: str, x: Tensor, parts: list[Tensor], limits: Any) -> Tensor:
+                size = (x if rows is None else rows[site][len(seen[site])]).float().abs()
+                seen[site].append(x)
+                kept = [torch.where(size > float(limit), x, torch.zeros_like(x)) for limit in limits]
+                return torch.cat([(k.double() @ w.double()).to(x.dtype) for k, w in zip(kept, parts, strict=True)])
+
+            widths = [spec.query_width, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
+            qkv = project("attn_in", norm(hidden, layer.attn_norm, spec), layer.qkv.split(widths, 1), limits[:3])
+            qkv = qkv if layer.qkv_bias is None else qkv + layer.qkv_bias
+            q, k, v = (part.view(-1, spec.head_dim) for part in qkv.split(widths))
+            if layer.q_norm is not None:
+                q, k = norm(q, layer.q_norm, spec), norm(k, layer.k_norm, spec)
+            cos, sin = self.rope(position)
+            q, k = (x * cos + torch.roll(x, spec.head_dim // 2, -1) * sin for x in (q, k))
+            kv[i, 0, :, position], kv[i, 1, :, position] = k, v
+            first = 0 if spec.windows[i] is None else max(0, position + 1 - spec.windows[i])
+            keys, values = kv[i, :, :, first : position + 1].double().repeat_interleave(spec.heads // spec.kv_heads, 1)
+            scores = torch.softmax(torch.einsum("hd,htd->ht", q.double(), keys) / math.sqrt(spec.head_dim), -1)
+            mixed = torch.einsum("ht,htd->hd", scores, values).flatten().to(hidden.dtype)
+            out = project("attn_out", mixed, [layer.attn_out], limits[3:4])
+            hidden = hidden + (out if layer.o_bias is None else out + layer.o_bias)
+            both = project("mlp_in", norm(hidden, layer.mlp_norm, spec), layer.gate_up.chunk(2, 1), limits[4:6])
+            gate, up = both.chunk(2)
+            hidden = hidden + project("mlp_mid", torch.nn.functional.silu(gate) * up, [layer.down], limits[6:])
+        return self.lm_head.float() @ norm(hidden, self.final_norm, spec).float(), seen
+
+
+def norm(x: Tensor, weight: Tensor, spec: StepSpec) -> Tensor:
+    return torch.nn.functional.rms_norm(x.float(), weight.shape, None, spec.norm_eps).to(x.dtype) * weight
+
+
+def make(spec: StepSpec, dtype: torch.dtype, extra: frozenset[str] = frozenset(), room: int = 24) -> Model:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(name: str, shape: tuple[int, ...]) -> Tensor:
+        drawn = torch.randn(shape, generator=generator)
+        if "norm" in name:
+            return (1 + drawn / 10).to(dtype)
+        return (drawn / math.sqrt(shape[0]) if len(shape) == 2 else drawn / 4).to(dtype)
+
+    layers = [
+        SimpleNamespace(
+            **{
+                name: random(name, shape) if name in extra or name not in OPTIONAL else None
+                for name, shape in layer_shapes(spec).items()
+            }
+        )
+        for _ in spec.windows
+    ]
+    embedding = torch.randn(spec.vocab, spec.hidden, generator=generator).to(dtype)
+    kv = torch.full((len(layers), 2, spec.kv_heads, room, spec.head_dim), torch.nan, dtype=dtype)
+    return Model(spec, layers, embedding, random("norm", (spec.hidden,)), embedding, kv)
+
+
+def threshold_table(kind: str, layers: int) -> Any:
+    if kind == "dense":
+        return None
+    if kind == "own":  # every projection its own, so that no two walk the same list
+        return np.linspace(0.1, 0.7, 7 * layers).astype(np.float32).reshape(layers, 7)
+    return np.full((layers, 7), {"zero": 0.0, "half": 0.5, "nothing kept": np.inf}[kind], np.float32)
+
+
+def poisoned_rows(spec: StepSpec, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Views with a stride between layers, as a store's block buffer gives them."""
+    block = {
+        site: torch.full((len(spec.windows), 3, k), torch.nan, dtype=dtype)
+        for site, k in zip(SITES, spec.channels(), strict=True)
+    }
+    return {site: tensor[:, 1] for site, tensor in block.items()}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+def poison(step: CpuStep) -> None:
+    for name, buffer in step._shared._asdict().items():
+        if name != "arrivals":
+            buffer.fill(np.nan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_plain_step(variant: str, flavour: str, dtype: torch.dtype) -> None:
+    """Logits, cache and captured rows over several tokens, dense and sparse."""
+    spec = VARIANTS[variant]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for kind in ("dense", "zero", "half", "own", "nothing kept"):
+        model = make(spec, dtype, FLAVOURS[flavour])
+        reference_kv = model.kv.clone()
+        step, table = model.compiled(), threshold_table(kind, len(spec.windows))
+        poison(step)
+        for position in range(10):
+            rows = poisoned_rows(spec, dtype)
+            logits = step.step(7 * position + 3, position, table, rows)
+            expected, inputs = model.step(7 * position + 3, position, table, reference_kv, rows)
+            assert distance(logits, expected) < tolerance
+            for site, (first, last) in SITE_COLUMNS.items():
+                x = torch.stack(inputs[site])
+                lowest = (
+                    torch.full((len(x), 1), -1.0)
+                    if table is None
+                    else torch.from_numpy(table[:, first:last].min(1))[:, None]
+                )
+                close = tolerance * x.float().abs().max()
+                kept = rows[site].float().abs() > lowest.clamp_min(0)
+                assert torch.allclose(rows[site][kept].float(), x[kept].float(), rtol=tolerance, atol=close)
+                flipped = (x.float().abs() > lowest) & ~kept | ~(x.float().abs() > lowest) & kept
+                assert ((x.float().abs() - lowest).abs()[flipped] < close).all() or table is None
+            reference_kv[:, :, :, position] = model.kv[:, :, :, position]  # no drift: each step on the same past
+        assert torch.isnan(model.kv[:, :, :, 10:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_captured_rows_are_what_was_multiplied(dtype: torch.dtype) -> None:
+    """The first site's input can be recomputed exactly; its kept entries come back bit for bit, the others as zero."""
+    model = make(SPEC, dtype)
+    x = norm(model.embedding[5], model.layers[0].attn_norm, SPEC)
+    t = x.float().abs().sort().values[x.numel() // 3].item()  # a value that occurs: it must be dropped
+    table = np.full((2, 7), t, np.float32)
+    rows = poisoned_rows(SPEC, dtype)
+    model.compiled().step(5, 0, table, rows)
+    kept = torch.where(x.float().abs() > t, x, torch.zeros_like(x))
+    if dtype != torch.float32:
+        assert torch.equal(rows["attn_in"][0], kept)
+    torch.testing.assert_close(rows["attn_in"][0], kept, atol=0, rtol=1e-6)
+    assert (rows["attn_in"][0] == 0).sum() == x.numel() // 3 + 1
+
+
+def test_threshold_that_keeps_one_entry() -> None:
+    model = make(SPEC, torch.float32)
+    x = norm(model.embedding[5], model.layers[0].attn_norm, SPEC)
+    table = np.full((2, 7), np.inf, np.float32)
+    table[0, :3] = x.abs().sort().values[-2].item()
+    model.compiled().step(5, 0, table)
+    expected = model.kv.clone()
+    model.step(5, 0, table, expected)
+    torch.testing.assert_close(model.kv[0, :, :, 0], expected[0, :, :, 0])
+    assert model.kv[0, 1, :, 0].abs().sum() > 0
+
+
+def test_capture_and_thread_count_change_no_bit() -> None:
+    spec = VARIANTS["wide"]
+    table = threshold_table("half", 1)
+    results = []
+    for threads, capture in ((1, False), (2, False), (2, True), (2, False), (5, False)):
+        model = make(spec, torch.bfloat16)
+        step = model.compiled(threads=threads)
+        rows = poisoned_rows(spec, torch.bfloat16) if capture else None
+        results.append(torch.stack([step.step(9 + i, i, table, rows) for i in range(12)]))
+        step.close()
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("window", [None, 100])
+def test_long_context(threads: int, window: int | None) -> None:
+    """Several tiles and parts of attention."""
+    spec = replace(SPEC, windows=(window, None))
+    model = make(spec, torch.float32, room=700)
+    model.kv[:, :, :, :650] = torch.randn(2, 2, 2, 650, 16, generator=torch.Generator().manual_seed(2)) * 2
+    reference_kv = model.kv.clone()
+    logits = model.compiled(threads=threads).step(11, 650)
+    expected, _ = model.step(11, 650, None, reference_kv)
+    assert distance(logits, expected) < 2e-5
+
+
+def test_cache_can_be_replaced() -> None:
+    model = make(SPEC, torch.float32)
+    step = model.compiled()
+    first = step.step(3, 0)
+    other = torch.full_like(model.kv, torch.nan)
+    step.use_cache(other[:, 0], other[:, 1])
+    assert torch.equal(step.step(3, 0), first)
+    assert torch.equal(other[:, :, :, 0], model.kv[:, :, :, 0])
+
+
+def test_recovers_after_an_interrupted_step() -> None:
+    """Ctrl-C between the release of the threads and this thread's own part leaves the others at a barrier."""
+    model = make(SPEC, torch.float32)
+    step = model.compiled(threads=3)
+    first = step.step(3, 0)
+    run = step._run
+
+    def interrupted(kind: Any, thread: int, *arguments: Any) -> None:
+        if thread == 0:
+            raise KeyboardInterrupt
+        run(kind, thread, *arguments)
+
+    step._run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        step.step(3, 0)
+    step._run = run
+    assert torch.equal(step.step(3, 0), first)
+
+
+def test_refuses_what_it_cannot_trust() -> None:
+    model = make(SPEC, torch.float32)
+    step = model.compiled(threads=1)
+    with pytest.raises(ValueError, match="token 300"):
+        step.step(300, 0)
+    with pytest.raises(ValueError, match="position 24"):
+        step.step(0, 24)
+    with pytest.raises(ValueError, match="thresholds"):
+        step.step(0, 0, np.zeros((2, 7)))
+    with pytest.raises(ValueError, match="attn_out"):
+        step.step(0, 0, None, poisoned_rows(replace(SPEC, heads=7), torch.float32))
+    with pytest.raises(ValueError, match="layer 1, down"):
+        model.layers[1].down = model.layers[1].down.t()
+        model.compiled()
+    model.layers.pop()
+    with pytest.raises(ValueError, match="1 layers"):
+        model.compiled()
+
+
+def test_compiled_code_is_found_again(tmp_path: Any) -> None:
+    compiled.load(torch.bfloat16)
+    assert compiled.is_compiled(torch.bfloat16)
+    assert default_threads() >= 1
