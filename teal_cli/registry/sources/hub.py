@@ -7,7 +7,8 @@ which files are wanted, asks for config.json before any weights, and turns the l
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -77,7 +78,7 @@ class HubSource:
 
     def plan(self) -> Plan:
         """Ask the hub for commit, files and sizes, and read config.json; offline, look into the cache."""
-        with hub_errors(self.repo, self.revision, self.token):
+        with self._errors():
             listing = self._cached_listing() if self.offline else self._hub_listing()
             selected = select_files(listing.files, self.repo)
             config = read_json(self._config(listing))
@@ -100,7 +101,7 @@ class HubSource:
         if plan.missing_bytes:
             self._drop_damaged(plan)
             require_space(Path(HF_HUB_CACHE), plan.missing_bytes)
-            with disk_errors(Path(HF_HUB_CACHE)), hub_errors(self.repo, self.revision, self.token):
+            with self._errors():
                 yield from transfer(self.repo, plan, listing.hashes, self.token)
         config = self._cached(CONFIG, listing.commit)
         if config is None:
@@ -108,6 +109,13 @@ class HubSource:
         folder = config.parent
         records = [_record(folder, file, listing.files[file.path][1]) for file in plan.files]
         return Fetched(folder, listing.commit, tuple(records))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        with disk_errors(Path(HF_HUB_CACHE)), hub_errors(self.repo, self.revision, self.token):
+            yield
 
     def _planned(self, name: str, listing: _Listing) -> PlannedFile:
         """A file counts as present where the cache has it in full length."""

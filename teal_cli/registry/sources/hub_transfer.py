@@ -11,9 +11,8 @@ from __future__ import annotations
 import glob
 import io
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ from teal_cli.registry.files import sha256_chunks
 from teal_cli.registry.sources.base import Plan, PlannedFile
 
 _WORKERS: Final = 4
+_PATIENCE_S: Final = 1.0
 
 
 class _StoppedError(BaseException):
@@ -47,25 +47,35 @@ def transfer(repo: str, plan: Plan, hashes: dict[str, str], token: str | None) -
     """
     reports: SimpleQueue[int | BaseException | None] = SimpleQueue()
     stop = Event()
-    large = [file for file in plan.files if not file.present and file.path in hashes and _by_http(file)]
+    pending: SimpleQueue[PlannedFile] = SimpleQueue()
+    for file in plan.files:
+        if not file.present and file.path in hashes and _by_http(file):
+            pending.put(file)
+
+    def fetch_blobs() -> None:
+        try:
+            while not stop.is_set():
+                file = pending.get_nowait()
+                _fetch_blob(repo, plan, file, hashes[file.path], token, stop, reports.put)
+        except Empty:
+            return
+        except BaseException as error:  # handed to the consumer, which raises the first one
+            stop.set()
+            reports.put(error)
 
     def work() -> None:
+        _join(_start(fetch_blobs, pending.qsize()))
+        if stop.is_set():
+            return
         try:
-            with ThreadPoolExecutor(_WORKERS, thread_name_prefix="teal-download") as pool:
-                fetch = [pool.submit(_fetch_blob, repo, plan, file, hashes[file.path], token, stop, reports.put)
-                         for file in large]  # fmt: skip
-                for future in fetch:
-                    future.result()
             _fetch_rest(repo, plan, token, stop)
             reports.put(None)
-        except BaseException as error:  # handed to the consumer, which raises it
-            stop.set()
+        except BaseException as error:
             reports.put(error)
 
     total = plan.total_bytes
     done = sum(file.size or 0 for file in plan.files if file.present)
-    thread = Thread(target=work, name="teal-download", daemon=True)
-    thread.start()
+    threads = _start(work, 1)
     try:
         yield Progress("download", done, total)
         while (report := reports.get()) is not None:
@@ -76,7 +86,20 @@ def transfer(repo: str, plan: Plan, hashes: dict[str, str], token: str | None) -
         yield Progress("download", done if total is None else total, total)
     finally:
         stop.set()
-        thread.join(timeout=2.0)
+        _join(threads, timeout=_PATIENCE_S)
+
+
+def _start(work: Callable[[], None], wanted: int) -> list[Thread]:
+    """Threads that do not keep the interpreter alive: a stalled connection must not outlive Ctrl-C."""
+    threads = [Thread(target=work, name="teal-download", daemon=True) for _ in range(min(wanted, _WORKERS))]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _join(threads: list[Thread], timeout: float | None = None) -> None:
+    for thread in threads:
+        thread.join(timeout)
 
 
 def _by_http(file: PlannedFile) -> bool:

@@ -1,0 +1,239 @@
+"""GGUF to checkpoint: weights bit for bit, config, special tokens, tokenizer, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from fixtures_gguf import write_gguf
+from fixtures_tiny import make_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.registry.download import dry_run, fetch
+from teal_cli.registry.registry import Registry
+from teal_cli.registry.verify import verify
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MODELS = {
+    "llama2": {},
+    "llama3": {"rope_parameters": LLAMA3, "head_dim": 12},
+    "mistral": {"sliding_window": None},
+    "qwen2.5": {},
+    "qwen3": {"use_sliding_window": False},
+}
+TEXT = "def keep(x, t): return abs(x) > t  # half of 12345 columns rest\n\n  «naïve» 漢字"
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny-llama"), "llama2")
+
+
+@pytest.fixture
+def registry(teal_home: Path) -> Registry:
+    return Registry(teal_home)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_comes_back_is_what_went_in(name: str, tmp_path: Path, registry: Registry) -> None:
+    original = make_tiny(tmp_path / "original", name, **MODELS[name])
+    entry = fetch(str(write_gguf(original, tmp_path / f"{name}.gguf")), registry=registry)
+    before = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    after = AutoModelForCausalLM.from_pretrained(entry.path)
+    assert after.dtype == torch.bfloat16
+    weights = dict(after.named_parameters())
+    assert {key: value.shape for key, value in before.named_parameters()} == {
+        key: value.shape for key, value in weights.items()
+    }
+    assert all(torch.equal(value, weights[key]) for key, value in before.named_parameters())
+    tokens = torch.arange(20)[None] * 7 % 300
+    with torch.no_grad():
+        assert torch.equal(before(tokens).logits, after(tokens).logits), "rotary table and norms included"
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (original, entry.path)]
+    assert tokenizers[0](TEXT).input_ids == tokenizers[1](TEXT).input_ids
+    assert tokenizers[1].decode(tokenizers[1](TEXT).input_ids) == TEXT
+    assert entry.revision == "sha256:" + _sha256(tmp_path / f"{name}.gguf")
+
+
+@pytest.mark.parametrize("quantisation", ["F16", "BF16", "Q8_0", "Q4_1"])
+def test_quantised_weights_become_the_nearest_bfloat16(quantisation: str, tmp_path: Path, registry: Registry) -> None:
+    original = make_tiny(tmp_path / "m", "llama2", hidden_size=64, intermediate_size=96, num_attention_heads=4,
+                         num_key_value_heads=4)  # fmt: skip
+    file = write_gguf(original, tmp_path / "m.gguf", quantisation=quantisation)
+    after = AutoModelForCausalLM.from_pretrained(fetch(str(file), registry=registry).path)
+    tensor = next(item for item in gguf.GGUFReader(file).tensors if item.name == "blk.1.ffn_down.weight")
+    expected = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).to(torch.bfloat16)
+    assert torch.equal(after.model.layers[1].mlp.down_proj.weight, expected)
+
+
+def test_rounding_is_to_nearest_even() -> None:
+    from teal_cli.registry.convert.weights import _round_to_bfloat16
+
+    values = np.concatenate([np.random.default_rng(0).normal(size=10_000), [0.0, -0.0, 1.00390625, 1.01171875, 3e38]])
+    values = values.astype(np.float32)
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(_round_to_bfloat16(values), expected)
+
+
+def test_special_tokens_and_chat_template(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    extra = {
+        "tokenizer.ggml.bos_token_id": 5,
+        "tokenizer.ggml.eot_token_id": 6,
+        "tokenizer.ggml.padding_token_id": 7,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": template,
+    }
+    path = fetch(str(write_gguf(tiny_llama, tmp_path / "m.gguf", extra=extra)), registry=registry).path
+    eos = json.loads((tiny_llama / "config.json").read_text())["eos_token_id"]
+    settings = GenerationConfig.from_pretrained(path)
+    assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (5, [eos, 6], 7)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (5, eos, 7)
+    assert tokenizer("hello").input_ids[0] == 5
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
+    end = tokenizer.convert_ids_to_tokens(eos)
+    assert tokenizer(f"a{end}b", add_special_tokens=False).input_ids[1] == eos, "one token, not its letters"
+
+
+PIECES = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{i:02X}>" for i in range(256)),
+    "▁t",
+    "he",
+    "▁the",
+    "▁",
+    "t",
+    "h",
+    "e",
+    "a",
+    "▁a",
+]
+
+
+def test_a_sentencepiece_vocabulary(tmp_path: Path, registry: Registry) -> None:
+    original = make_tiny(tmp_path / "m", "llama2", vocab_size=len(PIECES))
+    extra = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": PIECES,
+        "tokenizer.ggml.scores": [0.0] * 259 + [float(-i) for i in range(len(PIECES) - 259)],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259),
+        "tokenizer.ggml.merges": ["a b"],  # as for every array of this vocabulary, its scores count
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    path = fetch(str(write_gguf(original, tmp_path / "m.gguf", extra=extra)), registry=registry).path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("the  a\né").input_ids)
+    assert tokens == ["<s>", "▁the", "▁", "▁a", "<0x0A>", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer("the  a\né").input_ids, skip_special_tokens=True) == "the  a\né"
+
+
+# ---------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("changes", "kind", "match"),
+    [
+        ({"extra": {"general.architecture": "phi3"}}, UsageError, "phi3"),
+        ({"extra": {"llama.expert_count": 8}}, UsageError, "mixture of experts"),
+        ({"extra": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}}, UsageError, "longrope"),
+        ({"extra": {"split.count": 3}}, UsageError, "one of 3 parts"),
+        ({"extra": {"tokenizer.ggml.model": "bert"}}, UsageError, "bert"),
+        ({"pre": "viking"}, UsageError, "viking"),
+        ({"extra": {"tokenizer.ggml.eos_token_id": 100_000}}, TealError, "100000"),
+        ({"extra": {"tokenizer.ggml.merges": ["q@ @q"]}}, TealError, "merges"),
+        ({"extra": {"llama.feed_forward_length": 99}}, TealError, "shape"),
+        ({"drop": ("blk.2.ffn_up.weight",)}, TealError, "blk.2.ffn_up.weight"),
+        ({"tensors": {"blk.0.mystery.weight": np.ones(4, np.float32)}}, UsageError, "mystery"),
+        ({"tensors": {"rope_freqs.weight": np.array([1, 2, 3, 4, 5, 6], np.float32)}}, UsageError, "RoPE"),
+    ],
+)
+def test_files_that_cannot_be_decoded(
+    tiny_llama: Path, tmp_path: Path, registry: Registry, changes: dict, kind: type, match: str
+) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "m.gguf", **changes)
+    with pytest.raises(kind, match=match) as refused:
+        fetch(str(file), registry=registry)
+    assert refused.value.hint
+    assert registry.names() == ()
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [
+    ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ({"type": "yarn", "factor": 4.0, "original_context_length": 64},
+     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+])  # fmt: skip
+def test_rope_scaling_is_kept(
+    tiny_llama: Path, tmp_path: Path, registry: Registry, scaling: dict, expected: dict
+) -> None:
+    extra = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    path = fetch(str(write_gguf(tiny_llama, tmp_path / "m.gguf", extra=extra)), registry=registry).path
+    assert json.loads((path / "config.json").read_text())["rope_scaling"] == expected
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path, registry: Registry) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 a zip, say")
+    with pytest.raises(UsageError, match="not a GGUF") as refused:
+        fetch(str(tmp_path / "m.gguf"), registry=registry)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kept", [6, 100, 3000, -1000])
+def test_a_truncated_file(tiny_llama: Path, tmp_path: Path, registry: Registry, kept: int) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "m.gguf")
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(TealError, match="damaged") as refused:
+        fetch(str(file), registry=registry)
+    assert refused.value.exit_code == 1
+    assert registry.names() == ()
+
+
+def test_weights_that_are_not_finite(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "m.gguf", drop=("blk.1.attn_norm.weight",),
+                      tensors={"blk.1.attn_norm.weight": np.full(72, np.nan, np.float32)})  # fmt: skip
+    with pytest.raises(TealError, match=r"blk\.1\.attn_norm\.weight holds NaN"):
+        fetch(str(file), registry=registry)
+
+
+def test_no_such_file(tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(NotFoundError):
+        fetch(str(tmp_path / "absent.gguf"), registry=registry)
+
+
+def test_dry_run_says_what_it_will_write(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "My Model.Q8.gguf")
+    found = dry_run(str(file), registry=registry)
+    assert (found.name, found.plan.architecture) == ("my-model.q8", "LlamaForCausalLM")
+    written = (fetch(str(file), registry=registry).path / "model.safetensors").stat().st_size
+    assert found.plan.writes == pytest.approx(written, rel=0.05)
+
+
+def test_the_gguf_is_not_needed_afterwards(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "m.gguf")
+    entry = fetch(str(file), registry=registry)
+    file.unlink()
+    assert registry.get("m").path == entry.path
+    assert list(verify(entry))[-1].done == entry.size_bytes
+    moved = registry.home.rename(tmp_path / "moved")
+    assert Registry(moved).get("m").path.is_relative_to(moved), "$TEAL_HOME can move"
+    assert not list((moved / "staging").iterdir())
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
