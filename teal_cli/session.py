@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
-from teal_cli.decoding.steps import PlainStep
+from teal_cli.decoding.steps import choose_step, open_step
 from teal_cli.dump.job import Prompt
 from teal_cli.dump.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_cli.errors import HardwareError, UsageError
@@ -31,7 +31,7 @@ from teal_cli.model.weights import config_sha256
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
-from teal_kernels.backends import BackendError, choose_backend
+from teal_kernels.backends import BackendError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,8 +92,12 @@ class Session:
         return uniform_plan(self.calibration, sparsity)
 
     def thresholds(self, plan: Plan) -> NDArray[np.float32] | None:
-        """The plan's thresholds [layers, 7] for a decoder; None for the dense path."""
-        return None if plan.target == 0 else plan.thresholds
+        """What a decoder applies, [layers, 7]; None for the dense path.
+
+        A negative threshold, which an imported calibration of TEAL can give, drops nothing; 0 drops zeros only, which
+        is the same product.
+        """
+        return None if plan.target == 0 else np.maximum(plan.thresholds, 0)
 
     def cache(self, tokens: int) -> KVCache:
         """A key/value cache for that many tokens, but never more than the context."""
@@ -101,7 +105,8 @@ class Session:
 
     def decoder(self, plan: Plan, cache: KVCache) -> Decoder:
         """A decoder under a plan; decoders of one session may share a cache, one sequence at a time."""
-        return Decoder(self.model, cache, PlainStep(self.model, cache, self.thresholds(plan), self.backend))
+        step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
+        return Decoder(self.model, cache, step)
 
     def store_headers(self, prompts: Sequence[Prompt], plans: Sequence[Plan], max_new_tokens: int,
                       sampling: Sampling, *, source: str, stop: Sequence[int]) -> tuple[StoreHeader, list[LevelHeader]]:
@@ -129,7 +134,7 @@ class Session:
             channels={site: self.config.channels(site) for site in SITES},
         )
         rows = len(prompts) * (max_new_tokens - 1)
-        return header, [LevelHeader(plan.target, plan.allocation, plan.thresholds, rows) for plan in plans]
+        return header, [LevelHeader(p.target, p.allocation, np.maximum(p.thresholds, 0), rows) for p in plans]
 
     def create_store(self, path: Path, prompts: Sequence[Prompt], plans: Sequence[Plan], max_new_tokens: int,
                      sampling: Sampling, *, source: str, stop: Sequence[int] = (), force: bool = False,
@@ -173,7 +178,7 @@ def open_session(model: str | None = None, *, dtype: str | None = None, device: 
         model: a name as `Registry.get` takes it; None is the default model.
         dtype: bfloat16, float16 or float32; None takes the checkpoint's own.
         device: "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU where there is one.
-        backend: "triton", "cpu" or "reference"; None or "auto" takes the fastest that works on the device.
+        backend: as `choose_step` takes it; None or "auto" takes the fastest that works on the device.
         calibration: id or folder; None takes the model's newest.
         progress: called with (layers loaded, layers).
 
@@ -186,12 +191,13 @@ def open_session(model: str | None = None, *, dtype: str | None = None, device: 
     entry = Registry().get(model)
     where = choose_device(device)
     try:
-        chosen = choose_backend(where.type, None if backend in (None, "auto") else backend)
+        chosen, slower = choose_step(where, None if backend in (None, "auto") else backend)
     except BackendError as error:
-        raise HardwareError(str(error), hint="`teal doctor` shows what this machine can run; "
-                                             "--backend auto takes what works") from None
+        hint = "`teal doctor` shows what this machine can run; --backend auto takes what works"
+        raise HardwareError(str(error), hint=hint) from None
+    notes = [f"decoding with the {chosen} backend, which is slower: {slower}"] if slower else []
     weights = Transformer.from_checkpoint(entry.path, DTYPES[dtype] if dtype else None, where, progress)
-    return Session(entry, weights, chosen, calibration, time.perf_counter() - start)
+    return Session(entry, weights, chosen, calibration, time.perf_counter() - start, notes)
 
 
 def choose_device(device: str | None) -> torch.device:

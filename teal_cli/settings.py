@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
-BACKENDS: Final = ("auto", "cpu", "reference", "triton")
+BACKENDS: Final = ("auto", "triton-graph", "triton", "numba", "cpu", "reference")
 
 _DTYPE_ALIASES: Final = {
     "bf16": "bfloat16",

@@ -6,7 +6,7 @@ prefill. Which token comes next is not its business.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,14 @@ from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, e
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
+from teal_cli.model.rope import Rotation
 from teal_cli.model.transformer import Transformer
+from teal_kernels.backends import BackendError, choose_backend, triton_problem
+from teal_kernels.cpu_step.compiled import unavailable
+from teal_kernels.cpu_step.spec import StepSpec
+
+NUMBA: Final = "numba"
+TRITON_GRAPH: Final = "triton-graph"
 
 
 class Step(Protocol):
@@ -60,7 +67,7 @@ class PlainStep:
         self._projector: SparseProjector | DenseProjector
         self._counter: KeptCounter | None = None
         if thresholds is None:
-            self.backend = "dense"
+            self.backend = "torch"
             self._projector = DenseProjector()
         else:
             self.backend = backend
@@ -79,6 +86,123 @@ class PlainStep:
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._counter.counts() if self._counter else None
+
+
+class NumbaStep:
+    """The whole step compiled for this processor; see `teal_kernels.cpu_step`. Arguments as for `PlainStep`.
+
+    Raises:
+        CpuStepUnavailableError: no numba, or a processor without the needed instructions.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None) -> None:
+        from teal_kernels.cpu_step.op import CpuStep
+
+        def rope(position: int) -> Rotation:
+            return model.rope.at(position, 1)
+
+        self.backend = NUMBA
+        self._step = CpuStep(
+            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head, rope, cache.k, cache.v
+        )
+        self._cache, self._thresholds = cache, thresholds
+        self._counter = None if thresholds is None else KeptCounter(model.config, thresholds, model.device)
+        self._scratch = None if thresholds is None else empty_rows(model.config, model.dtype, model.device)
+
+    def __call__(self, token: int, position: int, rows: Rows | None = None) -> Tensor:
+        self._cache.check_room(position, 1)
+        rows = rows or self._scratch
+        logits = self._step.step(token, position, self._thresholds, rows)
+        self._cache.length = position + 1
+        if self._counter is not None and rows is not None:
+            self._counter.add(rows)
+        return logits
+
+    def kept(self) -> NDArray[np.int64] | None:
+        return None if self._counter is None else self._counter.counts()
+
+
+class GraphStep:
+    """The whole step as one CUDA graph of Triton kernels; see `teal_kernels.gpu_step`. Arguments as for `PlainStep`.
+
+    Args:
+        sparsity: about how much the thresholds drop; chooses among tuned configurations.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, sparsity: float
+    ) -> None:
+        from teal_kernels.gpu_step.op import GpuStep
+
+        self.backend = TRITON_GRAPH
+        cos, sin = (table.squeeze(1).contiguous() for table in model.rope.at(0, cache.max_tokens))
+        self._step = GpuStep(
+            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head, (cos, sin),
+            cache.k, cache.v, thresholds=thresholds, ring_slots=1, sparsity=sparsity,
+        )  # fmt: skip
+        self._cache = cache
+
+    def __call__(self, token: int, position: int, rows: Rows | None = None) -> Tensor:
+        self._cache.check_room(position, 1)
+        logits = self._step.step(token, position)
+        self._cache.length = position + 1
+        if rows is not None:
+            for site, ring in self._step.ring.items():
+                rows[site].copy_(ring[:, 0], non_blocking=True)
+        return logits.float()
+
+    def kept(self) -> NDArray[np.int64] | None:
+        return self._step.kept()
+
+
+def _spec(config: ModelConfig) -> StepSpec:
+    return StepSpec(
+        config.hidden, config.intermediate, config.heads, config.kv_heads, config.head_dim, config.vocab,
+        config.norm_eps, config.sliding_windows,
+    )  # fmt: skip
+
+
+def open_step(
+    model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, backend: str, sparsity: float
+) -> Step:
+    """The step that `choose_step` named."""
+    if backend == NUMBA:
+        return NumbaStep(model, cache, thresholds)
+    if backend == TRITON_GRAPH:
+        return GraphStep(model, cache, thresholds, sparsity)
+    return PlainStep(model, cache, thresholds, backend)
+
+
+def choose_step(device: torch.device, requested: str | None) -> tuple[str, str | None]:
+    """Which step will run: the fastest that works on the device, or the one that was asked for.
+
+    Args:
+        device: of the weights.
+        requested: "triton-graph", "triton", "numba", "cpu" or "reference"; None for the fastest.
+
+    Returns:
+        The step's name, and why it is not the fastest kind, if it is not and nobody asked for it.
+
+    Raises:
+        BackendError: the requested one is unknown or cannot run here; the message says why.
+    """
+    whole = NUMBA if device.type == "cpu" else TRITON_GRAPH
+    if requested is None:
+        problem = _problem(whole, device)
+        return (whole, None) if problem is None else (choose_backend(device.type), problem)
+    if requested not in (NUMBA, TRITON_GRAPH):
+        return choose_backend(device.type, requested), None
+    if problem := _problem(requested, device):
+        raise BackendError(f"backend {requested!r} cannot be used here: {problem}")
+    return requested, None
+
+
+def _problem(whole: str, device: torch.device) -> str | None:
+    if whole == TRITON_GRAPH:
+        return triton_problem(device.type)
+    if device.type != "cpu":
+        return f"the numba step works on CPU tensors, not on {device.type!r}"
+    return unavailable()
 
 
 class KeptCounter:

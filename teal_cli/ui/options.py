@@ -133,7 +133,7 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         metavar="BACKEND",
-        help="Which sparse kernels: auto, triton, cpu or reference.",
+        help="What runs a decode step: auto, triton-graph, triton, numba, cpu, reference.",
         callback=_checked(settings.backend),
         autocompletion=completion.backends,
     ),
