@@ -142,7 +142,8 @@ class ExpectedPeak:
     Attributes:
         embedding: all of it is held once, before the first layer.
         layer: the weights of one layer.
-        mapped: on a CPU, the part of the checkpoint's files that is mapped while a layer is copied out of it.
+        mapped: on a CPU, the part of the checkpoint's files that is mapped while a layer is copied out of it; the
+            embedding is copied likewise.
         hidden: hidden states of all sequences.
         histogram: the counts of all layers and sites, on the host.
         workspace: intermediate values of one sequence in one layer.
@@ -157,9 +158,10 @@ class ExpectedPeak:
 
     @property
     def total(self) -> int:
-        """The peak. The workspace comes when the mapping has gone, so only the larger of the two counts."""
-        in_layers = self.layer + max(self.mapped, self.workspace) + self.histogram
-        return self.hidden + max(in_layers, self.embedding)
+        """The peak: in the layers, or before them if the vocabulary is large. What is mapped goes before work begins."""
+        in_layers = self.layer + max(self.mapped, self.workspace) + self.histogram + self.hidden
+        before = self.embedding + max(self.embedding if self.mapped else 0, self.hidden)
+        return max(in_layers, before)
 
 
 def expected_peak(

@@ -138,4 +138,6 @@ def test_a_large_vocabulary_can_be_the_peak(tiny: Callable[[str], Path]) -> None
 
     wide = replace(load_config(tiny("llama2")), vocab=10_000_000)
     peak = expected_peak(wide, sequences=1, seq_len=10, itemsize=2)
-    assert peak.total == peak.embedding + peak.hidden
+    assert peak.total == 2 * peak.embedding, "mapped and copied"
+    on_gpu = expected_peak(wide, sequences=1, seq_len=10, itemsize=2, device="cuda")
+    assert on_gpu.total == on_gpu.embedding + on_gpu.hidden
