@@ -158,7 +158,7 @@ class ExpectedPeak:
 
     @property
     def total(self) -> int:
-        """The peak: in the layers, or before them if the vocabulary is large. What is mapped goes before work begins."""
+        """The peak: in the layers, or before them if the vocabulary is large; mappings go before work begins."""
         in_layers = self.layer + max(self.mapped, self.workspace) + self.histogram + self.hidden
         before = self.embedding + max(self.embedding if self.mapped else 0, self.hidden)
         return max(in_layers, before)
