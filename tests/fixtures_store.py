@@ -118,12 +118,15 @@ def digest(path: Path) -> Mapping[str, str]:
 
 
 def spawn(path: Path, *options: str) -> subprocess.Popen[bytes]:
-    """The producer in a process of its own."""
-    return subprocess.Popen(
+    """The producer in a process of its own, which has the store open by now."""
+    process = subprocess.Popen(
         [sys.executable, __file__, str(path), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def main() -> None:
@@ -138,6 +141,8 @@ def main() -> None:
     else:
         writer = StoreWriter.create(arguments.path, HEADER, made)
     with writer:
+        sys.stdout.write("open\n")
+        sys.stdout.flush()
         for level in made:
             feed(writer.level(level.name), level.max_tokens, pause=arguments.pause)
             writer.level(level.name).finish()

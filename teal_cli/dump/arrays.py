@@ -222,9 +222,7 @@ class ActivationArray:
         return np.concatenate([np.empty(0, np.uint32), *(block.row_nnz for block in self.blocks())])
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """The rows from token `start` to `stop` as checked blocks, in order: for streaming over a large
-        store.
-        """
+        """The rows from token `start` to `stop` as checked blocks, in order: for streaming over a large store."""
         stop = self.shape[0] if stop is None else stop
         size = self._reader.block
         for index in range(start // size, blocks_of(stop, size)):

@@ -32,8 +32,7 @@ class BlockBuffer:
         # them.
         with torch.inference_mode(False):
             self._rows = {
-                site: torch.empty((*shape, header.channels[site]), dtype=self._dtype, device=device)
-                for site in SITES
+                site: torch.empty((*shape, header.channels[site]), dtype=self._dtype, device=device) for site in SITES
             }
             for rows in self._rows.values():
                 rows.fill_(float("nan"))
@@ -58,9 +57,7 @@ class BlockBuffer:
             self._filled = torch.cuda.current_stream(self._stream.device).record_event()
 
     def to_host(self, site: str, count: int) -> np.ndarray:
-        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits; for the writer
-        thread.
-        """
+        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits; for the writer thread."""
         rows = self._rows[site][:, :count]
         if self._stream is not None:
             with torch.cuda.stream(self._stream):

@@ -118,8 +118,7 @@ def convert(store: ActivationStore, out: Path, form: str, selection: Selection) 
         out: a folder that does not exist, or is empty.
         form: one of FORMATS. `npz` holds `rows` [token, channel]; `csr` is what `scipy.sparse.load_npz`
             reads; both hold the token columns too. `mtx` counts from 1 and has the provenance in its
-            comments. `pt` is one tensor [K] in the store's own data type; tokens are numbered as in the
-            level.
+            comments. `pt` is one tensor [K] in the store's own data type; tokens are numbered as in the level.
         selection: from `select`.
 
     Raises:

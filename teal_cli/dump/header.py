@@ -141,9 +141,7 @@ def differing_fields(mine: StoreHeader, found: StoreHeader) -> list[str]:
     return [f.name for f in fields(StoreHeader) if a[f.name] != b[f.name]]
 
 
-def differing_level_fields(
-    mine: LevelHeader, attributes: Mapping[str, Any], thresholds: np.ndarray
-) -> list[str]:
+def differing_level_fields(mine: LevelHeader, attributes: Mapping[str, Any], thresholds: np.ndarray) -> list[str]:
     """The same for one level, given the level's attrs["teal"] and its thresholds as stored."""
     wanted = mine.to_attributes(tokens_committed=0, complete=False)
     names = [name for name in ("target", "allocation", "max_tokens") if wanted[name] != attributes.get(name)]

@@ -10,9 +10,7 @@ from teal_cli.dump.reader import ActivationStore
 
 @dataclass(frozen=True)
 class LevelInfo:
-    """One level: committed tokens and sequences, the most tokens it was made for, and whether it is
-    complete.
-    """
+    """One level: committed tokens and sequences, the most tokens it was made for, and whether it is complete."""
 
     name: str
     target: float
@@ -34,9 +32,7 @@ class Match:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store: its attributes but for the prompts, its size on disk, its levels, and the prompts that were
-    asked for.
-    """
+    """A store: its attributes but for the prompts, its size on disk, its levels, and the prompts that were asked for."""
 
     path: str
     attributes: dict[str, object]

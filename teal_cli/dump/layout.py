@@ -1,5 +1,4 @@
-"""The Zarr side of a store: which arrays exist, with which chunks and codecs; how they are made, grown and
-cut.
+"""The Zarr side of a store: which arrays exist, with which chunks and codecs; how they are made, grown and cut.
 
 Knows Zarr and the schema; knows nothing of torch, buffers or threads.
 """
@@ -183,23 +182,18 @@ def open_for_writing(path: Path, name: str) -> Array:
     return zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
 
 
-def row_arrays(level: str) -> dict[str, str]:
-    """Paths of the arrays of a level that grow with its tokens -> what their growing axis counts, token or
-    block.
-    """
-    arrays = {f"{level}/{name}": "token" for name in TOKEN_COLUMNS}
+def row_arrays() -> dict[str, str]:
+    """The arrays of a level that grow with its tokens -> what their growing axis counts: token or block."""
+    arrays = dict.fromkeys(TOKEN_COLUMNS, "token")
     for site in SITES:
-        arrays[f"{level}/{site}/values"] = "block"
-        arrays[f"{level}/{site}/mask"] = "token"
-        arrays[f"{level}/{site}/row_nnz"] = "token"
+        arrays |= {f"{site}/values": "block", f"{site}/mask": "token", f"{site}/row_nnz": "token"}
     return arrays
 
 
 def drop_rows(path: Path, level: str, *, keep: int, rows: int, block: int) -> None:
     """Cuts a level to its first `keep` rows (whole blocks) and gives it room for `rows` again.
 
-    Files of later blocks are removed; in the chunk of the token columns that straddles the cut, the fill
-    comes back.
+    Files of later blocks are removed; in the chunk of the token columns that straddles the cut, the fill comes back.
     """
     resize_rows(path, level, tokens=keep, block=block)
     resize_rows(path, level, tokens=rows, block=block)
@@ -213,8 +207,8 @@ def drop_rows(path: Path, level: str, *, keep: int, rows: int, block: int) -> No
 
 def resize_rows(path: Path, level: str, *, tokens: int, block: int) -> None:
     """Sets the length of every row array of a level; what lies wholly past the end is deleted."""
-    for name, unit in row_arrays(level).items():
-        array = open_for_writing(path, name)
+    for name, unit in row_arrays().items():
+        array = open_for_writing(path / level, name)
         length = tokens if unit == "token" else blocks_of(tokens, block)
         axis = 0 if array.ndim == 1 else 1
         if array.shape[axis] != length:
@@ -266,13 +260,9 @@ def read_header(root: zarr.Group) -> StoreHeader:
         assert isinstance(attributes, dict)
         return StoreHeader.from_attributes(attributes)
     except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise TealError(
-            f"The attributes of the store {root.store} are damaged: {error}.", hint=VERIFY_HINT
-        ) from error
+        raise TealError(f"The attributes of the store {root.store} are damaged: {error}.", hint=VERIFY_HINT) from error
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """What an indexed Zarr array returned, as a NumPy array (its annotation is wider than what it
-    returns).
-    """
+    """What an indexed Zarr array returned, as a NumPy array (its annotation is wider than what it returns)."""
     return np.asarray(array)

@@ -68,9 +68,7 @@ def contains_nan(values: np.ndarray) -> bool:
 
 
 def to_float(values: np.ndarray) -> np.ndarray:
-    """Stored values as numbers, exactly: bfloat16 bits become float32; float16 and float32 stay what they
-    are.
-    """
+    """Stored values as numbers, exactly: bfloat16 bits become float32; float16 and float32 stay what they are."""
     if values.dtype != np.uint16:
         return values
     return (values.astype(np.uint32) << 16).view(np.float32)

@@ -37,9 +37,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def place_new_store(
-    path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool
-) -> StoreLock:
+def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
     """Builds the skeleton beside the target, locks it and renames it in.
 
     Raises:
@@ -50,9 +48,7 @@ def place_new_store(
         raise UsageError(f"A level is named twice: {', '.join(names)}.", hint="Give each sparsity once.")
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and layout.schema_of(path) is None:
-        raise UsageError(
-            f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone."
-        )
+        raise UsageError(f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone.")
     if occupied and not force:
         raise UsageError(f"{path} exists.", hint="Go on with --resume, or replace it with --force.")
     old_lock = StoreLock(path) if occupied else None
@@ -83,9 +79,7 @@ def _rename_to_new(skeleton: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise UsageError(
-            f"Another process made {path} meanwhile.", hint="Write to another folder."
-        ) from error
+        raise UsageError(f"Another process made {path} meanwhile.", hint="Write to another folder.") from error
 
 
 def _swap(skeleton: Path, path: Path) -> None:

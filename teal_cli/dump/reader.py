@@ -80,9 +80,7 @@ class ActivationStore:
         raise NotFoundError(f"{self.path} has no level {name}.", hint=f"It has {', '.join(self.levels)}.")
 
     def find(self, text: str) -> list[int]:
-        """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no
-        prompts.
-        """
+        """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no prompts."""
         return [index for index, prompt in enumerate(self.header.prompts.get("texts", ())) if text in prompt]
 
     def __repr__(self) -> str:
@@ -162,8 +160,7 @@ class Level:
         return slice(int(found[0]), int(found[-1]) + 1)
 
     def site(self, layer: int, site: str) -> ActivationArray:
-        """The input vectors of a site of a layer, lazily, [token, channel]; thresholded at its lowest
-        threshold.
+        """The input vectors of a site of a layer, lazily, [token, channel]; thresholded at its lowest threshold.
 
         Raises:
             UsageError: no such site or layer.
@@ -173,16 +170,13 @@ class Level:
         return ActivationArray(self.site_reader(site), self._layer(layer))
 
     def projection(self, layer: int, projection: str) -> ActivationArray:
-        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own
-        threshold.
+        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own threshold.
 
         Raises:
             UsageError: no such projection or layer.
         """
         if projection not in PROJECTION_SITE:
-            raise UsageError(
-                f"There is no projection {projection!r}.", hint=f"Projections: {', '.join(PROJECTIONS)}."
-            )
+            raise UsageError(f"There is no projection {projection!r}.", hint=f"Projections: {', '.join(PROJECTIONS)}.")
         layer = self._layer(layer)
         threshold = float(self.thresholds[layer, PROJECTION_INDEX[projection]])
         return ActivationArray(self.site_reader(PROJECTION_SITE[projection]), layer, threshold=threshold)
@@ -197,9 +191,7 @@ class Level:
             for index in range(reader.blocks):
                 for layer, block in enumerate(reader.read_layers(index)):
                     for column in columns:
-                        kept[layer, column] += np.count_nonzero(
-                            exceeds(block.values, self.thresholds[layer, column])
-                        )
+                        kept[layer, column] += np.count_nonzero(exceeds(block.values, self.thresholds[layer, column]))
         with np.errstate(invalid="ignore"):
             return 1.0 - kept / sizes
 

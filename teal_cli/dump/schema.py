@@ -55,8 +55,7 @@ _LEVEL = re.compile(r"s(0\.\d{2,})")
 
 
 def level_name(target: float) -> str:
-    """Name of the group for one sparsity target: two decimals, more only where two cannot say it (0.5 ->
-    `s0.50`).
+    """Name of the group for one sparsity target: two decimals, more only where two cannot say it (0.5 -> `s0.50`).
 
     Raises:
         UsageError: target outside [0, 1).

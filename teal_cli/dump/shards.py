@@ -1,10 +1,8 @@
-"""Blocks of a site on their way to disk: packed and compressed layer by layer, one file per array, written
-atomically.
+"""Blocks of a site on their way to disk: packed and compressed layer by layer, one file per array, written atomically.
 
 Zarr could write these arrays too, and the tests hold that it writes the same bytes. Its pipeline costs 2.5x
 the processor time (a task per chunk and codec), which a model that decodes beside it pays for, so the files
-are made here: a shard is its chunks, then their index, then the index's checksum. Reading always goes through
-Zarr.
+are made here: a shard is its chunks, then their index, then the index's checksum. Reading always goes through Zarr.
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ from teal_cli.dump.header import StoreHeader
 from teal_cli.dump.packing import pack
 from teal_cli.dump.schema import BLOSC_BLOCKSIZE, NEVER_WRITTEN, ZSTD_LEVEL, mask_bytes
 
-_blosc = numcodecs.Blosc(
-    cname="zstd", clevel=ZSTD_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=BLOSC_BLOCKSIZE
-)
+_blosc = numcodecs.Blosc(cname="zstd", clevel=ZSTD_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=BLOSC_BLOCKSIZE)
 _zstd = numcodecs.Zstd(level=ZSTD_LEVEL)
 
 
@@ -40,9 +36,7 @@ class SiteFiles:
         pool: threads for packing and compressing; the layers of a block are shared out among them.
     """
 
-    def __init__(
-        self, folder: Path, header: StoreHeader, channels: int, pool: ThreadPoolExecutor | None
-    ) -> None:
+    def __init__(self, folder: Path, header: StoreHeader, channels: int, pool: ThreadPoolExecutor | None) -> None:
         self._folder = folder
         self._layers, self._block, self._channels = header.layers, header.block_tokens, channels
         self._pool = pool
@@ -85,9 +79,7 @@ def _summed(data: Any) -> tuple[bytes, bytes]:
 
 
 def _shard(chunks: Sequence[tuple[bytes, bytes]]) -> Iterable[bytes]:
-    """The parts of a shard: chunks with their checksums, the index [chunk, (offset, length)], its
-    checksum.
-    """
+    """The parts of a shard: chunks with their checksums, the index [chunk, (offset, length)], its checksum."""
     lengths = np.array([len(data) + len(check) for data, check in chunks], "<u8")
     index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8").tobytes()
     return (*(part for chunk in chunks for part in chunk), *_summed(index))
@@ -107,8 +99,6 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def compression_threads() -> int:
-    """Threads worth having for packing and compressing: half the processors, at most 4; decoding needs the
-    rest.
-    """
+    """Threads worth having for packing and compressing: half the processors, at most 4; decoding needs the rest."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(4, processors // 2))

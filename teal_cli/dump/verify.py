@@ -39,10 +39,17 @@ from teal_cli.model.sites import SITES
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it must be: where (a path inside the store, a layer, tokens) and what."""
+    """Something that is not as it must be.
+
+    Attributes:
+        where: a path inside the store, perhaps with tokens and layer.
+        what: in words.
+        fatal: the rows of that level cannot be checked any further.
+    """
 
     where: str
     what: str
+    fatal: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -78,14 +85,13 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
     total = sum(blocks_of(len(level), store.header.block_tokens) for level in levels) * len(SITES)
     done = 0
     for level in levels:
-        problems = list(_metadata(store, level))
+        problems = [*_metadata(store, level), *_tokens(store, level, allow_incomplete)]
         yield from problems
-        yield from _tokens(store, level, allow_incomplete)
-        if problems:
-            continue  # arrays of another shape or type: their content means nothing
+        if any(problem.fatal for problem in problems):
+            continue  # arrays of another shape or type, or no thresholds: the rows mean nothing
         for site in SITES:
-            for block in range(blocks_of(len(level), store.header.block_tokens)):
-                yield from _block(store, level, site, block)
+            for found in _site(store, level, site):
+                yield from found
                 done += 1
                 yield Checked(done, total)
 
@@ -120,21 +126,25 @@ def _metadata(store: ActivationStore, level: Level) -> Iterator[Problem]:
     thresholds = np.zeros((header.layers, 7), np.float32)
     attributes = layout.level_attributes(store.path, level.name)
     wanted = _fresh(header, LevelHeader(level.target, level.allocation, thresholds, attributes["max_tokens"]))
+    growing = layout.row_arrays()
     for name, expected in wanted.items():
         where = f"{level.name}/{name}"
         try:
             found = json.loads((store.path / where / "zarr.json").read_bytes())
         except (OSError, ValueError) as error:
-            yield Problem(where, f"its metadata are unreadable: {error}")
+            yield Problem(where, f"its metadata are unreadable: {error}", fatal=True)
             continue
-        if level.complete and name != "thresholds" and expected["node_type"] == "array":
+        if name in growing:
             axis = 0 if len(expected["shape"]) == 1 else 1
-            expected["shape"][axis] = (
-                blocks_of(len(level), header.block_tokens) if name.endswith("values") else len(level)
-            )
+            block = header.block_tokens if growing[name] == "block" else 1
+            least, most = blocks_of(len(level), block), expected["shape"][axis]
+            # An unfinished level has room for all its tokens, or less if it was being finished or rewound.
+            roomy = not level.complete and least <= found["shape"][axis] <= most
+            expected["shape"][axis] = found["shape"][axis] if roomy else least
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
-                yield Problem(where, f"{key} is {found.get(key)!r}, not {expected.get(key)!r}")
+                what = f"{key} is {found.get(key)!r}, not {expected.get(key)!r}"
+                yield Problem(where, what, fatal=key != "attributes")
 
 
 def _fresh(header: StoreHeader, level: LevelHeader) -> dict[str, dict[str, Any]]:
@@ -156,7 +166,7 @@ def _tokens(store: ActivationStore, level: Level, allow_incomplete: bool) -> Ite
     try:
         tokens, thresholds = level.tokens, level.thresholds
     except TealError as error:
-        yield Problem(level.name, error.message)
+        yield Problem(level.name, error.message, fatal=True)
         return
     if not (np.isfinite(thresholds).all() and (thresholds >= 0).all()):
         yield Problem(f"{level.name}/thresholds", "a threshold is negative or not a number")
@@ -176,9 +186,7 @@ def _tokens(store: ActivationStore, level: Level, allow_incomplete: bool) -> Ite
 
 
 def _order(level: Level, sequence: np.ndarray, position: np.ndarray) -> Iterator[Problem]:
-    starts = np.flatnonzero(
-        np.diff(sequence.astype(np.int64), prepend=-1)
-    )  # where a run of equal entries begins
+    starts = np.flatnonzero(np.diff(sequence.astype(np.int64), prepend=-1))  # where a run of equal entries begins
     runs = sequence[starts]
     if len(np.unique(runs)) != len(runs):
         yield Problem(f"{level.name}/sequence", "a sequence is not contiguous")
@@ -186,35 +194,41 @@ def _order(level: Level, sequence: np.ndarray, position: np.ndarray) -> Iterator
     steps[starts[1:] - 1] = 1  # a new sequence may begin anywhere
     if (steps <= 0).any():
         token = int(np.flatnonzero(steps <= 0)[0]) + 1
-        yield Problem(
-            f"{level.name}/position, token {token}", "positions do not increase within the sequence"
-        )
+        yield Problem(f"{level.name}/position, token {token}", "positions do not increase within the sequence")
 
 
-def _block(store: ActivationStore, level: Level, site: str, block: int) -> Iterator[Problem]:
-    """One block of a site, all layers; at most one problem per layer, the first in the order of the
-    checks.
-    """
-    header = store.header
-    start = block * header.block_tokens
-    stop = min(start + header.block_tokens, len(level))
-    where = f"{level.name}/{site}, tokens {start} to {stop}"
+def _site(store: ActivationStore, level: Level, site: str) -> Iterator[list[Problem]]:
+    """The blocks of a site, one list of problems for each."""
     folder = store.path / level.name / site
+    arrays = {name: layout.open_array(folder, name) for name in ("values", "mask", "row_nnz")}
+    thresholds = site_threshold(level.thresholds, site)
+    size = store.header.block_tokens
+    for block in range(blocks_of(len(level), size)):
+        tokens = slice(block * size, min((block + 1) * size, len(level)))
+        where = f"{level.name}/{site}, tokens {tokens.start} to {tokens.stop}"
+        yield list(_block(arrays, block, tokens, store.header.channels[site], thresholds, where))
+
+
+def _block(
+    arrays: Mapping[str, layout.Array],
+    block: int,
+    tokens: slice,
+    channels: int,
+    thresholds: np.ndarray,
+    where: str,
+) -> Iterator[Problem]:
+    """One block of a site, all layers; at most one problem per layer, the first in the order of the checks."""
     read: dict[str, np.ndarray] = {}
-    for name, axis in (("values", block), ("mask", slice(start, stop)), ("row_nnz", slice(start, stop))):
+    for name, array in arrays.items():
         try:
-            read[name] = layout.as_numpy(layout.open_array(folder, name)[:, axis])
+            read[name] = layout.as_numpy(array[:, block if name == "values" else tokens])
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
             yield Problem(f"{where}, {name}", f"unreadable: {error}")
-    if len(read) < 3:
+    if len(read) < len(arrays):
         return
-    try:
-        thresholds = site_threshold(level.thresholds, site)
-    except TealError:
-        return  # reported with the level
-    for layer in range(header.layers):
+    for layer, threshold in enumerate(thresholds):
         rows = {name: array[layer] for name, array in read.items()}
-        what = _layer_problem(rows, header.channels[site], float(thresholds[layer]))
+        what = _layer_problem(rows, channels, float(threshold))
         if what:
             yield Problem(f"{where}, layer {layer}", what)
 

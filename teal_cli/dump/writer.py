@@ -71,14 +71,10 @@ class LevelWriter:
         return self._base + self._count
 
     def committed_tokens(self) -> dict[str, np.ndarray]:
-        """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes
-        on.
-        """
+        """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
         return {name: layout.as_numpy(column[: self.committed]) for name, column in self._columns.items()}
 
-    def begin(
-        self, token_id: int, position: int, sequence: int, phase: str = "decode"
-    ) -> dict[str, torch.Tensor]:
+    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> dict[str, torch.Tensor]:
         """Opens the next row. Waits only when the disk is two blocks behind.
 
         Args:
@@ -196,9 +192,7 @@ class StoreWriter:
         self._lock = lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
         threads = compression_threads()
-        self._pool = (
-            ThreadPoolExecutor(threads, thread_name_prefix="teal-store-pack") if threads > 1 else None
-        )
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="teal-store-pack") if threads > 1 else None
         self._failure: BaseException | None = None
         self._levels = {level.name: self._open_level(level) for level in levels}
 
@@ -292,10 +286,7 @@ class StoreWriter:
     def site_files(self, level: str) -> dict[str, SiteFiles]:
         """Where the blocks of a level go; for LevelWriter."""
         channels = self.header.channels
-        return {
-            site: SiteFiles(self.path / level / site, self.header, channels[site], self._pool)
-            for site in SITES
-        }
+        return {site: SiteFiles(self.path / level / site, self.header, channels[site], self._pool) for site in SITES}
 
     def submit(self, write: Callable[..., None], *arguments: object) -> Future[None]:
         """Queues a block for the writer thread; for LevelWriter."""

@@ -1,5 +1,4 @@
-"""Stores as xarray datasets with named dimensions: `xarray.open_dataset("out.zarr", engine="teal",
-level=0.5)`.
+"""Stores as xarray datasets with named dimensions: `xarray.open_dataset("out.zarr", engine="teal", level=0.5)`.
 
 A level becomes a dataset: the four sites and the seven projections as lazy variables [layer, token,
 <site>_channel], the thresholds, and the token columns as coordinates. `open_datatree` gives every level as a
@@ -76,9 +75,7 @@ class TealBackendEntrypoint(BackendEntrypoint):
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None, **kwargs: Any
     ) -> DataTree:
         """`open_groups_as_dict` as a tree."""
-        return DataTree.from_dict(
-            self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, **kwargs)
-        )
+        return DataTree.from_dict(self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, **kwargs))
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Whether the folder is a store of this schema."""
@@ -96,9 +93,7 @@ class _LayeredArray(BackendArray):
         self.dtype = layers[0].dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
-        return indexing.explicit_indexing_adapter(
-            key, self.shape, indexing.IndexingSupport.OUTER, self._outer
-        )
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._outer)
 
     def _outer(self, key: tuple[Any, ...]) -> np.ndarray:
         layer, token, channel = key
@@ -122,9 +117,7 @@ def _dataset(store: ActivationStore, level: Level) -> Dataset:
     for site in SITES:
         variables[site] = _variable([level.site(layer, site) for layer in layers], site)
     for name in PROJECTIONS:
-        variables[name] = _variable(
-            [level.projection(layer, name) for layer in layers], PROJECTION_SITE[name]
-        )
+        variables[name] = _variable([level.projection(layer, name) for layer in layers], PROJECTION_SITE[name])
     variables["thresholds"] = Variable(("layer", "projection"), level.thresholds)
     coordinates = {name: Variable(("token",), level.tokens[name]) for name in TOKEN_COLUMNS}
     coordinates["phase"].attrs = {"flag_values": list(PHASES.values()), "flag_meanings": " ".join(PHASES)}

@@ -13,6 +13,7 @@ import pytest
 import zarr
 from fixtures_store import feed, header, levels, write_store
 
+from teal_cli.dump import layout
 from teal_cli.dump.verify import Checked, Problem, verify
 from teal_cli.dump.writer import StoreWriter
 from teal_cli.errors import NotFoundError
@@ -193,3 +194,14 @@ def test_a_wrong_number_of_tokens_is_found(store: Path, tokens: int) -> None:
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         problems(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("length", [48, 33, 112])
+def test_an_unfinished_level_may_be_cut_but_not_below_its_tokens(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "out.zarr"
+    with StoreWriter.create(path, header(), levels(100)) as writer:
+        feed(writer.level(0.5), 33)
+    layout.resize_rows(path, "s0.50", tokens=length, block=16)
+    assert problems(path, allow_incomplete=True) == []
+    layout.resize_rows(path, "s0.50", tokens=32, block=16)
+    assert any("shape" in text for text in problems(path, allow_incomplete=True))
