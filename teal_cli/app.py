@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in args
     configure(json=False, quiet=False)
     if "_TEAL_COMPLETE" in os.environ:
-        from teal_cli.ui.completion import plain_help
+        from teal_cli.ui.completion import hurry
 
-        plain_help()
+        hurry()
     try:
         code = app(args, prog_name="teal", standalone_mode=False, color=_colour())
         sys.stdout.flush()
