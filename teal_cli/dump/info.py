@@ -32,7 +32,7 @@ class Match:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store: its attributes but for the prompts, its size on disk, its levels, and the prompts that were asked for."""
+    """A store: attributes but for the prompts, size on disk, levels, and the prompts that were asked for."""
 
     path: str
     attributes: dict[str, object]
