@@ -64,8 +64,9 @@ class ModelEntry:
 
     @property
     def calibrations(self) -> tuple[str, ...]:
-        """The ids of the calibrations made for this model, sorted."""
-        return tuple(sorted(file.parent.name for file in self.home.glob("calibrations/*/calibration.json")))
+        """The ids of the calibrations made for this model, sorted; one that is being written is not there yet."""
+        ids = {file.parent.name for file in self.home.glob("calibrations/*/calibration.json")}
+        return tuple(sorted(name for name in ids if not name.startswith(".")))
 
     def to_json(self) -> dict[str, Any]:
         """The content of model.json; a path inside the model's own folder is relative: $TEAL_HOME can move."""

@@ -15,11 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fixtures_cli import Teal
 from fixtures_hub import WEAK_TOKEN, Hub, model_files
 
 from teal_cli.registry.registry import Registry
+from teal_cli.sparsity.calibration import Calibration
+from teal_cli.sparsity.plan import uniform_plan
 
 
 @pytest.fixture
@@ -117,6 +120,19 @@ def test_info(teal: Teal, model: str) -> None:
     shown = teal("models", "info").out
     assert result["revision"] in shown
     assert "none yet: `teal calibrate -m tiny`" in shown
+
+
+def test_info_with_thresholds(teal: Teal, ready: Path) -> None:
+    [calibration] = teal("models", "info", "tiny", "--json").json["calibrations"]
+    result = teal("models", "info", "tiny", "--calibration", calibration, "--sparsity", "0.5", "--json").json
+    plan = uniform_plan(Calibration.load(Registry().find_calibration("tiny", calibration)), 0.5)
+    assert list(result["thresholds"]) == ["q", "k", "v", "o", "gate", "up", "down"]
+    for i, name in enumerate(result["thresholds"]):
+        assert np.array_equal(np.array(result["thresholds"][name], np.float32), plan.thresholds[:, i]), "to the bit"
+    assert result["sparsity"] == 0.5
+    table = teal("models", "info", "tiny", "-s", "0.5").out.splitlines()
+    assert table[-4].split() == ["layer", "q", "k", "v", "o", "gate", "up", "down"]
+    assert len(table[-1].split()) == 8
 
 
 def test_info_without_a_calibration(teal: Teal, model: str) -> None:

@@ -167,6 +167,9 @@ def test_calibrations(three: Registry, tmp_path: Path) -> None:
         (folder / "calibration.json").write_text("{}")
         os.utime(folder / "calibration.json", (1000 - age, 1000 - age))
     (three.calibration_dir("beta", "unfinished")).mkdir()
+    partial = three.calibration_dir("beta", ".wiki-3.partial")
+    partial.mkdir()
+    (partial / "calibration.json").write_text("{}")
     assert three.get("beta").calibrations == ("wiki-1", "wiki-2")
     assert three.find_calibration("beta").name == "wiki-2", "the newest"
     assert three.find_calibration("beta", "wiki-1").name == "wiki-1"
