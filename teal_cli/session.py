@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import choose_step, open_step
@@ -69,9 +70,8 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.entry.path, local_files_only=True)
+        """The model's tokenizer, loaded on first use."""
+        return load_tokenizer(self.entry.path)
 
     @cached_property
     def calibration(self) -> Calibration:
