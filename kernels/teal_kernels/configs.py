@@ -42,22 +42,21 @@ class GemvConfig:
 
 
 def default_gemv_config(inputs: int, outputs: int, itemsize: int) -> GemvConfig:
-    """A configuration that suits H100-class GPUs for a weight [inputs, outputs] of `itemsize` bytes per
-    entry.
+    """A configuration meant for H100-class GPUs, for a weight [inputs, outputs] of `itemsize` bytes per entry.
 
-    A row of a tile is 256 bytes wide (two memory lines; narrower for matrices that have few columns), a
-    program has 8 KiB of weights in flight, and splits are added until about a thousand programs, eight per
-    multiprocessor, share the work, as long as each still has a few rounds of rows at 90% sparsity.
+    A row of a tile is one or two 128-byte memory lines and a program has 8 KiB of weights under way. Splits are added
+    until 512 programs share the work (four on each of 132 multiprocessors, in one wave, 32 KiB under way on each),
+    as long as each still has four rounds of rows in the dense case. Matrices with few outputs get narrow tiles rather
+    than more splits, because every split is a row of float32 that the next kernel reads again.
     """
-    block_n = 256 // itemsize
-    while block_n > 32 and outputs <= 4 * block_n:
-        block_n //= 2
-    rows = max(8, 8192 // (block_n * itemsize))
+    width = 256 if outputs >= 8192 else 128
+    rows = 8192 // width if inputs * outputs * itemsize >= 2**23 else 16
+    block_n = width // itemsize
     tiles = -(-outputs // block_n)
     splits = 1
-    while splits < 16 and tiles * splits < 768 and inputs // (splits * 2) >= 8 * rows:
+    while splits < 16 and tiles * splits < 512 and inputs >= 8 * rows * splits:
         splits *= 2
-    return GemvConfig(block_n=block_n, rows=rows, splits=splits)
+    return GemvConfig(block_n, rows, splits)
 
 
 BANDS: Final = (0.3, 0.6, 0.8, 1.0)

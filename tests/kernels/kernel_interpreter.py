@@ -1,13 +1,18 @@
-"""Make Triton's interpreter treat bfloat16 as a GPU does: it keeps the bits as integers, and forgets that twice."""
+"""Make Triton's interpreter treat bfloat16 as a GPU does: it keeps the bits as integers, and forgets that twice.
+
+Also lets Triton 3.6 interpret loops over loaded bounds with NumPy 2.4, as newer versions do.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from triton import language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast_impl = InterpreterBuilder.cast_impl
 _create_dot = InterpreterBuilder.create_dot
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -38,7 +43,14 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
+def _patch(tensor, scope) -> None:
+    """A loaded scalar is an array of one entry, which NumPy 2.4 no longer turns into an int unasked."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
 def repair() -> None:
-    """Install both corrections in this process."""
+    """Install the corrections in this process."""
+    interpreter._patch_lang_tensor = _patch
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot

@@ -101,6 +101,7 @@ class GpuStep:
         self._ran = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @torch.inference_mode()
     def step(self, token: int, position: int) -> Tensor:
         """Feed one token and return the logits after it.
 
@@ -127,7 +128,8 @@ class GpuStep:
         """
         if self.device.type == "cuda" and self._ran and self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # A store's writer may be copying rows on a stream of its own meanwhile; that is none of the capture's business.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._launch()
             self._graph = graph
         if self._graph is not None:
@@ -136,6 +138,7 @@ class GpuStep:
             self._launch()
         self._ran = True
 
+    @torch.inference_mode()
     def set_thresholds(self, thresholds: NDArray[np.float32]) -> None:
         """Decode under another plan from the next step on; float32 [layers, 7], none negative.
 

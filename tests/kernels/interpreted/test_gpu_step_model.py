@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import relative_error
 from kernel_models import plan
+
 from teal_cli.decoding.projector import DenseProjector, SparseProjector, empty_rows
 from teal_cli.model.transformer import Transformer
 from teal_kernels.cpu_step.spec import StepSpec

@@ -1,0 +1,88 @@
+"""`GpuStep` on a real GPU: the reference's results, the same bits from the graph as from single launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import relative_error
+from kernel_models import plan, tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+SHAPES = {
+    "tiny": {},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "heads": 16, "kv_heads": 2, "hidden": 1024, "intermediate": 3072},
+    "mistral": {"windows": (64, None), "head_dim": 64, "heads": 9, "kv_heads": 3, "hidden": 576, "biases": True},
+}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_reference_and_the_graph_has_the_same_bits(shape, dtype, sparse):
+    from teal_kernels.gpu_step.op import GpuStep
+    from teal_kernels.gpu_step.reference import gpu_step_reference
+
+    model = tiny_model(dtype, max_tokens=300, device="cuda", **SHAPES[shape])
+    thresholds = plan(2) if sparse else None
+    arguments = model.arguments()
+    step = GpuStep(*arguments, thresholds=thresholds, ring_slots=4)
+    first = step.step(11, 250).clone()
+    table = None if thresholds is None else torch.from_numpy(thresholds).cuda()
+    keys, values = arguments[-2:]
+    wanted, rows = gpu_step_reference(
+        model.spec, model.layers, model.ends, model.rope, keys.clone(), values.clone(), table, 11, 250
+    )
+    assert relative_error(first, wanted) < TOLERANCE[dtype]
+    for site, vectors in rows.items():
+        assert relative_error(step.ring[site][:, 0], vectors) < TOLERANCE[dtype], site
+    for _ in range(5):
+        assert torch.equal(step.step(11, 250), first)
+    for site, ring in step.ring.items():
+        assert torch.equal(ring[:, 0], ring[:, 1]), site
+
+
+def test_decodes_alone_as_it_does_step_by_step():
+    from teal_kernels.gpu_step.op import GpuStep
+    from teal_kernels.sample.op import DeviceSampling
+
+    model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
+    alone = GpuStep(*model.arguments(), thresholds=plan(2), sampling=DeviceSampling(0.0))
+    alone.token.fill_(4)
+    alone.position.fill_(10)
+    led = GpuStep(*model.arguments(), thresholds=plan(2))
+    token, tokens = 4, []
+    for position in range(10, 50):
+        alone.run()
+        token = int(led.step(token, position).argmax())
+        tokens.append(token)
+    assert alone.history[11:51].tolist() == tokens
+
+
+def test_sampling_depends_on_seed_and_position_only():
+    from teal_kernels.gpu_step.op import GpuStep
+    from teal_kernels.sample.op import DeviceSampling
+
+    model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
+    histories = []
+    for seed in (1, 1, 2):
+        step = GpuStep(*model.arguments(), thresholds=plan(2), sampling=DeviceSampling(1.0, 20, seed))
+        step.token.fill_(4)
+        step.position.fill_(10)
+        for _ in range(40):
+            step.run()
+        histories.append(step.history[11:51].tolist())
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+
+
+def test_another_plan_needs_no_other_graph():
+    from teal_kernels.gpu_step.op import GpuStep
+
+    model = tiny_model(torch.float16, max_tokens=100, device="cuda")
+    step = GpuStep(*model.arguments(), thresholds=plan(2))
+    for values in ((0.1,) * 7, (0.5,) * 7, (9e9,) * 7, (0.0,) * 7):
+        step.set_thresholds(plan(2, values))
+        got = step.step(3, 20).clone()
+        assert torch.equal(got, GpuStep(*model.arguments(), thresholds=plan(2, values)).step(3, 20))
