@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
+import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -255,18 +258,33 @@ def test_recovers_after_an_interrupted_step() -> None:
     model = make(SPEC, torch.float32)
     step = model.compiled(threads=3)
     first = step.step(3, 0)
-    run = step._run
+    part = step._team.run
 
-    def interrupted(kind: Any, thread: int, *arguments: Any) -> None:
-        if thread == 0:
-            raise KeyboardInterrupt
-        run(kind, thread, *arguments)
+    def interrupted(call: Any) -> None:
+        def call_or_raise(thread: int, rounds: int) -> None:
+            if thread == 0:
+                raise KeyboardInterrupt
+            call(thread, rounds)
 
-    step._run = interrupted
+        part(call_or_raise)
+
+    step._team.run = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         step.step(3, 0)
-    step._run = run
+    step._team.run = part  # type: ignore[method-assign]
     assert torch.equal(step.step(3, 0), first)
+
+
+def test_threads_end_with_their_step() -> None:
+    model = make(SPEC, torch.float32)
+    step = model.compiled(threads=4)
+    step.step(3, 0)
+    assert sum(thread.name.startswith("teal-step") for thread in threading.enumerate()) >= 3
+    gone = weakref.ref(step)
+    del step
+    gc.collect()
+    assert gone() is None
+    assert not any(thread.name.startswith("teal-step") for thread in threading.enumerate())
 
 
 def test_refuses_what_it_cannot_trust() -> None:

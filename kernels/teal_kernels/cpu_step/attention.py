@@ -17,7 +17,7 @@ from numba import njit
 from teal_kernels.cpu_step.intrinsics import item_bytes, narrow, store
 from teal_kernels.cpu_step.layout import K_NORM, NONE, Q_NORM
 from teal_kernels.cpu_step.rows import add_rows, dot_rows
-from teal_kernels.cpu_step.vectors import compiled, contracted, exp, rms_norm, rotate
+from teal_kernels.cpu_step.vectors import INNER, compiled, contracted, exp, rms_norm, rotate
 
 TILE = 256
 """Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
@@ -88,7 +88,7 @@ def append(
         store(kind, values, first + i, shared.qkv[start + i])
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+@njit(**INNER, fastmath={"nnan", "nsz"})
 def largest(x: Any, count: int) -> Any:
     top = LOWEST
     for i in range(count):
@@ -119,7 +119,7 @@ def attend_part(
     shared.tops[head, part], shared.totals[head, part] = top, total
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+@contracted
 def exponentials(scores: Any, count: int, scale: Any, top: Any) -> Any:
     """scores[:count] = exp(scores * scale - top), and their sum."""
     for i in range(count):

@@ -36,10 +36,11 @@ class CpuStep:
     Args:
         spec: its dimensions.
         layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Nothing is copied.
-        embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding itself.
+        embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding
+            itself.
         rope: cos and sin of a position.
-        keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions before
-            the step's must be filled. `use_cache` replaces it.
+        keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions
+            before the step's must be filled. `use_cache` replaces it.
         threads: default `default_threads()`. Results are the same from run to run for the same number.
 
     Raises:
@@ -66,7 +67,7 @@ class CpuStep:
             raise ValueError(f"a compiled decode step works in bfloat16, float16 or float32, not {self.dtype}")
         if len(layers) != len(spec.windows):
             raise ValueError(f"{len(layers)} layers were given, {len(spec.windows)} are described")
-        self._run = load(self.dtype).run
+        self._compiled = load(self.dtype)
         self._kind = np.empty(0, KINDS[self.dtype])
         self._rope = rope
         self._team = Team(threads or default_threads())
@@ -76,6 +77,7 @@ class CpuStep:
         self._weights = self._addresses(layers, embedding, final_norm, lm_head)
         self._kept_alive = (tuple(layers), embedding, final_norm, lm_head)
         self._shared = _shared(spec, self._team)
+        self._own = [self._compiled.own_buffers(i, self._team.size, self._shape) for i in range(self._team.size)]
         self._dense = np.full((len(layers), PROJECTIONS), ALL)
         self.use_cache(keys, values)
 
@@ -134,7 +136,12 @@ class CpuStep:
             self._row_addresses(rows),
         )
         shared = self._shared._replace(logits=np.empty(self.spec.vocab, np.float32))
-        self._team.run(self._run, self._kind, (self._shape, self._weights, self._cache, record, shared))
+
+        def part(thread: int, rounds: int) -> None:
+            own = self._own[thread]
+            self._compiled.run(self._kind, own, rounds, self._shape, self._weights, self._cache, record, shared)
+
+        self._team.run(part)
         return torch.from_numpy(shared.logits)
 
     @property

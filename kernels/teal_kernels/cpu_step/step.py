@@ -38,21 +38,21 @@ from teal_kernels.cpu_step.rows import add_rows, dot_rows
 from teal_kernels.cpu_step.vectors import compact, compiled, list_all, record, record_all, rms_norm, swish
 
 ZERO = np.float32(0.0)
+LINE = 16
+"""Elements that keep what one thread writes off the cache lines of another."""
 SPINS = 2000
 """Looks at a barrier before the thread offers its core to others: some 50 microseconds."""
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def run(
-    kind: Any, thread: int, threads: int, rounds: int, shape: Any, weights: Any, cache: Any, token: Any, shared: Any
-) -> None:
-    """One thread's part of a step; `threads` of them must run at once, and have passed `rounds` barriers before.
+@njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
+def run(kind: Any, own: Any, rounds: int, shape: Any, weights: Any, cache: Any, token: Any, shared: Any) -> None:
+    """One thread's part of a step; `own.threads` of them must run at once, and have passed `rounds` barriers before.
 
     Arguments: see layout.py.
 
     Leaves the logits, float32 [vocab], in shared.logits, and the new keys and values in the cache.
     """
-    own = own_buffers(thread, threads, shape)
+    thread, threads = own.thread, own.threads
     first, last = share(shape.hidden, thread, threads)
     for i in range(first, last):
         shared.hidden[i] = fetch(kind, weights.embedding, token.token * shape.hidden + i)
@@ -78,27 +78,6 @@ def run(
     row = shape.hidden * item_bytes(kind)
     dot_rows(kind, weights.lm_head + first * row, row, last - first, own.x, shape.hidden, shared.logits[first:last])
     meet(shared.arrivals, threads, rounds)
-
-
-@compiled
-def own_buffers(thread: int, threads: int, shape: Any) -> Any:
-    longest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    widest = max(longest, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-    return Own(
-        thread,
-        threads,
-        np.empty(longest, np.float32),
-        np.empty(longest, np.int64),
-        np.empty(longest, np.float32),
-        np.empty(1, np.float32),
-        np.empty(1, np.int64),
-        np.empty(widest, np.float32),
-        np.empty(shape.intermediate, np.float32),
-        np.empty(shape.head_dim, np.float32),
-        np.empty(shape.head_dim, np.float32),
-        np.empty(TILE, np.float32),
-        np.arange(TILE),
-    )
 
 
 @compiled
@@ -233,6 +212,27 @@ def down(kind: Any, shape: Any, tensors: Any, thresholds: Any, token: Any, layer
         shared.hidden[i] = narrow(kind, shared.hidden[i] + narrow(kind, own.out[i - first]))
 
 
+def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
+    """One thread's record."""
+    longest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    widest = max(longest, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+    return Own(
+        thread,
+        threads,
+        x=np.zeros(longest, np.float32),
+        index=np.zeros(longest, np.int64),
+        value=np.zeros(longest, np.float32),
+        listed=np.zeros(LINE, np.float32),
+        kept=np.zeros(LINE, np.int64),
+        out=np.zeros(widest, np.float32),
+        up=np.zeros(shape.intermediate, np.float32),
+        normed=np.zeros(shape.head_dim, np.float32),
+        rotated=np.zeros(shape.head_dim, np.float32),
+        scores=np.zeros(TILE, np.float32),
+        ramp=np.arange(TILE),
+    )
+
+
 def nothing(kind: Any) -> tuple[Any, ...]:
     """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
     empty = np.empty(0, np.float32)
@@ -241,4 +241,4 @@ def nothing(kind: Any) -> tuple[Any, ...]:
     token = Token(0, 0, NONE, NONE, np.empty((0, 7), np.float32), np.zeros((4, 2), np.int64))
     parts = np.empty((1, 1), np.float32)
     shared = Shared(empty, empty, parts, parts, np.empty((1, 1, 0), np.float32), empty, empty, np.zeros(16, np.int64))
-    return kind, 0, 1, 0, shape, weights, Cache(NONE, NONE, 0, 0), token, shared
+    return kind, own_buffers(0, 1, shape), 0, shape, weights, Cache(NONE, NONE, 0, 0), token, shared

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -31,18 +30,15 @@ class Team:
         self._members = [_Member(thread) for thread in range(1, size)]
         self._finalizer = weakref.finalize(self, _dismiss, self._members)
 
-    def run(self, function: Callable[..., None], kind: Any, arguments: tuple[Any, ...]) -> None:
-        """Calls function(kind, thread, size, barriers passed so far, *arguments) on every thread.
-
-        It must end with a barrier of all.
-        """
+    def run(self, part: Callable[[int, int], None]) -> None:
+        """Calls part(thread, barriers passed so far) on every thread; it must end with a barrier of all."""
         if self.arrivals[ABANDON]:
             self._recover()
-        arguments = (self.size, int(self.arrivals[0]) // self.size, *arguments)
+        rounds = int(self.arrivals[0]) // self.size
         try:
             for member in self._members:
-                member.start(function, (kind, member.thread, *arguments))
-            function(kind, 0, *arguments)
+                member.start(part, rounds)
+            part(0, rounds)
         except BaseException:
             self.arrivals[ABANDON] = 1  # Ctrl-C before this thread began: the others would wait for it forever
             raise
@@ -61,35 +57,43 @@ class _Member:
     """One waiting thread."""
 
     def __init__(self, thread: int) -> None:
-        self.thread = thread
+        self._thread = thread
         self._started = self._finished = 0
-        self._call: tuple[Callable[..., None], tuple[Any, ...]] | None = None
+        self._call: tuple[Callable[[int, int], None], int] | None = None
         self._go = threading.Lock()
         self._go.acquire()
-        threading.Thread(target=self._serve, name=f"teal-step-{thread}", daemon=True).start()
+        self._python_thread = threading.Thread(target=self._serve, name=f"teal-step-{thread}", daemon=True)
+        self._python_thread.start()
 
     @property
     def busy(self) -> bool:
         """Whether it has yet to finish a call. Two counts, since it may be slow to note the end of the call before."""
         return self._started != self._finished
 
-    def start(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        self._call = function, arguments
+    def start(self, part: Callable[[int, int], None], rounds: int) -> None:
+        self._call = part, rounds
         self._started += 1
         self._go.release()
 
     def stop(self) -> None:
-        self._call = None
+        """Ends the thread and waits for that: one that still runs when the interpreter ends would abort the process."""
         self._go.release()
+        if threading.current_thread() is not self._python_thread:
+            self._python_thread.join()
 
     def _serve(self) -> None:
         while True:
             self._go.acquire()
-            if self._call is None:
+            # The call leads to the owner of this team; held on to while asleep, it would keep both alive.
+            call, self._call = self._call, None
+            if call is None:
                 return
-            function, arguments = self._call
-            function(*arguments)
-            self._finished += 1
+            part, rounds = call
+            try:
+                part(self._thread, rounds)
+            finally:
+                self._finished += 1
+            del call, part
 
 
 def _dismiss(members: list[_Member]) -> None:

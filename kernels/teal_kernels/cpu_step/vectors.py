@@ -30,9 +30,10 @@ EXP_2, EXP_3, EXP_4, EXP_5, EXP_6, EXP_7 = (
     )
 )
 
-compiled = njit(nogil=True, error_model="numpy")
-contracted = njit(nogil=True, error_model="numpy", fastmath={"contract"})
-reordered = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+compiled = njit(**INNER)
+contracted = njit(**INNER, fastmath={"contract"})
+reordered = njit(**INNER, fastmath={"contract", "reassoc", "nsz"})
 """Only the last one lets LLVM sum in vector lanes; none lets it assume that NaN or infinity do not occur."""
 
 
@@ -77,7 +78,7 @@ def compact(x: Any, count: int, threshold: Any, index: Any, value: Any) -> int:
     for i in range(count):
         index[kept] = i
         value[kept] = x[i]
-        kept += np.int64(abs(x[i]) > threshold)
+        kept += int(abs(x[i]) > threshold)  # no branch: half of them would be guessed wrongly
     return kept
 
 
