@@ -1,7 +1,7 @@
 """teal: training-free activation sparsity for LLM decoding.
 
-The library's door is `open_store`, which reads what a dump wrote. It is imported on first use, so that `import teal_cli`
-and the command line's start cost nothing.
+The library's door is `open_store`, which reads what a dump wrote. It is imported on first use, so that `import
+teal_cli` and the command line's start cost nothing.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class Generation:
     Attributes:
         realised: share of dropped input entries, weighted by the size of each projection's matrix.
         per_projection: the same for each projection, mean over the layers.
-        effective_gbps: bytes that the steps had to read (kept weight rows, lm_head, key/value cache) per second, in GB/s.
+        effective_gbps: bytes that the steps had to read (kept weight rows, lm_head, key/value cache) per second, in
+            GB/s.
     """
 
     model: str
@@ -85,12 +86,23 @@ class Generation:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "model": self.model, "prompt": self.prompt, "text": self.text,
-            "prompt_ids": list(self.prompt_ids), "token_ids": list(self.token_ids),
+            "model": self.model,
+            "prompt": self.prompt,
+            "text": self.text,
+            "prompt_ids": list(self.prompt_ids),
+            "token_ids": list(self.token_ids),
             "sparsity": {"target": self.target, "realised": self.realised, "per_projection": self.per_projection},
-            "backend": self.backend, "device": self.device, "dtype": self.dtype, "seed": self.seed,
-            "timings": {"load_s": self.load_s, "prefill_s": self.prefill_s, "decode_s": self.decode_s,
-                        "tokens_per_s": self.tokens_per_s, "effective_gbps": self.effective_gbps},
+            "backend": self.backend,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "timings": {
+                "load_s": self.load_s,
+                "prefill_s": self.prefill_s,
+                "decode_s": self.decode_s,
+                "tokens_per_s": self.tokens_per_s,
+                "effective_gbps": self.effective_gbps,
+            },
             "store": self.store,
         }
 
@@ -112,13 +124,26 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
     stop = () if request.ignore_eos else session.config.eos_ids
     writer = None
     if request.dump is not None:
-        writer = session.create_store(request.dump, [prompt], [plan], request.max_new_tokens, request.sampling,
-                                      stop=stop, source="--prompt", force=request.force)
+        writer = session.create_store(
+            request.dump,
+            [prompt],
+            [plan],
+            request.max_new_tokens,
+            request.sampling,
+            stop=stop,
+            source="--prompt",
+            force=request.force,
+        )
     token_ids, pieces, text = [], TextStream(session.tokenizer), []
     with writer or nullcontext():
         capture = None if writer is None else writer.level(plan.target)
-        for token in decoder.generate(prompt.token_ids, max_new_tokens=request.max_new_tokens,
-                                      sampling=request.sampling, stop=stop, capture=capture):
+        for token in decoder.generate(
+            prompt.token_ids,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            stop=stop,
+            capture=capture,
+        ):
             token_ids.append(token)
             text.append(pieces.push(token))
             yield Piece(token, text[-1])
@@ -128,17 +153,28 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
     yield _result(session, request, decoder, prompt, token_ids, "".join(text))
 
 
-def _result(session: Session, request: GenerateRequest, decoder: Decoder, prompt: Prompt, token_ids: list[int],
-            text: str) -> Generation:
+def _result(
+    session: Session, request: GenerateRequest, decoder: Decoder, prompt: Prompt, token_ids: list[int], text: str
+) -> Generation:
     dropped, tally = decoder.realised(), decoder.tally
     sizes = session.config.projection_sizes()
     return Generation(
-        model=session.entry.name, prompt=request.prompt, text=text, prompt_ids=prompt.token_ids,
-        token_ids=tuple(token_ids), target=request.sparsity,
+        model=session.entry.name,
+        prompt=request.prompt,
+        text=text,
+        prompt_ids=prompt.token_ids,
+        token_ids=tuple(token_ids),
+        target=request.sparsity,
         realised=float(np.average(dropped.mean(0), weights=[sizes[p] for p in PROJECTIONS])),
         per_projection={p: float(share) for p, share in zip(PROJECTIONS, dropped.mean(0), strict=True)},
-        backend=decoder.step.backend, device=str(session.model.device), dtype=session.dtype,
-        seed=request.sampling.seed, load_s=session.load_s, prefill_s=tally.prefill_s, decode_s=tally.decode_s,
-        tokens_per_s=tally.tokens_per_s, effective_gbps=decoder.effective_gbps(),
+        backend=decoder.step.backend,
+        device=str(session.model.device),
+        dtype=session.dtype,
+        seed=request.sampling.seed,
+        load_s=session.load_s,
+        prefill_s=tally.prefill_s,
+        decode_s=tally.decode_s,
+        tokens_per_s=tally.tokens_per_s,
+        effective_gbps=decoder.effective_gbps(),
         store=None if request.dump is None else str(request.dump),
     )

@@ -108,8 +108,16 @@ class Session:
         step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
         return Decoder(self.model, cache, step)
 
-    def store_headers(self, prompts: Sequence[Prompt], plans: Sequence[Plan], max_new_tokens: int,
-                      sampling: Sampling, *, source: str, stop: Sequence[int]) -> tuple[StoreHeader, list[LevelHeader]]:
+    def store_headers(
+        self,
+        prompts: Sequence[Prompt],
+        plans: Sequence[Plan],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        source: str,
+        stop: Sequence[int],
+    ) -> tuple[StoreHeader, list[LevelHeader]]:
         """What a store of these prompts under these plans says of itself; equal headers mean equal contents.
 
         Args:
@@ -124,11 +132,19 @@ class Session:
             config_sha256=config_sha256(self.entry.path),
             calibration=self.calibration.id if any(plan.target > 0 for plan in plans) else None,
             dtype=self.dtype,
-            prompts={"source": source, "count": len(prompts), "texts": [prompt.text for prompt in prompts],
-                     "token_ids": [list(prompt.token_ids) for prompt in prompts]},
+            prompts={
+                "source": source,
+                "count": len(prompts),
+                "texts": [prompt.text for prompt in prompts],
+                "token_ids": [list(prompt.token_ids) for prompt in prompts],
+            },
             seed=sampling.seed,
-            sampling={"temperature": sampling.temperature, "top_k": sampling.top_k,
-                      "max_new_tokens": max_new_tokens, "stop_ids": list(stop)},
+            sampling={
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "max_new_tokens": max_new_tokens,
+                "stop_ids": list(stop),
+            },
             backend=self.backend,
             layers=self.config.layers,
             channels={site: self.config.channels(site) for site in SITES},
@@ -136,14 +152,24 @@ class Session:
         rows = len(prompts) * (max_new_tokens - 1)
         return header, [LevelHeader(p.target, p.allocation, np.maximum(p.thresholds, 0), rows) for p in plans]
 
-    def create_store(self, path: Path, prompts: Sequence[Prompt], plans: Sequence[Plan], max_new_tokens: int,
-                     sampling: Sampling, *, source: str, stop: Sequence[int] = (), force: bool = False,
-                     resume: bool = False) -> StoreWriter:
+    def create_store(
+        self,
+        path: Path,
+        prompts: Sequence[Prompt],
+        plans: Sequence[Plan],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        source: str,
+        stop: Sequence[int] = (),
+        force: bool = False,
+        resume: bool = False,
+    ) -> StoreWriter:
         """Open a store for these prompts and plans, a new one or one that an earlier run left.
 
         Raises:
-            UsageError: something is there and neither `force` nor `resume` is given, or it was made with other settings.
-            NotFoundError: nothing to resume.
+            UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
+            settings. NotFoundError: nothing to resume.
         """
         header, levels = self.store_headers(prompts, plans, max_new_tokens, sampling, source=source, stop=stop)
         if resume:
@@ -169,9 +195,15 @@ class Session:
         return str(self.tokenizer.decode(token_ids))
 
 
-def open_session(model: str | None = None, *, dtype: str | None = None, device: str | None = None,
-                 backend: str | None = None, calibration: str | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> Session:
+def open_session(
+    model: str | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    calibration: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Session:
     """Open a model of the registry.
 
     Args:
@@ -212,6 +244,8 @@ def choose_device(device: str | None) -> torch.device:
     if where.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (where.index or 0) >= count:
-            raise HardwareError(f"there is no device {device}: PyTorch sees {count} GPU{'s' * (count != 1)} here",
-                                hint="leave out --device, or see `teal doctor`")
+            raise HardwareError(
+                f"there is no device {device}: PyTorch sees {count} GPU{'s' * (count != 1)} here",
+                hint="leave out --device, or see `teal doctor`",
+            )
     return where

@@ -50,8 +50,9 @@ def reference_model(path: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def judge(model: PreTrainedModel, level: Level, prompt: Sequence[int], tokens: Sequence[int], *,
-          sequence: int = 0) -> Verdict:
+def judge(
+    model: PreTrainedModel, level: Level, prompt: Sequence[int], tokens: Sequence[int], *, sequence: int = 0
+) -> Verdict:
     """Replay one greedy sequence of a level of a store.
 
     Args:
@@ -87,16 +88,22 @@ def _check_token(verdict: Verdict, logits: Tensor, token: int) -> None:
 
 
 @contextmanager
-def _masked(model: PreTrainedModel, rows: dict[tuple[int, str], Tensor], thresholds: np.ndarray,
-            verdict: Verdict) -> Iterator[None]:
+def _masked(
+    model: PreTrainedModel, rows: dict[tuple[int, str], Tensor], thresholds: np.ndarray, verdict: Verdict
+) -> Iterator[None]:
     """Hooks that compare each linear layer's input with the stored row, then let only the stored entries through."""
     handles = []
     for index, layer in enumerate(model.model.layers):
         for p in PROJECTIONS:
             row, t = rows[index, p], float(thresholds[index, PROJECTION_INDEX[p]])
 
-            def hook(module: nn.Module, inputs: tuple[Tensor], row: Tensor = row, t: float = t,
-                     where: str = f"layer {index} {p} ({PROJECTION_SITE[p]})") -> tuple[Tensor]:
+            def hook(
+                module: nn.Module,
+                inputs: tuple[Tensor],
+                row: Tensor = row,
+                t: float = t,
+                where: str = f"layer {index} {p} ({PROJECTION_SITE[p]})",
+            ) -> tuple[Tensor]:
                 (x,) = inputs
                 return (_compare(verdict, x.reshape(-1), row, t, where).reshape(x.shape),)
 
@@ -129,8 +136,9 @@ def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> 
     return masked
 
 
-def make_dump(model: str, path: Path, *, levels: tuple[float, ...], prompts: Path, max_new_tokens: int,
-              backend: str) -> Dump:
+def make_dump(
+    model: str, path: Path, *, levels: tuple[float, ...], prompts: Path, max_new_tokens: int, backend: str
+) -> Dump:
     """A greedy float32 dump of a registered, calibrated model through the library calls of `teal dump`."""
     session = open_session(model, dtype="float32", device="cpu", backend=backend)
     request = DumpRequest(levels, PromptSource(file=prompts), max_new_tokens, Sampling(temperature=0), ignore_eos=True)

@@ -39,9 +39,7 @@ def doctor(offline: OfflineOption = False, json: JsonOption = False) -> None:
         warnings = sum(finding.status == "warn" for finding in findings)
         failures = sum(finding.status == "fail" for finding in findings)
         counts = f" (failed: {failures}, warnings: {warnings})" if failures or warnings else ""
-        console.print(
-            f"\n{'Everything essential works' if sound else 'Something essential is broken'}{counts}."
-        )
+        console.print(f"\n{'Everything essential works' if sound else 'Something essential is broken'}{counts}.")
 
     out.result({"ok": sound, "exit_code": code, "findings": findings}, verdict)
     if code:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal_cli import settings
-from teal_cli.errors import UsageError
 from teal_cli.dump.recipe import load_recipe
+from teal_cli.errors import UsageError
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import amount, progress
@@ -23,23 +23,45 @@ if TYPE_CHECKING:
 
 def dump(
     model: options.ModelOption = None,
-    sparsity: Annotated[str | None, typer.Option("--sparsity", "-s", metavar="LEVELS", help="One level, a list 0.5,0.9, "
-                                                 "or a range 0.50:0.95:0.05.")] = None,
-    recipe_name: Annotated[str | None, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="Take what is not given "
-                                                    "here from a recipe.", autocompletion=completion.recipes)] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            "--sparsity", "-s", metavar="LEVELS", help="One level, a list 0.5,0.9, or a range 0.50:0.95:0.05."
+        ),
+    ] = None,
+    recipe_name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="Take what is not given here from a recipe.",
+            autocompletion=completion.recipes,
+        ),
+    ] = None,
     dataset: options.DatasetOption = None,
     split: options.SplitOption = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or "
-                                                 "JSON lines with `prompt`.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or JSON lines with `prompt`."),
+    ] = None,
     num_sequences: options.NumSequencesOption = None,
-    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, metavar="TOKENS", help="Tokens of each "
-                                                      "document of a dataset that make a prompt.")] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-tokens", min=1, metavar="TOKENS", help="Tokens of each document of a dataset that make a prompt."
+        ),
+    ] = None,
     max_new_tokens: options.MaxNewTokensOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     seed: options.SeedOption = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token, so that every "
-                                             "sequence has all its rows.")] = False,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos", help="Go on past the end-of-sequence token, so that every sequence has all its rows."
+        ),
+    ] = False,
     out_path: Annotated[Path | None, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")] = None,
     resume: options.ResumeOption = False,
     force: options.ForceOption = False,
@@ -53,8 +75,8 @@ def dump(
 ) -> None:
     """Dump activations of many prompts at many sparsity levels into one store.
 
-    For every level and prompt, tokens are decoded sparsely and what flowed into each projection of each layer is stored,
-    token by token. Stop it whenever you like: what is committed stays, and --resume goes on.
+    For every level and prompt, tokens are decoded sparsely and what flowed into each projection of each layer is
+    stored, token by token. Stop it whenever you like: what is committed stays, and --resume goes on.
     """
     out = output(json, quiet)
     if out_path is None:
@@ -80,30 +102,59 @@ def dump(
     from teal_cli.dumping import Dump, DumpRequest
     from teal_cli.session import open_session
 
-    source = PromptSource(file=prompts, count=num_sequences) if prompts else PromptSource(
-        pick("dataset", dataset), pick("split", split), None, pick("num_sequences", num_sequences),
-        pick("prompt_tokens", prompt_tokens, 64))
+    source = (
+        PromptSource(file=prompts, count=num_sequences)
+        if prompts
+        else PromptSource(
+            pick("dataset", dataset),
+            pick("split", split),
+            None,
+            pick("num_sequences", num_sequences),
+            pick("prompt_tokens", prompt_tokens, 64),
+        )
+    )
     request = DumpRequest(
-        parse_levels(pick("levels", sparsity)), source, pick("max_new_tokens", max_new_tokens),
-        Sampling(pick("temperature", temperature, given.pick("generate.temperature")),
-                 pick("top_k", top_k, given.pick("generate.top_k")), given.pick("seed", seed) or 0), ignore_eos)
+        parse_levels(pick("levels", sparsity)),
+        source,
+        pick("max_new_tokens", max_new_tokens),
+        Sampling(
+            pick("temperature", temperature, given.pick("generate.temperature")),
+            pick("top_k", top_k, given.pick("generate.top_k")),
+            given.pick("seed", seed) or 0,
+        ),
+        ignore_eos,
+    )
     with progress(out) as bars:
         task = bars.task("Loading the model", unit="layers")
         session = open_session(
-            given.pick("model", model), dtype=given.pick("dtype", dtype), device=given.pick("device", device),
-            backend=given.pick("backend", backend), calibration=given.pick("calibration", calibration),
-            progress=lambda done, total: task.update(done=done, total=total))
+            given.pick("model", model),
+            dtype=given.pick("dtype", dtype),
+            device=given.pick("device", device),
+            backend=given.pick("backend", backend),
+            calibration=given.pick("calibration", calibration),
+            progress=lambda done, total: task.update(done=done, total=total),
+        )
     job = Dump(session, request)
     for note in session.notes:
         out.note(note)
     if dry_run:
         estimate = job.estimate(out_path)
-        payload = {"model": session.entry.name, "levels": request.levels, "prompts": len(job.prompts),
-                   **asdict(estimate), "store": str(out_path)}
+        payload = {
+            "model": session.entry.name,
+            "levels": request.levels,
+            "prompts": len(job.prompts),
+            **asdict(estimate),
+            "store": str(out_path),
+        }
         out.result(payload, lambda console: _show_estimate(console, payload))
         return
-    payload = {"model": session.entry.name, "levels": request.levels, "prompts": len(job.prompts),
-               **_run(out, job, out_path, force=force, resume=resume), "store": str(out_path)}
+    payload = {
+        "model": session.entry.name,
+        "levels": request.levels,
+        "prompts": len(job.prompts),
+        **_run(out, job, out_path, force=force, resume=resume),
+        "store": str(out_path),
+    }
     out.result(payload, lambda console: _show_result(console, payload))
 
 
@@ -133,5 +184,8 @@ def _show_estimate(console: Console, estimate: dict[str, Any]) -> None:
 
 def _show_result(console: Console, result: dict[str, Any]) -> None:
     console.print(f"wrote {result['new_rows']:,} rows in {result['seconds']:.1f} s to [bold]{result['store']}[/bold]")
-    console.print(f"next: [cyan]teal store info {result['store']}[/cyan], or in Python "
-                  f'[cyan]teal_cli.open_store("{result["store"]}")[/cyan]', soft_wrap=True)
+    console.print(
+        f"next: [cyan]teal store info {result['store']}[/cyan], or in Python "
+        f'[cyan]teal_cli.open_store("{result["store"]}")[/cyan]',
+        soft_wrap=True,
+    )

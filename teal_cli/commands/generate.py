@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def generate(
     model: options.ModelOption = None,
     sparsity: options.SparsityOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; standard input "
-                                               "if not given.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; standard input if not given.")
+    ] = None,
     max_new_tokens: options.MaxNewTokensOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -36,8 +37,10 @@ def generate(
     dtype: options.DtypeOption = None,
     device: options.DeviceOption = None,
     backend: options.BackendOption = None,
-    dump: Annotated[Path | None, typer.Option("--dump", metavar="STORE", help="Write what flowed into each projection "
-                                              "to this Zarr store.")] = None,
+    dump: Annotated[
+        Path | None,
+        typer.Option("--dump", metavar="STORE", help="Write what flowed into each projection to this Zarr store."),
+    ] = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -59,16 +62,31 @@ def generate(
     from teal_cli.session import open_session
 
     chosen_seed = given.pick("seed", seed)
-    sampling = Sampling(given.pick("generate.temperature", temperature), given.pick("generate.top_k", top_k),
-                        secrets.randbits(32) if chosen_seed is None else chosen_seed)
+    sampling = Sampling(
+        given.pick("generate.temperature", temperature),
+        given.pick("generate.top_k", top_k),
+        secrets.randbits(32) if chosen_seed is None else chosen_seed,
+    )
     with progress(out) as bars:
         task = bars.task("Loading the model", unit="layers")
         session = open_session(
-            given.pick("model", model), dtype=given.pick("dtype", dtype), device=given.pick("device", device),
-            backend=given.pick("backend", backend), calibration=given.pick("calibration", calibration),
-            progress=lambda done, total: task.update(done=done, total=total))
-    request = GenerateRequest(text, given.pick("sparsity", sparsity),
-                              given.pick("generate.max_new_tokens", max_new_tokens), sampling, chat, ignore_eos, dump, force)
+            given.pick("model", model),
+            dtype=given.pick("dtype", dtype),
+            device=given.pick("device", device),
+            backend=given.pick("backend", backend),
+            calibration=given.pick("calibration", calibration),
+            progress=lambda done, total: task.update(done=done, total=total),
+        )
+    request = GenerateRequest(
+        text,
+        given.pick("sparsity", sparsity),
+        given.pick("generate.max_new_tokens", max_new_tokens),
+        sampling,
+        chat,
+        ignore_eos,
+        dump,
+        force,
+    )
     for event in run(session, request):
         if isinstance(event, Generation):
             _finish(out, session.notes, event)
@@ -97,10 +115,14 @@ def _finish(out: Output, notes: list[str], result: Generation) -> None:
 def show_figures(console: Console, result: Generation) -> None:
     steps = len(result.token_ids) - 1
     shares = "  ".join(f"{name} {share:.1%}" for name, share in result.per_projection.items())
-    console.print(f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {steps} steps, "
-                  f"{result.effective_gbps:.1f} GB/s read, prefill {result.prefill_s:.2f} s, load {result.load_s:.2f} s "
-                  f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})")
+    console.print(
+        f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {steps} steps, "
+        f"{result.effective_gbps:.1f} GB/s read, prefill {result.prefill_s:.2f} s, load {result.load_s:.2f} s "
+        f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})"
+    )
     console.print(f"sparsity {result.target:.0%} wanted, {result.realised:.1%} realised: {shares}")
     if result.store:
-        console.print(f"dumped {steps} rows to {result.store}; look at it with "
-                      f"[cyan]teal store info {result.store}[/cyan]", soft_wrap=True)
+        console.print(
+            f"dumped {steps} rows to {result.store}; look at it with [cyan]teal store info {result.store}[/cyan]",
+            soft_wrap=True,
+        )

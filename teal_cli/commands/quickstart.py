@@ -31,9 +31,9 @@ def quickstart(
         typer.Option("--model", "-m", metavar="MODEL", help="What to download; the small default model if not given."),
     ] = None,
     sparsity: options.SparsityOption = None,
-    out_path: Annotated[
-        Path, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")
-    ] = Path("teal-quickstart.zarr"),
+    out_path: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")] = Path(
+        "teal-quickstart.zarr"
+    ),
     force: options.ForceOption = False,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -139,6 +139,7 @@ def _next(console: Console, result: Generation, path: Path, problems: list[str])
     for what, command in lines:
         console.print(f"  {what:<26} [cyan]{command}[/cyan]", soft_wrap=True)
     console.print(
-        f'  {"in Python":<26} [cyan]teal_cli.open_store("{path}").level({result.target}).projection(0, "down")[:][/cyan]',
+        f"  {'in Python':<26} "
+        f'[cyan]teal_cli.open_store("{path}").level({result.target}).projection(0, "down")[:][/cyan]',
         soft_wrap=True,
     )

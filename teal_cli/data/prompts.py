@@ -62,13 +62,9 @@ class PromptSource:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
-            raise NotFoundError(
-                f"there is no file {file}", hint="--prompts takes a text or .jsonl file"
-            ) from None
+            raise NotFoundError(f"there is no file {file}", hint="--prompts takes a text or .jsonl file") from None
         except UnicodeDecodeError:
-            raise UsageError(
-                f"{file} is not UTF-8 text", hint="--prompts takes a text or .jsonl file"
-            ) from None
+            raise UsageError(f"{file} is not UTF-8 text", hint="--prompts takes a text or .jsonl file") from None
         lines = [line for line in lines if line.strip()]
         if file.suffix == ".jsonl":
             lines = [_prompt_of(line, number, file) for number, line in enumerate(lines, 1)]

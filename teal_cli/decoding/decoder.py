@@ -1,7 +1,7 @@
 """Prefill, then one sparse step per token (TEAL, section 5.4: decoding is sparsified, the prompt is not).
 
-The decoder yields token ids as they come and keeps the clock. It knows neither text nor files: a tokenizer turns ids into
-text, and a capture, if one is given, takes the vectors of each step.
+The decoder yields token ids as they come and keeps the clock. It knows neither text nor files: a tokenizer turns ids
+into text, and a capture, if one is given, takes the vectors of each step.
 """
 
 from __future__ import annotations
@@ -66,8 +66,16 @@ class Decoder:
         self.model, self.cache, self.step = model, cache, step
         self.tally = Tally()
 
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, sequence: int = 0,
-                 stop: Collection[int] = (), capture: Capture | None = None) -> Iterator[int]:
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        sequence: int = 0,
+        stop: Collection[int] = (),
+        capture: Capture | None = None,
+    ) -> Iterator[int]:
         """Yield up to `max_new_tokens` ids; a token of `stop` is yielded and ends the sequence.
 
         N ids take one prefill and N-1 steps, and only steps are captured: row i of a capture is what the model computed
@@ -96,7 +104,8 @@ class Decoder:
         if len(prompt) + max_new_tokens - 1 > room:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, and {max_new_tokens} new ones do not fit the context of {room}",
-                hint="shorten the prompt or lower --max-new-tokens")
+                hint="shorten the prompt or lower --max-new-tokens",
+            )
 
     @torch.inference_mode()
     def _prefill(self, prompt: Sequence[int], sampler: Sampler) -> int:

@@ -1,7 +1,7 @@
 """What stands between a layer and its weights in a decode step: threshold, record, multiply what was kept.
 
-A projector is the `project` hook of `teal_cli.model.transformer`. The vector it writes into `rows` is the very tensor the
-sparse kernel reads, so what a dump holds is what the kernel consumed, bit for bit.
+A projector is the `project` hook of `teal_cli.model.transformer`. The vector it writes into `rows` is the very tensor
+the sparse kernel reads, so what a dump holds is what the kernel consumed, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class SparseProjector:
         rows: where the next step's vectors go; set it before each step.
     """
 
-    def __init__(self, config: ModelConfig, thresholds: NDArray[np.float32], backend: str, device: torch.device,
-                 rows: Rows) -> None:
+    def __init__(
+        self, config: ModelConfig, thresholds: NDArray[np.float32], backend: str, device: torch.device, rows: Rows
+    ) -> None:
         self.backend = backend
         self.rows = rows
         self._segments = {site: config.segments(site) for site in SITES}
@@ -57,8 +58,8 @@ class SparseProjector:
     def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
         kept = self.rows[site][layer]
         kept.copy_(threshold(x[0], self._lowest[layer][site]))
-        return sparse_gemv(kept, weight, self._thresholds[layer][site], self._segments[site],
-                           backend=self.backend)[None]
+        thresholds, segments = self._thresholds[layer][site], self._segments[site]
+        return sparse_gemv(kept, weight, thresholds, segments, backend=self.backend)[None]
 
 
 class DenseProjector:

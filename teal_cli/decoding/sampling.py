@@ -35,8 +35,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise UsageError(f"temperature must be 0 or a positive number, not {self.temperature}",
-                             hint="0 is greedy decoding; 0.8 is a usual value")
+            raise UsageError(
+                f"temperature must be 0 or a positive number, not {self.temperature}",
+                hint="0 is greedy decoding; 0.8 is a usual value",
+            )
         if self.top_k < 0:
             raise UsageError(f"top-k must be 0 (all tokens) or positive, not {self.top_k}")
         if self.seed < 0:
@@ -88,5 +90,7 @@ class Sampler:
 
 
 def _nan_logits() -> TealError:
-    return TealError("the model produced NaN logits, so no token can be chosen",
-                     hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`")
+    return TealError(
+        "the model produced NaN logits, so no token can be chosen",
+        hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",
+    )

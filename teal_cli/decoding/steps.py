@@ -16,8 +16,8 @@ from torch import Tensor
 from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, empty_rows
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
 from teal_cli.model.rope import Rotation
+from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError, choose_backend, triton_problem
 from teal_kernels.cpu_step.compiled import unavailable
@@ -61,8 +61,9 @@ class PlainStep:
         backend: the `teal_kernels.sparse_gemv` backend; unused by the dense step.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None,
-                 backend: str) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, backend: str
+    ) -> None:
         self._model, self._cache = model, cache
         self._projector: SparseProjector | DenseProjector
         self._counter: KeptCounter | None = None
@@ -211,8 +212,10 @@ class KeptCounter:
     def __init__(self, config: ModelConfig, thresholds: NDArray[np.float32], device: torch.device) -> None:
         self._thresholds = torch.tensor(thresholds, device=device)
         self._counts = torch.zeros(config.layers, len(PROJECTIONS), dtype=torch.int64, device=device)
-        self._shared = {site: bool((thresholds[:, columns] == thresholds[:, columns[:1]]).all())
-                        for site, columns in _COLUMNS.items()}
+        self._shared = {
+            site: bool((thresholds[:, columns] == thresholds[:, columns[:1]]).all())
+            for site, columns in _COLUMNS.items()
+        }
 
     def add(self, rows: Rows) -> None:
         for site, columns in _COLUMNS.items():

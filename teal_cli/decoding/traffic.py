@@ -23,8 +23,9 @@ def projection_inputs(config: ModelConfig) -> NDArray[np.int64]:
     return np.array([config.channels(site) for site, group in SITE_PROJECTIONS.items() for _ in group], np.int64)
 
 
-def step_bytes(config: ModelConfig, itemsize: int, context: float,
-               kept: NDArray[np.floating] | NDArray[np.integer] | None = None) -> float:
+def step_bytes(
+    config: ModelConfig, itemsize: int, context: float, kept: NDArray[np.floating] | NDArray[np.integer] | None = None
+) -> float:
     """Bytes of weights and KV cache that one step reads.
 
     Args:
@@ -37,6 +38,7 @@ def step_bytes(config: ModelConfig, itemsize: int, context: float,
         kept = np.broadcast_to(projection_inputs(config), (config.layers, len(projection_inputs(config))))
     weights = float((np.asarray(kept, np.float64) * projection_widths(config)).sum())
     head = config.vocab * config.hidden
-    cache = sum(2 * config.kv_heads * config.head_dim * min(context, window or context)
-                for window in config.sliding_windows)
+    cache = sum(
+        2 * config.kv_heads * config.head_dim * min(context, window or context) for window in config.sliding_windows
+    )
     return itemsize * (weights + head + cache)

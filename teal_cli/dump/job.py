@@ -1,7 +1,7 @@
 """`teal dump`: many prompts at many sparsity levels into one store, to be stopped and taken up again at will.
 
-A job is a pure function of its settings: every (level, sequence) pair decodes the same way whenever it runs, so after an
-interruption the sequence in which the last commit lies is decoded again and its first rows are compared instead of
+A job is a pure function of its settings: every (level, sequence) pair decodes the same way whenever it runs, so after
+an interruption the sequence in which the last commit lies is decoded again and its first rows are compared instead of
 written. How rows reach the disk is the writer's business.
 """
 
@@ -56,8 +56,15 @@ class Progress:
         return (self.total_rows - self.rows) * self.seconds / self.new_rows
 
 
-def run_job(writer: StoreWriter, decoders: dict[str, Decoder], prompts: Sequence[Prompt], *,
-            max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()) -> Iterator[Progress]:
+def run_job(
+    writer: StoreWriter,
+    decoders: dict[str, Decoder],
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[int] = (),
+) -> Iterator[Progress]:
     """Decode every prompt at every level into an open writer, level after level.
 
     Args:
@@ -81,12 +88,25 @@ def run_job(writer: StoreWriter, decoders: dict[str, Decoder], prompts: Sequence
             capture = _Resumable(level)
             first = len(prompts) if level.complete else capture.first_sequence
             for sequence in range(first, len(prompts)):
-                for _ in decoder.generate(prompts[sequence].token_ids, max_new_tokens=max_new_tokens,
-                                          sampling=sampling, sequence=sequence, stop=stop, capture=capture):
+                for _ in decoder.generate(
+                    prompts[sequence].token_ids,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    sequence=sequence,
+                    stop=stop,
+                    capture=capture,
+                ):
                     pass
                 done = index * len(prompts) + sequence + 1
-                yield Progress(name, done, total, done * per_sequence, total * per_sequence,
-                               new_rows + capture.written, time.perf_counter() - start)
+                yield Progress(
+                    name,
+                    done,
+                    total,
+                    done * per_sequence,
+                    total * per_sequence,
+                    new_rows + capture.written,
+                    time.perf_counter() - start,
+                )
             level.finish()
             new_rows += capture.written
         writer.complete()
@@ -113,7 +133,8 @@ class _Resumable:
         if token_id != self._held[0]:
             raise TealError(
                 f"sequence {sequence} decodes to other tokens here than the store holds (at position {position})",
-                hint="resume on the machine and with the versions that began the store, or start anew with --force")
+                hint="resume on the machine and with the versions that began the store, or start anew with --force",
+            )
         self._held = self._held[1:]
         return None
 

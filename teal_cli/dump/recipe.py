@@ -41,7 +41,9 @@ def load_recipe(name: str) -> dict[str, Any]:
         recipe = tomllib.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         close = get_close_matches(name, shipped_recipes(), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(shipped_recipes())}, or name a .toml file"
+        hint = (
+            f"did you mean {close[0]}?" if close else f"there are {', '.join(shipped_recipes())}, or name a .toml file"
+        )
         raise NotFoundError(f"there is no recipe {name!r}", hint=hint) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {name} is not TOML: {error}") from None

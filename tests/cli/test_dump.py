@@ -39,7 +39,9 @@ def small(prompts: Path, store: Path) -> tuple[object, ...]:
 def arrays(store: Path) -> dict[str, np.ndarray]:
     """Every array of a store as Zarr itself reads it."""
     group = zarr.open_group(store, mode="r")
-    return {name: np.asarray(array[...]) for name, array in group.members(max_depth=None) if isinstance(array, zarr.Array)}
+    return {
+        name: np.asarray(array[...]) for name, array in group.members(max_depth=None) if isinstance(array, zarr.Array)
+    }
 
 
 def test_a_dataset_of_levels_and_prompts(teal: Teal, prompts: Path, tmp_path: Path) -> None:
@@ -92,7 +94,9 @@ def test_resuming_what_is_complete_changes_nothing(teal: Teal, prompts: Path, tm
 
 @pytest.mark.parametrize("change", [("--seed", 9), ("--temperature", 0), ("-s", "0,0.5"), ("--max-new-tokens", 21),
                                     ("--dtype", "bfloat16"), ("--backend", "reference")])  # fmt: skip
-def test_resuming_with_other_settings_is_refused(teal: Teal, prompts: Path, tmp_path: Path, change: Sequence[object]) -> None:
+def test_resuming_with_other_settings_is_refused(
+    teal: Teal, prompts: Path, tmp_path: Path, change: Sequence[object]
+) -> None:
     store = tmp_path / "out.zarr"
     assert teal(*small(prompts, store)).code == 0
     run = teal(*small(prompts, store), *change, "--resume")
@@ -173,8 +177,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def run_dump(prompts: Path, store: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SMALL_BLOCKS, "--quiet", *map(str, small(prompts, store)), "--max-new-tokens", "80",
-               "--seed", "1", *options]  # fmt: skip
+    settings = [*map(str, small(prompts, store)), "--max-new-tokens", "80", "--seed", "1"]
+    command = [sys.executable, "-c", SMALL_BLOCKS, "--quiet", *settings, *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import signal
 import subprocess
 import sys
@@ -149,8 +148,8 @@ def test_a_model_without_calibration_says_how_to_make_one(teal: Teal, tiny: Tiny
 
 def test_interrupted_it_leaves_a_store_that_reads(ready: Path, tmp_path: Path) -> None:
     store = tmp_path / "out.zarr"
-    command = [sys.executable, "-m", "teal_cli", "generate", "-p", "The quick", "--ignore-eos", "--max-new-tokens", "240",
-               "--dump", str(store)]  # fmt: skip
+    settings = ["-p", "The quick", "--ignore-eos", "--max-new-tokens", "240", "--dump", str(store)]
+    command = [sys.executable, "-m", "teal_cli", "generate", *settings]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.read(3)  # decoding has begun

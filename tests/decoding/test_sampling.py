@@ -53,8 +53,9 @@ def test_nan_logits_are_refused(temperature):
         Sampler(Sampling(temperature=temperature))(logits)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1},
-                                      {"seed": -3}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"seed": -3}]
+)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(UsageError):
         Sampling(**settings)

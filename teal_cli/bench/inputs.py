@@ -1,0 +1,129 @@
+"""What is multiplied: weights that no cache holds, and vectors with a known share of entries to keep.
+
+Vectors are normal numbers, or rows of a store that a real model left (`replay`). Knows nothing of kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teal_cli.bench.machine import cache_bytes
+from teal_cli.bench.shapes import Matrix
+from teal_cli.dump.header import site_threshold
+from teal_cli.dump.reader import ActivationStore, open_store
+from teal_cli.errors import UsageError
+
+VECTORS = 8
+"""Different input vectors per sparsity."""
+
+_TILE = (1 << 21) + 13
+_SPREAD = 0.02
+_LEAST_POOL = 256 << 20
+_CACHES = 6
+
+
+class WeightPool:
+    """Random weights in one large buffer, out of which each shape is cut many times over.
+
+    Used in turn, the copies of a matrix evict one another from every cache, as the layers of a model do.
+
+    Args:
+        device, dtype: of the weights.
+        size: bytes; by default several times the cache.
+        largest: bytes of the largest matrix; two of it will fit.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, largest: int, size: int | None = None,
+                 seed: int = 0) -> None:
+        size = max(size or max(_LEAST_POOL, _CACHES * cache_bytes(device)), 2 * largest)
+        self._flat = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        tile = (_SPREAD * torch.randn(min(_TILE, len(self._flat)), generator=generator)).to(device, dtype)
+        for piece in self._flat.split(len(tile)):
+            piece.copy_(tile[: len(piece)])
+
+    def copies(self, rows: int, columns: int) -> list[Tensor]:
+        """As many contiguous [rows, columns] as fit, at least two, none sharing memory with another."""
+        entries = rows * columns
+        return [piece.view(rows, columns) for piece in self._flat[: len(self._flat) // entries * entries].split(entries)]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Input vectors of one sparsity.
+
+    Attributes:
+        x: [count, K] on the device; thresholds: float32 [count], the same as numbers in `limits`.
+        kept: mean number of entries above the threshold.
+    """
+
+    x: Tensor
+    thresholds: Tensor
+    limits: list[float]
+    kept: float
+
+    @classmethod
+    def make(cls, x: Tensor, thresholds: Tensor) -> Vectors:
+        kept = (x.float().abs() > thresholds[:, None]).sum(1).double().mean()
+        return cls(x, thresholds, thresholds.tolist(), float(kept))
+
+
+def random_vectors(inputs: int, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
+    """Normal numbers and the threshold that drops this share of them; at sparsity 0 it drops none."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(VECTORS, inputs, generator=generator).to(dtype)
+    limit = torch.tensor(-1.0)
+    if sparsity > 0:
+        magnitudes = x.float().abs().view(-1)
+        limit = magnitudes.kthvalue(max(1, round(sparsity * len(magnitudes)))).values
+    return Vectors.make(x.to(device), limit.to(device).expand(VECTORS).contiguous())
+
+
+class Replay:
+    """Rows of a store in place of random vectors.
+
+    Args:
+        path: a store that `teal dump` wrote.
+
+    Raises:
+        NotFoundError, UsageError: no store there, or one without rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.store: ActivationStore = open_store(path)
+        self.levels = {self.store.level(name).target: self.store.level(name) for name in self.store.levels}
+        self.levels = {target: level for target, level in self.levels.items() if len(level) and target > 0}
+        if not self.levels:
+            raise UsageError(f"{path} has no rows of a sparse level", hint="dump some, e.g. `teal dump -s 0.5,0.9`")
+
+    def matching(self, matrices: list[Matrix]) -> list[Matrix]:
+        """The matrices that take the store's vectors.
+
+        Raises:
+            UsageError: none does.
+        """
+        channels = self.store.header.channels
+        found = [matrix for matrix in matrices if matrix.site and channels[matrix.site] == matrix.inputs]
+        if not found:
+            has = ", ".join(f"{site} {width}" for site, width in channels.items())
+            raise UsageError(f"no matrix takes the vectors of {self.store.path}: it has {has}",
+                             hint=f"name the model that it comes from, --model {self.store.header.model}")
+        return found
+
+    def vectors(self, site: str, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
+        """Random rows of random layers at a level, with the thresholds that they were cut at."""
+        level = self.levels[sparsity]
+        limits = site_threshold(level.thresholds, site)
+        choice = np.random.default_rng(seed)
+        rows, thresholds = [], []
+        for layer in choice.integers(self.store.header.layers, size=VECTORS).tolist():
+            row = int(choice.integers(len(level)))
+            rows.append(np.asarray(level.site(layer, site)[row : row + 1])[0])
+            thresholds.append(max(float(limits[layer]), 0.0))
+        x = torch.from_numpy(np.stack(rows)).to(dtype).to(device)
+        return Vectors.make(x, torch.tensor(thresholds, device=device))
