@@ -2,8 +2,8 @@
 
 After TEAL (arXiv 2408.14690, section 4.3 and its `splitk_sparse_gemv`) and Deja Vu before it: a program owns a tile of
 inputs and outputs, compares its inputs with the threshold, loads the weight rows that pass under a mask, and adds its
-part of the sum to the output with atomics. Programs whose inputs are dropped wait with nothing to load, and the order of
-the additions, so also the last bits, differs from run to run. Nothing in teal uses this; the benchmark measures it.
+part of the sum to the output with atomics. Programs whose inputs are dropped have nothing to load, and the order of the
+additions, and with it the last bits, differs from run to run. Nothing in teal uses this; the benchmark measures it.
 """
 
 from __future__ import annotations

@@ -56,9 +56,11 @@ def candidates(inputs: int, outputs: int, itemsize: int) -> list[GemvConfig]:
         tiles = -(-outputs // block_n)
         for depth in (8192, 16384):
             rows = depth // width
-            for splits in (1, 2, 4, 8, 16, 32):
-                if 256 <= tiles * splits <= 2048 and inputs >= 4 * rows * splits:
-                    found.append(GemvConfig(block_n, rows, splits, 8 if depth == 16384 else 4))
+            found.extend(
+                GemvConfig(block_n, rows, splits, 8 if depth == 16384 else 4)
+                for splits in (1, 2, 4, 8, 16, 32)
+                if 256 <= tiles * splits <= 2048 and inputs >= 4 * rows * splits
+            )
     return list(dict.fromkeys(found))
 
 

@@ -17,6 +17,11 @@ from teal_kernels.configs import EXACT
 POINTER_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
+def wide_loads(ptx: str) -> list[str]:
+    """The 16-byte loads from global memory in a piece of PTX."""
+    return re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)
+
+
 @dataclass(frozen=True)
 class Compiled:
     """PTX text, and what `cuobjdump --dump-resource-usage` says of the machine code."""
@@ -28,11 +33,18 @@ class Compiled:
 
     def vector_loads(self) -> list[str]:
         """The 16-byte loads from global memory."""
-        return re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", self.ptx)
+        return wide_loads(self.ptx)
 
-    def weight_loads(self) -> int:
-        """16-byte loads of streamed data, those marked to be evicted first."""
-        return len(re.findall(r"ld\.global\S*evict_first\S*\.(?:v4\.b32|v2\.b64)", self.ptx))
+    def loops(self) -> list[str]:
+        """The text between each label and the last branch back to it."""
+        lines = self.ptx.splitlines()
+        labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L__BB")}
+        ends: dict[int, int] = {}
+        for i, line in enumerate(lines):
+            branch = re.search(r"\sbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+            if branch and labels.get(branch[1], i) < i:
+                ends[labels[branch[1]]] = i
+        return ["\n".join(lines[begin:end]) for begin, end in ends.items()]
 
     def assert_no_spills(self) -> None:
         assert self.stack == 0, f"{self.stack} bytes of stack"

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 
-from kernel_aot import POINTER_TYPES, Compiled, compile_kernel
+from kernel_aot import POINTER_TYPES, Compiled, compile_kernel, wide_loads
 
 from teal_kernels.attention.kernel import attention_kernel, join_kernel
 from teal_kernels.attention.op import BLOCK_T
@@ -61,11 +61,13 @@ def compile_gather(inputs: int, segments: tuple[int, ...], dtype: str, capabilit
     ],
     ids=["qkv", "gate-up", "down", "small-qkv"],
 )
-def test_gather_loads_16_bytes_and_spills_nothing(inputs, segments, chunk, dtype, capability):
+def test_gather_streams_16_bytes_at_a_time(inputs, segments, chunk, dtype, capability):
     built = compile_gather(inputs, segments, dtype, capability, chunk)
     config = default_gemv_config(inputs, sum(segments), ITEMSIZE[dtype])
     per_thread = config.rows * config.block_n * ITEMSIZE[dtype] // (16 * 32 * config.warps)
-    assert built.weight_loads() == max(1, per_thread)
+    (loop,) = built.loops()
+    assert len(wide_loads(loop)) == max(1, per_thread), "every weight is loaded in the loop, 16 bytes at a time"
+    assert "bar." not in loop, "warps of a program must not wait for each other while weights stream"
     built.assert_no_spills()
     assert built.registers <= 96, "fewer than five programs of four warps would fit a multiprocessor"
 

@@ -128,7 +128,7 @@ class GpuStep:
         """
         if self.device.type == "cuda" and self._ran and self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            # A store's writer may be copying rows on a stream of its own meanwhile; that is none of the capture's business.
+            # A store's writer may be copying rows on a stream and thread of its own meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._launch()
             self._graph = graph
@@ -157,7 +157,7 @@ class GpuStep:
         return torch.cat(tallies, dim=1).cpu().numpy() if tallies else None
 
     def _launch(self) -> None:
-        """The whole step: nine launches per layer, and the head."""
+        """The whole step: ten launches per layer, and the head."""
         embedding, final_norm, lm_head = self._ends
         first, second = self._streams
         eps, position, products = self.spec.norm_eps, self.position, self._products

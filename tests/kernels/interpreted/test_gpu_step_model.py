@@ -1,4 +1,4 @@
-"""The GPU step, interpreted, on checkpoints of every family: same prefill, same cache, logits of the step by operators."""
+"""The GPU step, interpreted, on checkpoints of every family: the logits and rows of a step by operators."""
 
 from __future__ import annotations
 
