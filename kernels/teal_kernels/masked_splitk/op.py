@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 
@@ -30,29 +28,16 @@ CONFIGS = tuple(
 """What the published kernel searches is about this; a fair comparison takes the fastest of them per shape."""
 
 
-@triton.jit
-def masked_splitk_kernel(x_ptr, weight_ptr, out_ptr, threshold, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out [N] += x [K] @ weight [K, N] over one tile. Grid: (cdiv(N, BLOCK_N), cdiv(K, BLOCK_K))."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    kept = tl.abs(x) > threshold
-    mask = kept[:, None] & (n[None, :] < N)
-    weight = tl.load(
-        weight_ptr + k.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-    )
-    total = tl.sum(weight.to(tl.float32) * x[:, None], axis=0)
-    tl.atomic_add(out_ptr + n, total.to(out_ptr.dtype.element_ty), mask=n < N, sem="relaxed")
-
-
 def masked_splitk(x: Tensor, weight: Tensor, threshold: float, out: Tensor, config: MaskedConfig) -> None:
     """out = x [K] @ weight [K, N] over the inputs above `threshold`; `out` [N] float16 (as published) or float32.
 
     Zeroing `out` is part of the method and of its time.
     """
+    from teal_kernels.masked_splitk.kernel import masked_splitk_kernel
+
     inputs, outputs = weight.shape
     out.zero_()
-    masked_splitk_kernel[(triton.cdiv(outputs, config.block_n), triton.cdiv(inputs, config.block_k))](
+    masked_splitk_kernel[(-(-outputs // config.block_n), -(-inputs // config.block_k))](
         x, weight, out, threshold, inputs, outputs,
         BLOCK_K=config.block_k, BLOCK_N=config.block_n, num_warps=config.warps,
     )  # fmt: skip
