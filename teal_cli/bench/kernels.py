@@ -1,0 +1,146 @@
+"""`teal bench kernels`: every matrix, dtype and sparsity, all ways to multiply in the same rounds.
+
+Puts inputs, products, checks and the clock together and yields rows as they are measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from teal_cli.bench.bandwidth import READ, ReadProbe
+from teal_cli.bench.checks import Check, check_product, exact_product
+from teal_cli.bench.inputs import Replay, Vectors, WeightPool, random_vectors
+from teal_cli.bench.machine import cache_bytes
+from teal_cli.bench.products import DENSE, Batch, Operands, Product, dense_products, sparse_products
+from teal_cli.bench.rows import KernelRow, Progress
+from teal_cli.bench.shapes import Matrix
+from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
+
+_PROBE_CACHES = 6
+_LEAST_PROBE = 192 << 20
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What to measure.
+
+    Attributes:
+        matrices, dtypes, sparsities: every combination of them.
+        device: where.
+        rounds: how often each contender is measured.
+        seed: of weights and vectors.
+        replay: rows of a store in place of random vectors; the sparsities are levels of it.
+        pool_bytes, probe_bytes: memory for copies of the weights, and for measuring bandwidth; several times the
+            cache by default.
+    """
+
+    matrices: list[Matrix]
+    dtypes: tuple[torch.dtype, ...]
+    sparsities: tuple[float, ...]
+    device: torch.device
+    rounds: int
+    seed: int = 0
+    replay: Replay | None = None
+    pool_bytes: int | None = None
+    probe_bytes: int | None = None
+
+
+@dataclass
+class _Entry:
+    """A product that takes part, and what is known of it."""
+
+    product: Product
+    operands: Operands
+    check: Check
+    batch: Batch | None = None
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.product.name}@{self.operands.sparsity}"
+
+
+def bench_kernels(request: KernelRequest) -> Iterator[Progress | KernelRow]:
+    """Measure; a product whose check fails is not timed and its row says so."""
+    probe_bytes = request.probe_bytes or max(_LEAST_PROBE, _PROBE_CACHES * cache_bytes(request.device))
+    probe = ReadProbe(request.device, probe_bytes)
+    total = len(request.dtypes) * len(request.matrices)
+    done = 0
+    for dtype in request.dtypes:
+        largest = max(matrix.inputs * matrix.outputs for matrix in request.matrices) * dtype.itemsize
+        pool = WeightPool(request.device, dtype, largest=largest, size=request.pool_bytes, seed=request.seed)
+        for matrix in request.matrices:
+            yield Progress(done, total, f"{matrix.inputs}x{matrix.outputs} {_name(dtype)}")
+            yield from _bench_matrix(request, matrix, dtype, pool, probe)
+            done += 1
+        del pool
+    yield Progress(done, total, "done")
+
+
+def _bench_matrix(
+    request: KernelRequest, matrix: Matrix, dtype: torch.dtype, pool: WeightPool, probe: ReadProbe
+) -> Iterator[KernelRow]:
+    copies = pool.copies(matrix.inputs, matrix.outputs)
+    entries = _checked(request, matrix, dtype, copies)
+    turns = itertools.count()
+    contenders = [probe.contender()]
+    for entry in entries:
+        if entry.check.passed:
+            entry.batch = Batch(entry.product, entry.operands, turns)
+            contenders.append(Contender(entry.name, entry.batch.seconds))
+    seconds: Seconds = {}
+    for seconds in interleave(contenders, request.rounds, request.seed):
+        pass
+    dense = [entry.name for entry in entries if entry.product.role == DENSE and entry.batch]
+    fastest = min(dense, key=lambda name: Spread.of(seconds[name]).p50, default=None)
+    for entry in entries:
+        yield _row(entry, seconds, fastest, dtype, request.rounds)
+
+
+def _checked(request: KernelRequest, matrix: Matrix, dtype: torch.dtype, copies: list[Tensor]) -> list[_Entry]:
+    """Every product with its check, on one vector and one copy; the vector is another one than is timed first."""
+    entries: list[_Entry] = []
+    for sparsity in (0.0, *request.sparsities):
+        operands = Operands(matrix, copies, _vectors(request, matrix, sparsity, dtype), sparsity)
+        x, weight, number = operands.at(1)
+        exact: dict[bool, Tensor] = {}
+        for product in sparse_products(operands) if sparsity else dense_products(operands):
+            if product.turned not in exact:
+                used = weight.view(matrix.outputs, matrix.inputs).T if product.turned else weight
+                exact[product.turned] = exact_product(x, used, operands.vectors.limits[number])
+            check = check_product(product.one(1), exact[product.turned], dtype)
+            entries.append(_Entry(product, operands, check))
+    return entries
+
+
+def _vectors(request: KernelRequest, matrix: Matrix, sparsity: float, dtype: torch.dtype) -> Vectors:
+    if request.replay is not None and sparsity and matrix.site is not None:
+        return request.replay.vectors(matrix.site, sparsity, dtype, request.device, request.seed)
+    return random_vectors(matrix.inputs, sparsity, dtype, request.device, request.seed)
+
+
+def _row(entry: _Entry, seconds: Seconds, dense: str | None, dtype: torch.dtype, rounds: int) -> KernelRow:
+    matrix, vectors = entry.operands.matrix, entry.operands.vectors
+    read = 1 / Spread.of(seconds[READ]).p50
+    weight_bytes = round(vectors.kept * matrix.outputs * dtype.itemsize)
+    floor = weight_bytes / read
+    timed = Spread.of(seconds[entry.name]) if entry.batch else None
+    return KernelRow(
+        models=matrix.models, matrix=matrix.name, site=matrix.site, inputs=matrix.inputs, outputs=matrix.outputs,
+        dtype=_name(dtype), sparsity=entry.operands.sparsity, realised=1 - vectors.kept / matrix.inputs,
+        product=entry.product.name, role=entry.product.role, check=str(entry.check), error=entry.check.error,
+        rounds=rounds, calls=entry.batch.calls if entry.batch else 0, copies=len(entry.operands.copies),
+        p20_us=timed and timed.p20 * 1e6, p50_us=timed and timed.p50 * 1e6, p80_us=timed and timed.p80 * 1e6,
+        bytes=weight_bytes, gbps=timed and weight_bytes / timed.p50 / 1e9, read_gbps=read / 1e9, floor_us=floor * 1e6,
+        to_floor=timed.p50 / floor if timed and floor else None,
+        dense=dense and dense.partition("@")[0],
+        to_dense=median_ratio(seconds[dense], seconds[entry.name]) if timed and dense else None,
+    )  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,125 @@
+"""The rows of a result: what is printed, written to JSON and drawn.
+
+Plain data. A row whose check failed has no times and no ratios, only what the check found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Work done so far, in steps of `total`; `text` says what is under way."""
+
+    done: int
+    total: int
+    text: str
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One product, one way.
+
+    Attributes:
+        models, matrix, site, inputs, outputs: which weight matrix [inputs, outputs].
+        sparsity: target; 0 for dense. realised: share of the entries that were dropped.
+        product: which way, e.g. "numba". role: dense, sparse or published.
+        check: "passed", or how it failed. error: relative to the exact product, in the norm.
+        rounds, calls, copies: rounds; products per round; copies of the matrix that were used in turn.
+        p20_us, p50_us, p80_us: microseconds per product, quantiles over the rounds.
+        bytes: weight bytes that the kept entries need. gbps: bytes over the median time.
+        read_gbps: the memory's read bandwidth in the same rounds, median.
+        floor_us: bytes over that bandwidth. to_floor: median time over the floor.
+        dense: the fastest dense product of this matrix. to_dense: how many times faster than it, median over rounds.
+    """
+
+    models: tuple[str, ...]
+    matrix: str
+    site: str | None
+    inputs: int
+    outputs: int
+    dtype: str
+    sparsity: float
+    realised: float
+    product: str
+    role: str
+    check: str
+    error: float
+    rounds: int
+    calls: int
+    copies: int
+    p20_us: float | None
+    p50_us: float | None
+    p80_us: float | None
+    bytes: int
+    gbps: float | None
+    read_gbps: float
+    floor_us: float
+    to_floor: float | None
+    dense: str | None
+    to_dense: float | None
+    kind: Literal["kernel"] = "kernel"
+
+    @property
+    def passed(self) -> bool:
+        return self.check == "passed"
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One way to decode.
+
+    Attributes:
+        model, layers, dtype: what was decoded.
+        engine: teal, torch (a plain loop of PyTorch operators), transformers or llama.cpp.
+        backend: what ran the step.
+        sparsity: target. realised: dropped share, weighted by the size of the matrices.
+        dump: into a temporary store at the same time.
+        check: "passed", or how it failed. error: what the check measured.
+        rounds, prompt_tokens, tokens: rounds; tokens of the prompt, and new ones per round.
+        p20, p50, p80: decode steps per second, quantiles over the rounds; prefill is not in them.
+        bytes: that a step has to read: kept weights, head, key-value cache. gbps: bytes over the median time.
+        read_gbps: the memory's read bandwidth in the same rounds, median. floor: steps per second at that bandwidth.
+        to_floor: median time over the floor's.
+        to_dense, to_torch, to_transformers, to_llama_cpp: how many times faster, median over rounds.
+        to_undumped: time with the dump over the time without it, median over rounds.
+    """
+
+    model: str
+    layers: int
+    dtype: str
+    engine: str
+    backend: str
+    sparsity: float
+    realised: float
+    dump: bool
+    check: str
+    error: float
+    rounds: int
+    prompt_tokens: int
+    tokens: int
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    bytes: int
+    gbps: float | None
+    read_gbps: float
+    floor: float
+    to_floor: float | None
+    to_dense: float | None = None
+    to_torch: float | None = None
+    to_transformers: float | None = None
+    to_llama_cpp: float | None = None
+    to_undumped: float | None = None
+    kind: Literal["decode"] = "decode"
+
+    @property
+    def passed(self) -> bool:
+        return self.check == "passed"
+
+
+Row = KernelRow | DecodeRow
+Report = Callable[[Progress], None]
