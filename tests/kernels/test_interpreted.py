@@ -17,9 +17,12 @@ FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 @pytest.mark.parametrize("name", FILES)
 def test_under_the_interpreter(name):
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+    # Options of the outer run (`-n 4`) are not for this one, which has no plugins to take them.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / "interpreted" / name)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
