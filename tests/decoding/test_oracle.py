@@ -11,7 +11,7 @@ from fixtures_tiny import TINY, TINY_FAMILIES
 from oracle import assert_agrees, make_dump
 
 from teal_cli.registry.download import fetch
-from teal_cli.registry.registry import ModelEntry, Registry
+from teal_cli.registry.registry import Registry
 from teal_cli.sparsity.calibrate import Text, calibrate
 
 LEVELS = (0.0, 0.25, 0.5, 0.9)
@@ -38,12 +38,3 @@ def test_tiny_models(name: str, backend: str, tiny: Callable[[str], Path], teal_
     prompts = prompt_file(tmp_path, "The quick brown fox", "def keep")
     dump = make_dump("tiny", tmp_path / "out.zarr", levels=LEVELS, prompts=prompts, max_new_tokens=20, backend=backend)
     assert_agrees(dump, tmp_path / "out.zarr")
-
-
-@pytest.mark.slow
-def test_the_real_model(smollm2: ModelEntry, smollm2_home: Path, tmp_path: Path) -> None:
-    calibrated("smollm2-135m", 4, 256)
-    prompts = prompt_file(tmp_path, "The capital of France is", "Once upon a time, in a village by the sea,")
-    path = tmp_path / "out.zarr"
-    dump = make_dump("smollm2-135m", path, levels=LEVELS, prompts=prompts, max_new_tokens=64, backend="auto")
-    assert_agrees(dump, path)
