@@ -1,0 +1,28 @@
+"""Dumps made by the Triton backends, interpreted, before transformers' own model: the same judge as for the CPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fixtures_tiny import TINY_FAMILIES
+from oracle import assert_agrees, make_dump
+
+from teal_cli.registry.download import fetch
+from teal_cli.registry.registry import Registry
+from teal_cli.sparsity.calibrate import Text, calibrate
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "levels"),
+    [*((name, "triton-graph", (0.0, 0.5)) for name in TINY_FAMILIES), ("llama3", "triton", (0.25, 0.9))],
+)
+def test_tiny_models(name, backend, levels, tiny, teal_home, tmp_path):
+    fetch(str(tiny(name)), name="tiny")
+    text = Text("python-docs", num_sequences=2, seq_len=64)
+    for _ in calibrate(Registry(), "tiny", text, dtype="float32", device=torch.device("cpu")):
+        pass
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The quick brown fox")
+    path = tmp_path / "out.zarr"
+    dump = make_dump("tiny", path, levels=levels, prompts=prompts, max_new_tokens=5, backend=backend)
+    assert_agrees(dump, path)
