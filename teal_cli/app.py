@@ -133,6 +133,7 @@ def _usage(error: Any, as_json: bool) -> int:
 
 def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:
     """Say it on stderr: two lines, or with --json one line that is a JSON object."""
+    message, hint = message.rstrip("."), hint.rstrip(".") if hint else None
     if as_json:
         error = {"message": message, "hint": hint, "exit_code": code}
         sys.stderr.write(to_json({"error": error}) + "\n")

@@ -232,6 +232,23 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", op, OK, f"{used} on {device}" + (f" ({reasons})" if reasons else ""), data=data)
         for backend in usable:
             yield _agrees(op, backend, device)
+    yield from _steps(device)
+
+
+def _steps(device: str) -> Iterator[Finding]:
+    """Which decode step commands take, and whether the whole-step backends give the reference's logits."""
+    import torch
+
+    from teal_cli.decoding.steps import NUMBA, TRITON_GRAPH, choose_step, step_problem
+
+    where = torch.device(device)
+    chosen, slower = choose_step(where, None)
+    note = f" (slower than it could be: {slower})" if slower else ""
+    status = WARN if slower else OK
+    yield Finding("kernels", "decode step", status, f"{chosen} on {device}{note}", data={"used": chosen})
+    for backend in (NUMBA, TRITON_GRAPH):
+        if step_problem(backend, where) is None:
+            yield _agrees("decode_step", backend, device)
 
 
 def _agrees(op: str, backend: str, device: str) -> Finding:
@@ -281,9 +298,25 @@ def _threshold_error(backend: str, device: str, dtype: Any) -> float:
     return 0.0 if torch.equal(threshold(x, limit, backend=backend), exact) else float("inf")
 
 
+def _step_error(backend: str, device: str, dtype: Any) -> float:
+    """Relative error of the logits of one sparse step of a tiny random model, against the reference step."""
+    import torch
+
+    from teal_cli.bench.shapes import ModelShape
+    from teal_cli.bench.subjects import stack
+    from teal_cli.decoding.steps import open_step
+
+    shape = ModelShape("llama", 2, 64, 96, 4, 2, 16, 128, 64, 1e4)
+    tiny = stack("doctor", shape, 2, (0.5,), 4, dtype=dtype, device=torch.device(device), backend=backend)
+    model, thresholds = tiny.model, tiny.thresholds[0.5]
+    logits = [open_step(model, model.cache(8), thresholds, name, 0.5)(3, 0) for name in (backend, "reference")]
+    return float((logits[0] - logits[1]).norm() / logits[1].norm())
+
+
 _ERRORS: dict[str, Callable[[str, str, Any], float]] = {
     "sparse_gemv": _sparse_gemv_error,
     "threshold": _threshold_error,
+    "decode_step": _step_error,
 }
 
 

@@ -99,6 +99,7 @@ def dump(
     from teal_cli.data.prompts import PromptSource
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.dump.levels import parse_levels
+    from teal_cli.dump.placing import check_target
     from teal_cli.dumping import Dump, DumpRequest
     from teal_cli.session import open_session
 
@@ -124,6 +125,8 @@ def dump(
         ),
         ignore_eos,
     )
+    if not (resume or dry_run):
+        check_target(out_path, force=force)
     with progress(out) as bars:
         task = bars.task("Loading the model", unit="layers")
         session = open_session(

@@ -57,6 +57,7 @@ def generate(
     text = _prompt(prompt)
 
     from teal_cli.decoding.sampling import Sampling
+    from teal_cli.dump.placing import check_target
     from teal_cli.generation import GenerateRequest, Generation
     from teal_cli.generation import generate as run
     from teal_cli.session import open_session
@@ -67,6 +68,8 @@ def generate(
         given.pick("generate.top_k", top_k),
         secrets.randbits(32) if chosen_seed is None else chosen_seed,
     )
+    if dump is not None:
+        check_target(dump, force=force)
     with progress(out) as bars:
         task = bars.task("Loading the model", unit="layers")
         session = open_session(

@@ -189,16 +189,17 @@ def choose_step(device: torch.device, requested: str | None) -> tuple[str, str |
     """
     whole = NUMBA if device.type == "cpu" else TRITON_GRAPH
     if requested is None:
-        problem = _problem(whole, device)
+        problem = step_problem(whole, device)
         return (whole, None) if problem is None else (choose_backend(device.type), problem)
     if requested not in (NUMBA, TRITON_GRAPH):
         return choose_backend(device.type, requested), None
-    if problem := _problem(requested, device):
+    if problem := step_problem(requested, device):
         raise BackendError(f"backend {requested!r} cannot be used here: {problem}")
     return requested, None
 
 
-def _problem(whole: str, device: torch.device) -> str | None:
+def step_problem(whole: str, device: torch.device) -> str | None:
+    """Why a whole-step backend cannot run on a device; None where it can."""
     if whole == TRITON_GRAPH:
         return triton_problem(device.type)
     if device.type != "cpu":

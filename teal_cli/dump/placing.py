@@ -37,6 +37,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_target(path: Path, *, force: bool) -> bool:
+    """Whether something is where a new store should go; cheap, so that it can be asked before a model is loaded.
+
+    Raises:
+        UsageError: something is there and force is not given, or it is no teal store.
+    """
+    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if occupied and layout.schema_of(path) is None:
+        raise UsageError(
+            f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone."
+        )
+    if occupied and not force:
+        raise UsageError(f"{path} exists.", hint="Go on with --resume, or replace it with --force.")
+    return occupied
+
+
 def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
     """Builds the skeleton beside the target, locks it and renames it in.
 
@@ -46,11 +62,7 @@ def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeade
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise UsageError(f"A level is named twice: {', '.join(names)}.", hint="Give each sparsity once.")
-    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if occupied and layout.schema_of(path) is None:
-        raise UsageError(f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone.")
-    if occupied and not force:
-        raise UsageError(f"{path} exists.", hint="Go on with --resume, or replace it with --force.")
+    occupied = check_target(path, force=force)
     old_lock = StoreLock(path) if occupied else None
     path.parent.mkdir(parents=True, exist_ok=True)
     skeleton = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
