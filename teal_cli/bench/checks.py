@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from teal_cli.decoding.projector import Rows
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS
 
 _ROWS = 512
 
@@ -54,14 +60,47 @@ def check_product(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Check:
     return Check(_relative_error(got, wanted), torch.finfo(dtype).eps * (1 if dtype != torch.float32 else 32))
 
 
-def check_logits(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Check:
-    """Logits of whole steps, [steps, vocab]; the means, which change no probability, are taken out.
+class Follower:
+    """The reference for a sparse step: a `Project` that keeps the very entries that the step kept.
 
-    Rounding differs at every layer, and with thresholds an entry at the edge is kept by one and dropped by the other.
+    Two right implementations round differently, and then an entry at the edge is kept by one and dropped by the other,
+    which changes logits by tenths. So the reference takes the step's choice, and notes how far from the threshold it
+    ever differed from its own.
+
+    Args:
+        rows: what the step consumed, site -> [layers, K].
+        thresholds: float32 [layers, 7], those of the step.
+
+    Attributes:
+        astray: the largest distance from the threshold at which the choices differed, relative to the vector's root
+            mean square; rounding explains a few hundredths of it.
     """
+
+    def __init__(self, config: ModelConfig, rows: Rows, thresholds: NDArray[np.float32]) -> None:
+        self._config, self._rows, self._thresholds = config, rows, thresholds
+        self.astray = 0.0
+
+    def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+        own, taken = x[0].float(), self._rows[site][layer].float()
+        scale = own.square().mean().sqrt()
+        parts = []
+        widths = self._config.segments(site)
+        for projection, part in zip(SITE_PROJECTIONS[site], weight.split(widths, dim=1), strict=True):
+            threshold = float(self._thresholds[layer, PROJECTION_INDEX[projection]])
+            kept = taken.abs() > threshold
+            differs = kept != (own.abs() > threshold)
+            distance = torch.where(differs, (own.abs() - threshold).abs(), 0.0).amax() / scale
+            self.astray = max(self.astray, float(distance))
+            parts.append(exact_product(torch.where(kept, x[0], 0), part, 0.0))
+        return torch.cat(parts).to(x.dtype)[None]
+
+
+def check_logits(got: Tensor, wanted: Tensor, dtype: torch.dtype, astray: float = 0.0) -> Check:
+    """Logits of whole steps, [steps, vocab], and how far thresholds were missed; the means of the logits, which change
+    no probability, are taken out."""
     limit = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 2e-3}[dtype]
     centred = [logits.double() - logits.double().mean(-1, keepdim=True) for logits in (got, wanted)]
-    return Check(_relative_error(*centred), limit)
+    return Check(max(_relative_error(*centred), astray), limit)
 
 
 def check_greedy(logits: Tensor, tokens: Tensor) -> Check:

@@ -27,6 +27,15 @@ _LEAST_POOL = 256 << 20
 _CACHES = 6
 
 
+def fill_random(tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill with normal numbers of standard deviation 0.02, in a fraction of the time that so many would take to draw:
+    some millions are drawn and repeated."""
+    flat = tensor.view(-1)
+    tile = (_SPREAD * torch.randn(min(_TILE, len(flat)), generator=generator)).to(tensor.device, tensor.dtype)
+    for piece in flat.split(len(tile)):
+        piece.copy_(tile[: len(piece)])
+
+
 class WeightPool:
     """Random weights in one large buffer, out of which each shape is cut many times over.
 
@@ -42,10 +51,7 @@ class WeightPool:
                  seed: int = 0) -> None:
         size = max(size or max(_LEAST_POOL, _CACHES * cache_bytes(device)), 2 * largest)
         self._flat = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
-        generator = torch.Generator().manual_seed(seed)
-        tile = (_SPREAD * torch.randn(min(_TILE, len(self._flat)), generator=generator)).to(device, dtype)
-        for piece in self._flat.split(len(tile)):
-            piece.copy_(tile[: len(piece)])
+        fill_random(self._flat, torch.Generator().manual_seed(seed))
 
     def copies(self, rows: int, columns: int) -> list[Tensor]:
         """As many contiguous [rows, columns] as fit, at least two, none sharing memory with another."""

@@ -5,8 +5,7 @@ Plain data. A row whose check failed has no times and no ratios, only what the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -84,7 +83,7 @@ class DecodeRow:
         bytes: that a step has to read: kept weights, head, key-value cache. gbps: bytes over the median time.
         read_gbps: the memory's read bandwidth in the same rounds, median. floor: steps per second at that bandwidth.
         to_floor: median time over the floor's.
-        to_dense, to_torch, to_transformers, to_llama_cpp: how many times faster, median over rounds.
+        faster_than: how many times faster than dense teal, and than each other engine; median over rounds.
         to_undumped: time with the dump over the time without it, median over rounds.
     """
 
@@ -109,10 +108,7 @@ class DecodeRow:
     read_gbps: float
     floor: float
     to_floor: float | None
-    to_dense: float | None = None
-    to_torch: float | None = None
-    to_transformers: float | None = None
-    to_llama_cpp: float | None = None
+    faster_than: dict[str, float] = field(default_factory=dict)
     to_undumped: float | None = None
     kind: Literal["decode"] = "decode"
 
@@ -122,4 +118,3 @@ class DecodeRow:
 
 
 Row = KernelRow | DecodeRow
-Report = Callable[[Progress], None]

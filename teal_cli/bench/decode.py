@@ -1,0 +1,236 @@
+"""`teal bench decode`: tokens per second of every engine, all in the same rounds, each checked first.
+
+Puts a subject, engines, checks and the clock together and yields rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teal_cli.bench.bandwidth import READ, ReadProbe
+from teal_cli.bench.checks import Check, Follower, check_greedy, check_logits
+from teal_cli.bench.engines import Dumping, Engine, LlamaCpp, Teal, Transformers, store_header
+from teal_cli.bench.machine import cache_bytes
+from teal_cli.bench.rows import DecodeRow, Progress
+from teal_cli.bench.subjects import Subject
+from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
+from teal_cli.decoding.projector import empty_rows
+from teal_cli.decoding.traffic import projection_inputs, step_bytes
+from teal_cli.errors import UsageError
+from teal_cli.model.sites import PROJECTIONS
+from teal_cli.model.transformer import dense
+
+_PROBE_CACHES = 6
+_LEAST_PROBE = 192 << 20
+_CHECKED_STEPS = 3
+_DUMPED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What to measure.
+
+    Attributes:
+        sparsities: of our decoder, besides dense.
+        dumps: sparsities at which a dump is measured too.
+        new_tokens: per run; at least 3. A dump runs long enough to fill blocks of its store.
+        rounds: how often each engine runs.
+        seed: of the order within rounds.
+        transformers: compare with its `generate` (not for a stack).
+        gguf: files of the same model to run with llama.cpp.
+        probe_bytes: memory for measuring bandwidth; by default several times the cache.
+    """
+
+    sparsities: tuple[float, ...]
+    dumps: tuple[float, ...]
+    new_tokens: int
+    rounds: int
+    seed: int = 0
+    transformers: bool = True
+    gguf: list[Path] = field(default_factory=list)
+    probe_bytes: int | None = None
+
+
+@dataclass
+class _Entry:
+    """An engine that takes part, by its label among the contenders."""
+
+    engine: Engine
+    check: Check
+    label: str
+    dump: bool = False
+
+
+def bench_decode(subject: Subject, request: DecodeRequest) -> Iterator[Progress | DecodeRow]:
+    """Measure; an engine whose check fails is not timed and its row says so.
+
+    Raises:
+        UsageError: the tokens do not fit the model's context.
+        TealError: a GGUF that is not of this model.
+    """
+    device = subject.model.device
+    probe = ReadProbe(device, request.probe_bytes or max(_LEAST_PROBE, _PROBE_CACHES * cache_bytes(device)))
+    yield from _compare(subject, request, probe)
+    for sparsity in request.dumps:
+        yield from _dump(subject, request, probe, sparsity)
+
+
+def _compare(subject: Subject, request: DecodeRequest, probe: ReadProbe) -> Iterator[Progress | DecodeRow]:
+    """All engines, without a dump."""
+    yield Progress(0, request.rounds, f"Checking {subject.name}")
+    bench = _Bench(subject, request.new_tokens)
+    bench.tokenwise(Teal(subject, bench.cache, 0.0, request.new_tokens, plain=True))
+    for sparsity in dict.fromkeys((0.0, *request.sparsities)):
+        bench.stepwise(sparsity)
+    if request.transformers and subject.checkpoint is not None:
+        bench.tokenwise(Transformers(subject, request.new_tokens))
+    for file in request.gguf:
+        bench.tokenwise(LlamaCpp(subject, file, request.new_tokens))
+    seconds: Seconds = {}
+    for done, seconds in enumerate(bench.rounds(probe, request), start=1):
+        yield Progress(done, request.rounds, f"Decoding {subject.name}")
+    peers = [entry.label for entry in bench.entries if entry.engine.sparsity == 0 and entry.check.passed]
+    for entry in bench.entries:
+        yield bench.row(entry, seconds, peers)
+
+
+def _dump(
+    subject: Subject, request: DecodeRequest, probe: ReadProbe, sparsity: float
+) -> Iterator[Progress | DecodeRow]:
+    """One sparsity with a dump and without, over enough tokens to fill blocks of a store."""
+    yield Progress(0, request.rounds, f"Checking the dump of {subject.name}")
+    wanted = max(request.new_tokens, _DUMPED_BLOCKS * store_header(subject).block_tokens + 1)
+    bench = _Bench(subject, min(wanted, subject.config.context - len(subject.prompt)))
+    bare = bench.stepwise(sparsity)
+    dumped = bench.dumping(bare)
+    seconds: Seconds = {}
+    for done, seconds in enumerate(bench.rounds(probe, request), start=1):
+        yield Progress(done, request.rounds, f"Dumping {subject.name} at {sparsity:.2f}")
+    yield bench.row(dumped, seconds, [], bare.label)
+
+
+class _Bench:
+    """Engines over one cache: their checks, their rounds, their rows."""
+
+    def __init__(self, subject: Subject, new_tokens: int) -> None:
+        if len(subject.prompt) + new_tokens > subject.config.context:
+            raise UsageError(
+                f"a prompt of {len(subject.prompt)} tokens and {new_tokens} new ones do not fit the context of "
+                f"{subject.config.context}",
+                hint="lower --tokens or --prompt-tokens",
+            )
+        self.cache = subject.model.cache(len(subject.prompt) + new_tokens)
+        self.entries: list[_Entry] = []
+        self._subject, self._new_tokens = subject, new_tokens
+
+    def stepwise(self, sparsity: float) -> _Entry:
+        """Our decoder, its steps held against PyTorch's on the same tokens."""
+        engine = Teal(self._subject, self.cache, sparsity, self._new_tokens)
+        entry = _Entry(engine, self._check_steps(engine), "dense" if sparsity == 0 else f"{sparsity:.2f}")
+        engine.begin()
+        self.entries.append(entry)
+        return entry
+
+    def tokenwise(self, engine: Engine) -> _Entry:
+        """A dense engine, held against our dense model by the tokens that it chooses."""
+        engine.seconds()
+        prompt, tokens = list(self._subject.prompt), engine.tokens
+        if len(tokens) == self._new_tokens:
+            logits = self._dense_logits(prompt + tokens[:-1])[len(prompt) - 1 :]
+            check = check_greedy(logits, torch.tensor(tokens, device=logits.device))
+        else:
+            check = Check(float("nan"), 0.0)
+        entry = _Entry(engine, check, engine.name)
+        self.entries.append(entry)
+        return entry
+
+    def dumping(self, bare: _Entry) -> _Entry:
+        """The same decoder with a dump, which must not change a token."""
+        assert isinstance(bare.engine, Teal)
+        engine = Dumping(self._subject, bare.engine, self._new_tokens)
+        check = bare.check
+        if check.passed:
+            bare.engine.seconds()
+            undumped = bare.engine.tokens
+            engine.seconds()
+            check = Check(float(sum(a != b for a, b in zip(engine.tokens, undumped, strict=True))), 0.0)
+        entry = _Entry(engine, check, f"{bare.label} with a dump", dump=True)
+        self.entries.append(entry)
+        return entry
+
+    @torch.inference_mode()
+    def _dense_logits(self, tokens: list[int]) -> Tensor:
+        model = self._subject.model
+        self.cache.length = 0
+        return model.logits(model.states(torch.tensor(tokens, device=model.device), 0, self.cache))
+
+    @torch.inference_mode()
+    def _check_steps(self, engine: Teal) -> Check:
+        """Feed the same tokens to the engine's own step and to a reference with a cache of its own."""
+        subject, model = self._subject, self._subject.model
+        thresholds = subject.thresholds[engine.sparsity]
+        rows = empty_rows(model.config, model.dtype, model.device)
+        follower = None if thresholds is None else Follower(model.config, rows, thresholds)
+        other = model.cache(len(subject.prompt) + _CHECKED_STEPS)
+        prompt = torch.tensor(subject.prompt, device=model.device)
+        for cache in (self.cache, other):
+            cache.length = 0
+            logits = model.forward(prompt, 0, cache)
+        got, wanted = [], []
+        for position in range(len(prompt), len(prompt) + min(_CHECKED_STEPS, self._new_tokens - 1)):
+            token = logits.argmax()[None]
+            got.append(engine.decoder.step(int(token), position, rows).clone())
+            logits = model.forward(token, position, other, follower or dense)
+            wanted.append(logits)
+        astray = follower.astray if follower else 0.0
+        return check_logits(torch.stack(got), torch.stack(wanted), model.dtype, astray)
+
+    def rounds(self, probe: ReadProbe, request: DecodeRequest) -> Iterator[Seconds]:
+        """Time what passed its check."""
+        timed = [Contender(entry.label, entry.engine.seconds) for entry in self.entries if entry.check.passed]
+        return interleave([probe.contender(), *timed], request.rounds, request.seed)
+
+    def row(self, entry: _Entry, seconds: Seconds, peers: list[str], undumped: str | None = None) -> DecodeRow:
+        """The row of an engine.
+
+        Args:
+            peers: labels of engines that it is compared with.
+            undumped: for a dump, the label of the same decoder without it.
+        """
+        engine, config = entry.engine, self._subject.config
+        read = 1 / Spread.of(seconds[READ]).p50
+        taken = seconds.get(entry.label)
+        speed = taken and Spread.of([1 / s for s in taken])
+        kept = engine.kept() if taken else None
+        size = self._step_bytes(engine, kept)
+        inputs, sizes = projection_inputs(config), config.projection_sizes()
+        dropped = np.zeros(len(PROJECTIONS)) if kept is None else 1 - kept.mean(0) / inputs
+        return DecodeRow(
+            model=self._subject.name, layers=config.layers, dtype=self._subject.dtype, engine=engine.name,
+            backend=engine.backend, sparsity=engine.sparsity,
+            realised=float(np.average(dropped, weights=[sizes[p] for p in PROJECTIONS])), dump=entry.dump,
+            check=str(entry.check), error=entry.check.error, rounds=len(taken or ()),
+            prompt_tokens=len(self._subject.prompt), tokens=self._new_tokens,
+            p20=speed and speed.p20, p50=speed and speed.p50, p80=speed and speed.p80, bytes=round(size),
+            gbps=speed and size * speed.p50 / 1e9, read_gbps=read / 1e9, floor=read / size,
+            to_floor=speed and read / size / speed.p50,
+            faster_than={p: median_ratio(seconds[p], taken) for p in peers if taken and p != entry.label},
+            to_undumped=median_ratio(taken, seconds[undumped]) if taken and undumped else None,
+        )  # fmt: skip
+
+    def _step_bytes(self, engine: Engine, kept: NDArray[np.float64] | None) -> float:
+        """Bytes that a mean step has to read."""
+        config, itemsize = self._subject.config, self._subject.model.dtype.itemsize
+        context = len(self._subject.prompt) + self._new_tokens / 2
+        size = step_bytes(config, itemsize, context, kept)
+        weights = engine.weight_bytes()
+        if weights is None:
+            return size
+        return weights + size - step_bytes(config, itemsize, 0)

@@ -1,0 +1,265 @@
+"""Everything that decodes in `teal bench decode`: our decoder, a plain PyTorch loop, transformers, llama.cpp.
+
+An engine continues the prompt greedily by a number of tokens and says how long one decode step took; prefill and the
+token it gives are never in a time. Every engine can say which tokens it chose, so that a check can hold them against
+our dense model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teal_cli.bench.subjects import Subject
+from teal_cli.decoding.decoder import Capture, Decoder
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.decoding.steps import PlainStep, open_step
+from teal_cli.dump.writer import LevelHeader, StoreHeader, StoreWriter
+from teal_cli.errors import HardwareError, NotFoundError, TealError
+from teal_cli.model.cache import KVCache
+from teal_cli.model.sites import SITES
+
+GREEDY = Sampling(temperature=0.0, top_k=0, seed=0)
+
+
+class Engine(Protocol):
+    """One way to decode.
+
+    Attributes:
+        name: what the user sees. backend: what ran the step.
+        sparsity: target; 0 for dense.
+        tokens: new ids of the last run.
+    """
+
+    name: str
+    backend: str
+    sparsity: float
+    tokens: list[int]
+
+    def seconds(self) -> float:
+        """Decode once; seconds per step."""
+        ...
+
+    def kept(self) -> NDArray[np.float64] | None:
+        """Kept entries of a mean step, [layers, 7]; None for a dense engine."""
+        ...
+
+    def weight_bytes(self) -> int | None:
+        """Bytes of weights that a step reads, where they are not those of our model."""
+        ...
+
+
+class _DenseEngine:
+    """What dense engines have in common."""
+
+    sparsity = 0.0
+
+    def kept(self) -> NDArray[np.float64] | None:
+        return None
+
+    def weight_bytes(self) -> int | None:
+        return None
+
+
+class Teal:
+    """Our decoder at one sparsity; with `plain`, dense as a loop of PyTorch operators."""
+
+    def __init__(self, subject: Subject, cache: KVCache, sparsity: float, new_tokens: int, *, plain: bool = False) -> None:
+        thresholds = subject.thresholds[sparsity]
+        model = subject.model
+        step = PlainStep(model, cache, None, "") if plain else open_step(model, cache, thresholds, subject.backend, sparsity)
+        self.name = "torch" if plain else "teal"
+        self.backend, self.sparsity = step.backend, sparsity
+        self.decoder = Decoder(model, cache, step)
+        self.tokens: list[int] = []
+        self._prompt, self._new_tokens = subject.prompt, new_tokens
+        self._before: tuple[int, NDArray[np.int64] | None] = (0, None)
+
+    def begin(self) -> None:
+        """Count what is kept from here on."""
+        self._before = self.decoder.tally.steps, self.decoder.step.kept()
+
+    def kept(self) -> NDArray[np.float64] | None:
+        steps, before = self._before
+        now = self.decoder.step.kept()
+        return None if now is None or before is None else (now - before) / (self.decoder.tally.steps - steps)
+
+    def weight_bytes(self) -> int | None:
+        return None
+
+    def seconds(self, capture: Capture | None = None) -> float:
+        tally = self.decoder.tally
+        steps, spent = tally.steps, tally.decode_s
+        self.tokens = list(self.decoder.generate(self._prompt, max_new_tokens=self._new_tokens, sampling=GREEDY,
+                                                 capture=capture))
+        return (tally.decode_s - spent) / (tally.steps - steps)
+
+
+class Dumping:
+    """Our decoder with a dump: into a store of its own each time, until all of it is committed to disk."""
+
+    def __init__(self, subject: Subject, engine: Teal, new_tokens: int) -> None:
+        self.name, self.backend, self.sparsity = "teal", engine.backend, engine.sparsity
+        self.tokens: list[int] = []
+        self._engine, self._steps, self._device = engine, new_tokens - 1, str(subject.model.device)
+        self._header = store_header(subject)
+        thresholds = subject.thresholds[engine.sparsity]
+        if thresholds is None:
+            thresholds = np.zeros((subject.config.layers, 7), np.float32)
+        self._level = LevelHeader(engine.sparsity, "uniform", thresholds, self._steps)
+
+    def seconds(self) -> float:
+        folder = Path(tempfile.mkdtemp(prefix="teal-bench-"))
+        try:
+            with StoreWriter.create(folder / "s.zarr", self._header, [self._level], device=self._device) as writer:
+                level = writer.level(self.sparsity)
+                per_step = self._engine.seconds(level)
+                start = time.perf_counter()
+                level.finish()
+                drained = time.perf_counter() - start
+                if level.rows != self._steps:
+                    raise TealError(f"the dump has {level.rows} rows of {self._steps}")
+                writer.complete()
+        finally:
+            shutil.rmtree(folder)
+        self.tokens = self._engine.tokens
+        return per_step + drained / self._steps
+
+    def kept(self) -> NDArray[np.float64] | None:
+        return self._engine.kept()
+
+    def weight_bytes(self) -> int | None:
+        return None
+
+
+def store_header(subject: Subject) -> StoreHeader:
+    """Of the temporary store; nobody reads it."""
+    config = subject.config
+    return StoreHeader(
+        model=subject.name, model_revision=None, config_sha256="benchmark", calibration=None, dtype=subject.dtype,
+        prompts={"source": "benchmark"}, seed=0, sampling=GREEDY.as_dict(), backend=subject.backend,
+        layers=config.layers, channels={site: config.channels(site) for site in SITES},
+    )  # fmt: skip
+
+
+class Transformers(_DenseEngine):
+    """`generate` of transformers, on the same checkpoint, dtype and device."""
+
+    name = "transformers"
+
+    def __init__(self, subject: Subject, new_tokens: int) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        assert subject.checkpoint is not None
+        self._model = AutoModelForCausalLM.from_pretrained(
+            subject.checkpoint, dtype=subject.model.dtype, local_files_only=True
+        ).to(subject.model.device)
+        self.backend = str(self._model.config._attn_implementation)
+        self.tokens: list[int] = []
+        self._prompt = torch.tensor([subject.prompt], device=subject.model.device)
+        # No end of sequence, as in the other engines; pad is asked for and unused.
+        self._model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        stamps = _Stamps()
+        out = self._model.generate(self._prompt, attention_mask=torch.ones_like(self._prompt), streamer=stamps)
+        self.tokens = out[0, self._prompt.shape[1] :].tolist()
+        return stamps.per_step()
+
+
+class _Stamps:
+    """A streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self._at: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self._at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def per_step(self) -> float:
+        """The prompt is put first, then every token; steps are those after the first token."""
+        return (self._at[-1] - self._at[1]) / (len(self._at) - 2)
+
+
+class LlamaCpp(_DenseEngine):
+    """llama.cpp through its Python binding, on a GGUF of the same model, with as many threads as torch."""
+
+    def __init__(self, subject: Subject, file: Path, new_tokens: int) -> None:
+        import llama_cpp
+
+        on_gpu = subject.model.device.type == "cuda"
+        if on_gpu and not llama_cpp.llama_supports_gpu_offload():
+            raise HardwareError("this llama.cpp was built without a GPU", hint="leave out --gguf, or use --device cpu")
+        threads = torch.get_num_threads()
+        try:
+            self._llama = llama_cpp.Llama(
+                str(file), n_ctx=len(subject.prompt) + new_tokens, n_threads=threads, n_threads_batch=threads,
+                n_gpu_layers=-1 if on_gpu else 0, verbose=False,
+            )  # fmt: skip
+        except ValueError as error:
+            raise TealError(f"llama.cpp cannot load {file}: {error}", hint="is it a GGUF of this model?") from None
+        if self._llama.n_vocab() != subject.config.vocab:
+            raise TealError(
+                f"{file} has {self._llama.n_vocab()} tokens and {subject.name} has {subject.config.vocab}",
+                hint="give a GGUF of the same model",
+            )
+        self.name = f"llama.cpp {file.name}"
+        self.backend = "GPU" if on_gpu else "CPU"
+        self.tokens: list[int] = []
+        self._weight_bytes = gguf_bytes(file)
+        self._prompt, self._new_tokens = list(subject.prompt), new_tokens
+
+    def seconds(self) -> float:
+        self.tokens = []
+        start = end = 0.0
+        for token in self._llama.generate(self._prompt, temp=0.0):
+            end = time.perf_counter()
+            start = start or end
+            self.tokens.append(int(token))
+            if len(self.tokens) == self._new_tokens:
+                break
+        return (end - start) / (self._new_tokens - 1)
+
+    def weight_bytes(self) -> int | None:
+        return self._weight_bytes
+
+
+def check_gguf(files: list[Path]) -> None:
+    """Refuse what cannot be measured before anything is loaded.
+
+    Raises:
+        HardwareError: llama.cpp's binding is not installed.
+        NotFoundError: no such file.
+    """
+    import importlib.util
+
+    if files and importlib.util.find_spec("llama_cpp") is None:
+        raise HardwareError("llama.cpp is not installed, so there is nothing to run a GGUF with",
+                            hint="pip install 'teal-cli[bench]', which builds it, or leave out --gguf")
+    for file in files:
+        if not file.is_file():
+            raise NotFoundError(f"there is no file {file}", hint="--gguf takes a GGUF of the model that is measured")
+
+
+def gguf_bytes(file: Path) -> int:
+    """Bytes of weights that a step reads from a GGUF: all but an embedding that is not the head as well."""
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
+    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+
+

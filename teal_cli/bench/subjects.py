@@ -1,0 +1,164 @@
+"""What `teal bench decode` decodes: a registered model, or a stack of random layers of real shapes.
+
+A stack needs no checkpoint: random weights move the same bytes as trained ones, and its thresholds are quantiles of its
+own activations, so that its sparsity is real. Its tokens mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teal_cli.bench.inputs import fill_random
+from teal_cli.bench.shapes import ModelShape
+from teal_cli.decoding.projector import empty_rows
+from teal_cli.decoding.steps import PlainStep, choose_step
+from teal_cli.errors import HardwareError, UsageError
+from teal_cli.model.config import ModelConfig, load_config
+from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
+from teal_cli.model.transformer import Transformer
+from teal_cli.model.weights import LayerWeights
+from teal_cli.session import Session
+from teal_kernels.backends import BackendError
+
+Thresholds = Mapping[float, NDArray[np.float32] | None]
+"""Sparsity -> float32 [layers, 7]; None for the dense step."""
+
+_TEXT = (
+    "Single-batch decoding is bound by memory: for every new token all weights are read once, and each is used for one "
+    "multiplication. Where an input is close to zero, its column of weights hardly matters and need not be read. "
+)
+_OBSERVED = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be decoded.
+
+    Attributes:
+        name: as it is shown.
+        model, backend: its weights, and what runs a step.
+        prompt: token ids.
+        thresholds: per sparsity; 0 is there and dense.
+        checkpoint: the folder that transformers loads; None for a stack.
+    """
+
+    name: str
+    model: Transformer
+    backend: str
+    prompt: tuple[int, ...]
+    thresholds: Thresholds
+    checkpoint: Path | None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int) -> Subject:
+    """A model of the registry, under its calibration.
+
+    Raises:
+        NotFoundError: a sparsity above 0 and no calibration.
+        UsageError: the prompt does not fit the model's context.
+    """
+    if prompt_tokens >= session.config.context:
+        raise UsageError(
+            f"a prompt of {prompt_tokens} tokens does not fit the context of {session.config.context}",
+            hint="lower --prompt-tokens",
+        )
+    once = session.encode(_TEXT)
+    prompt = (once * -(-prompt_tokens // len(once)))[:prompt_tokens]
+    thresholds = {s: session.thresholds(session.plan(s)) for s in (0.0, *sparsities)}
+    return Subject(session.entry.name, session.model, session.backend, tuple(prompt), thresholds, session.entry.path)
+
+
+def stack(
+    name: str, shape: ModelShape, layers: int, sparsities: Iterable[float], prompt_tokens: int, *, dtype: torch.dtype,
+    device: torch.device, backend: str | None = None, seed: int = 0,
+) -> Subject:  # fmt: skip
+    """Layers of a shape with random weights, with embedding and head.
+
+    Args:
+        backend: as `choose_step` takes it.
+
+    Raises:
+        HardwareError: the backend cannot run there.
+    """
+    try:
+        chosen, _ = choose_step(device, backend)
+    except BackendError as error:
+        raise HardwareError(str(error), hint="`teal doctor` shows what this machine can run") from None
+    generator = torch.Generator().manual_seed(seed)
+    model = _random_model(_config(shape, layers), dtype, device, generator)
+    prompt = torch.randint(model.config.vocab, (prompt_tokens,), generator=generator).tolist()
+    thresholds: dict[float, NDArray[np.float32] | None] = {0.0: None}
+    thresholds |= _quantiles(model, [s for s in sparsities if s > 0], generator)
+    return Subject(f"{name}:{layers}", model, chosen, tuple(prompt), thresholds, None)
+
+
+def _config(shape: ModelShape, layers: int) -> ModelConfig:
+    with tempfile.TemporaryDirectory(prefix="teal-bench-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(shape.config_fields(layers)), encoding="utf-8")
+        return load_config(folder)
+
+
+def _random_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Transformer:
+    def matrix(rows: int, columns: int) -> Tensor:
+        weight = torch.empty(rows, columns, dtype=dtype, device=device)
+        fill_random(weight, generator)
+        return weight
+
+    def norm(width: int) -> Tensor:
+        return torch.ones(width, dtype=dtype, device=device)
+
+    def layer() -> LayerWeights:
+        sites = {site: matrix(config.channels(site), sum(config.segments(site))) for site in SITES}
+        heads = norm(config.head_dim) if config.qk_norm else None
+        return LayerWeights(
+            attn_norm=norm(config.hidden), qkv=sites["attn_in"], qkv_bias=None, q_norm=heads, k_norm=heads,
+            attn_out=sites["attn_out"], o_bias=None, mlp_norm=norm(config.hidden), gate_up=sites["mlp_in"],
+            down=sites["mlp_mid"],
+        )  # fmt: skip
+
+    embedding = matrix(config.vocab, config.hidden)
+    head = embedding if config.tied else matrix(config.vocab, config.hidden)
+    return Transformer(config, [layer() for _ in range(config.layers)], embedding, norm(config.hidden), head)
+
+
+def _quantiles(
+    model: Transformer, sparsities: list[float], generator: torch.Generator
+) -> dict[float, NDArray[np.float32] | None]:
+    """Thresholds that drop these shares of what flows through the model, from some random tokens."""
+    config = model.config
+    cache = model.cache(_OBSERVED)
+    step = PlainStep(model, cache, None, "reference")
+    rows = empty_rows(config, model.dtype, model.device)
+    seen: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    for position in range(_OBSERVED if sparsities else 0):
+        step(int(torch.randint(config.vocab, (), generator=generator)), position, rows)
+        for site in SITES:
+            seen[site].append(rows[site].float().abs().cpu())
+    found: dict[float, NDArray[np.float32] | None] = {}
+    for sparsity in sparsities:
+        table = np.empty((config.layers, len(PROJECTIONS)), np.float32)
+        for site, vectors in seen.items():
+            magnitudes = torch.cat(vectors, dim=1)
+            limits = magnitudes.kthvalue(max(1, round(sparsity * magnitudes.shape[1])), dim=1).values
+            table[:, [PROJECTION_INDEX[p] for p in SITE_PROJECTIONS[site]]] = limits.numpy()[:, None]
+        found[sparsity] = table
+    return found
