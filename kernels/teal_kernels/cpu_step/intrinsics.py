@@ -80,6 +80,20 @@ def store(typingctx: Any, kind: Any, base: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def get(typingctx: Any, array: Any, index: Any) -> Any:
+    """get(array, index): array[index], float32, from memory where no row lies."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        loaded = builder.load(builder.gep(data, [args[1]]))
+        loaded.align = 4
+        loaded.set_metadata("noalias", _scope(builder))
+        return loaded
+
+    return types.float32(array, types.int64), codegen
+
+
+@intrinsic
 def put(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """put(array, index, value): array[index] = value, float32, in memory where no row lies."""
 
@@ -143,22 +157,33 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """atomic_add(array, index, value): adds to an int64 and returns what was there; orders memory both ways."""
+    """atomic_add(array, index, value): adds to an int64, returns what was there. Sequentially consistent."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(array)(context, builder, args[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "acq_rel")
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_swap(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """atomic_swap(array, index, value): sets an int64 and returns what was there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.atomic_rmw("xchg", builder.gep(data, [args[1]]), args[2], "seq_cst")
 
     return types.int64(array, types.int64, types.int64), codegen
 
 
 @intrinsic
 def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
-    """atomic_load(array, index): an int64, with every write that came before the one it sees."""
+    """atomic_load(array, index): an int64."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(array)(context, builder, args[0]).data
-        return builder.load_atomic(builder.gep(data, [args[1]]), "acquire", 8)
+        return builder.load_atomic(builder.gep(data, [args[1]]), "seq_cst", 8)
 
     return types.int64(array, types.int64), codegen
 

@@ -19,8 +19,12 @@ NONE = 0
 ALL = np.float32(-1.0)
 """The threshold of a dense step: nothing is compared, everything is kept."""
 
-ABANDON = 8
-"""Place of the flag in `Shared.arrivals`, a cache line away from the count."""
+ARRIVALS, ABANDON, RELEASED, MEMBERS = 0, 8, 16, 24
+"""Places in `Shared.control`: how often a thread came to a barrier; whether one of them will never come; how many steps
+were released; then for each thread DONE and PARKED. All a cache line apart."""
+
+DONE, PARKED, PLACES = 0, 1, 8
+"""Of one thread's PLACES places: how many steps it has done; whether it sleeps and must be woken."""
 
 UNIT = 32
 """Outputs are split over threads in multiples of this: 64 bytes of 16-bit weights, so no line is read twice."""
@@ -49,6 +53,40 @@ class Weights(NamedTuple):
     lm_head: int
 
 
+class Shared(NamedTuple):
+    """What all threads see. Written by the caller before a step is released:
+
+        order: int64 [8], a `Token` and a `Cache`, so that members need no word from Python.
+        thresholds: float32 [layers, 7], ALL where dense.
+        rows: int64 [4, 2], per site the address of layer 0's row and the bytes from layer to layer; address NONE when
+            nothing is captured.
+
+    Written by the threads: the float32 buffers hidden, qkv, tops, totals, mixed, mid; logits [vocab], the result; and
+    control, int64, see ARRIVALS.
+    """
+
+    order: Any
+    thresholds: Any
+    rows: Any
+    hidden: Any
+    qkv: Any
+    tops: Any
+    totals: Any
+    mixed: Any
+    mid: Any
+    logits: Any
+    control: Any
+
+
+class Token(NamedTuple):
+    """Which token, where, and the addresses of cos and sin for that position."""
+
+    token: int
+    position: int
+    cos: int
+    sin: int
+
+
 class Cache(NamedTuple):
     """Addresses of the first key and value; strides in bytes. Positions of one head lie together."""
 
@@ -58,35 +96,9 @@ class Cache(NamedTuple):
     head_stride: int
 
 
-class Token(NamedTuple):
-    """One step: thresholds float32 [layers, 7] (ALL where dense); rows int64 [4, 2], per site the address of layer 0's
-    row and the bytes from layer to layer, address NONE when nothing is captured; cos, sin addresses of head_dim
-    elements."""
-
-    token: int
-    position: int
-    cos: int
-    sin: int
-    thresholds: Any
-    rows: Any
-
-
-class Shared(NamedTuple):
-    """What threads pass to each other, float32 except `arrivals`, int64 [16]: at 0 the count of threads that came to a
-    barrier, ever; at `ABANDON` not 0 when one of them will never come."""
-
-    hidden: Any
-    qkv: Any
-    tops: Any
-    totals: Any
-    mixed: Any
-    mid: Any
-    logits: Any
-    arrivals: Any
-
-
 class Own(NamedTuple):
-    """What one thread has for itself. `listed` is the threshold that the kept list (index, value) was made with."""
+    """What one thread has for itself. `listed` is the threshold that the list of `kept` entries (index, value) was made
+    with."""
 
     thread: int
     threads: int

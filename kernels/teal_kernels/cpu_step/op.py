@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_kernels.cpu_step.compiled import KINDS, load
-from teal_kernels.cpu_step.layout import ALL, NONE, Cache, Shape, Shared, Token, Weights
-from teal_kernels.cpu_step.spec import OPTIONAL, PROJECTIONS, SITES, LayerTensors, Rotation, StepSpec, layer_shapes
+from teal_kernels.cpu_step.layout import ALL, NONE, Cache, Shape, Token, Weights
+from teal_kernels.cpu_step.spec import OPTIONAL, SITES, LayerTensors, Rotation, StepSpec, layer_shapes
 from teal_kernels.cpu_step.team import Team
 
 EVERYWHERE = 1 << 62
@@ -67,18 +67,18 @@ class CpuStep:
             raise ValueError(f"a compiled decode step works in bfloat16, float16 or float32, not {self.dtype}")
         if len(layers) != len(spec.windows):
             raise ValueError(f"{len(layers)} layers were given, {len(spec.windows)} are described")
-        self._compiled = load(self.dtype)
-        self._kind = np.empty(0, KINDS[self.dtype])
+        step = load(self.dtype)
+        size = threads or default_threads()
+        shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
+        kind = np.empty(0, KINDS[self.dtype])
+        weights = self._addresses(layers, embedding, final_norm, lm_head)
+        shared = step.shared_buffers(size, shape)
+        own = [step.own_buffers(thread, size, shape) for thread in range(size)]
         self._rope = rope
-        self._team = Team(threads or default_threads())
-        self._shape = Shape(
-            len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab
-        )
-        self._weights = self._addresses(layers, embedding, final_norm, lm_head)
         self._kept_alive = (tuple(layers), embedding, final_norm, lm_head)
-        self._shared = _shared(spec, self._team)
-        self._own = [self._compiled.own_buffers(i, self._team.size, self._shape) for i in range(self._team.size)]
-        self._dense = np.full((len(layers), PROJECTIONS), ALL)
+        self._shared = shared
+        self._logits = torch.from_numpy(shared.logits)
+        self._team = Team(size, shared.control, step.release, lambda i: step.run(kind, own[i], shape, weights, shared))
         self.use_cache(keys, values)
 
     def use_cache(self, keys: Tensor, values: Tensor) -> None:
@@ -111,7 +111,7 @@ class CpuStep:
                 product, thresholded at the lowest threshold of its projections.
 
         Returns:
-            float32 [vocab], new memory.
+            float32 [vocab], in memory that the next step overwrites.
 
         Raises:
             ValueError: token or position out of range, thresholds or rows of another shape or dtype.
@@ -120,29 +120,20 @@ class CpuStep:
             raise ValueError(f"token {token} is not in a vocabulary of {self.spec.vocab}")
         if not 0 <= position < self._max_tokens:
             raise ValueError(f"position {position} is outside the cache of {self._max_tokens}")
+        shared = self._shared
         if thresholds is None:
-            thresholds = self._dense
-        elif thresholds.shape != self._dense.shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
-            raise ValueError(f"thresholds must be float32 {list(self._dense.shape)} and not negative")
-        cos, sin = self._rope(position)
-        self._check("cos", cos.view(-1), (self.spec.head_dim,))
-        self._check("sin", sin.view(-1), (self.spec.head_dim,))
-        record = Token(
-            token,
-            position,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            np.ascontiguousarray(thresholds),
-            self._row_addresses(rows),
-        )
-        shared = self._shared._replace(logits=np.empty(self.spec.vocab, np.float32))
-
-        def part(thread: int, rounds: int) -> None:
-            own = self._own[thread]
-            self._compiled.run(self._kind, own, rounds, self._shape, self._weights, self._cache, record, shared)
-
-        self._team.run(part)
-        return torch.from_numpy(shared.logits)
+            shared.thresholds.fill(ALL)
+        elif thresholds.shape == shared.thresholds.shape and thresholds.dtype == np.float32 and (thresholds >= 0).all():
+            shared.thresholds[:] = thresholds
+        else:
+            raise ValueError(f"thresholds must be float32 {list(shared.thresholds.shape)} and not negative")
+        cos, sin = (table.view(-1) for table in self._rope(position))
+        self._check("cos", cos, (self.spec.head_dim,))
+        self._check("sin", sin, (self.spec.head_dim,))
+        self._point_to(rows)
+        shared.order[:] = (*Token(token, position, cos.data_ptr(), sin.data_ptr()), *self._cache)
+        self._team.run()
+        return self._logits
 
     @property
     def threads(self) -> int:
@@ -176,8 +167,10 @@ class CpuStep:
             lm_head.data_ptr(),
         )
 
-    def _row_addresses(self, rows: Mapping[str, Tensor] | None) -> NDArray[np.int64]:
-        table = np.zeros((len(SITES), 2), np.int64)
+    def _point_to(self, rows: Mapping[str, Tensor] | None) -> None:
+        """Notes where the step writes captured rows, if anywhere."""
+        table = self._shared.rows
+        table.fill(NONE)
         if rows is not None:
             for i, (site, channels) in enumerate(zip(SITES, self.spec.channels(), strict=True)):
                 tensor = rows[site]
@@ -185,7 +178,6 @@ class CpuStep:
                 if tensor.stride(1) != 1:
                     raise ValueError(f"rows[{site!r}]: the channels of a layer must lie together")
                 table[i] = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
-        return table
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], *, contiguous: bool = True) -> None:
         """The compiled code trusts addresses, so nothing may reach it unchecked."""
@@ -196,20 +188,3 @@ class CpuStep:
             )
         if contiguous and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
-
-
-def _shared(spec: StepSpec, team: Team) -> Shared:
-    from teal_kernels.cpu_step.attention import parts_for
-
-    parts = parts_for(team.size, spec.kv_heads)
-    softmax = np.zeros((spec.heads, parts), np.float32)
-    return Shared(
-        np.zeros(spec.hidden, np.float32),
-        np.zeros(spec.qkv_width, np.float32),
-        softmax,
-        np.zeros_like(softmax),
-        np.zeros((spec.heads, parts, spec.head_dim), np.float32),
-        np.zeros(spec.intermediate, np.float32),
-        np.zeros(0, np.float32),
-        team.arrivals,
-    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from teal_kernels.cpu_step.intrinsics import fetch, item_bytes, prefetch, put
+from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, prefetch, put
 from teal_kernels.cpu_step.vectors import contracted, reordered
 
 ZERO = np.float32(0.0)
@@ -45,7 +45,7 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: in
         v0, v1, v2, v3 = value[k], value[k + 1], value[k + 2], value[k + 3]
         v4, v5, v6, v7 = value[k + 4], value[k + 5], value[k + 6], value[k + 7]
         for i in range(width):
-            total = out[i] + v0 * fetch(kind, r0, i)
+            total = get(out, i) + v0 * fetch(kind, r0, i)
             total += v1 * fetch(kind, r1, i)
             total += v2 * fetch(kind, r2, i)
             total += v3 * fetch(kind, r3, i)
@@ -58,7 +58,7 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: in
     while k < kept:
         r0, v0 = base + index[k] * stride, value[k]
         for i in range(width):
-            put(out, i, out[i] + v0 * fetch(kind, r0, i))
+            put(out, i, get(out, i) + v0 * fetch(kind, r0, i))
         k += 1
 
 

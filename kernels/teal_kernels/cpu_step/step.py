@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from teal_kernels.cpu_step.attention import TILE, attend, join_parts
-from teal_kernels.cpu_step.intrinsics import atomic_add, atomic_load, fetch, give_way, item_bytes, narrow, pause
+from teal_kernels.cpu_step.attention import TILE, attend, join_parts, parts_for
+from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, narrow, put
 from teal_kernels.cpu_step.layout import (
-    ABANDON,
     ATTN_NORM,
     ATTN_OUT,
+    DONE,
     DOWN,
     GATE_UP,
+    MEMBERS,
     MLP_NORM,
     NONE,
     O_BIAS,
+    PLACES,
     QKV,
     QKV_BIAS,
+    RELEASED,
     UNIT,
     Cache,
     Own,
@@ -34,50 +37,61 @@ from teal_kernels.cpu_step.layout import (
     Token,
     Weights,
 )
+from teal_kernels.cpu_step.meeting import await_release, meet
+from teal_kernels.cpu_step.meeting import release as release
 from teal_kernels.cpu_step.rows import add_rows, dot_rows
 from teal_kernels.cpu_step.vectors import compact, compiled, list_all, record, record_all, rms_norm, swish
 
 ZERO = np.float32(0.0)
 LINE = 16
 """Elements that keep what one thread writes off the cache lines of another."""
-SPINS = 2000
-"""Looks at a barrier before the thread offers its core to others: some 50 microseconds."""
+BARRIERS, BARRIERS_PER_LAYER = 2, 5
+"""How often the threads meet in a step, besides and in each layer."""
 
 
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
-def run(kind: Any, own: Any, rounds: int, shape: Any, weights: Any, cache: Any, token: Any, shared: Any) -> None:
-    """One thread's part of a step; `own.threads` of them must run at once, and have passed `rounds` barriers before.
+def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
+    """For the caller's thread, 0: its part of the step just released, which ends when all parts have. For a member:
+    its part of every step that is released, until none came for a while. Arguments: see layout.py."""
+    if own.thread == 0:
+        step(kind, own, shape, weights, shared)
+    else:
+        while await_release(shared.control, own.thread):
+            step(kind, own, shape, weights, shared)
 
-    Arguments: see layout.py.
 
-    Leaves the logits, float32 [vocab], in shared.logits, and the new keys and values in the cache.
-    """
-    thread, threads = own.thread, own.threads
-    first, last = share(shape.hidden, thread, threads)
+@compiled
+def step(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
+    """One thread's part: leaves logits in shared.logits, the new keys and values in the cache, rows where asked."""
+    control, threads, order = shared.control, own.threads, shared.order
+    token = Token(order[0], order[1], order[2], order[3])
+    cache = Cache(order[4], order[5], order[6], order[7])
+    rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
+    first, last = share(shape.hidden, own.thread, threads)
     for i in range(first, last):
         shared.hidden[i] = fetch(kind, weights.embedding, token.token * shape.hidden + i)
-    rounds = meet(shared.arrivals, threads, rounds)
+    rounds = meet(control, threads, rounds)
     for layer in range(shape.layers):
-        tensors = weights.tensors[layer]
-        thresholds = token.thresholds[layer]
+        tensors, thresholds = weights.tensors[layer], shared.thresholds[layer]
         rms_norm(kind, shared.hidden, 0, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
-        query_key_value(kind, shape, tensors, thresholds, token, layer, shared, own)
-        rounds = meet(shared.arrivals, threads, rounds)
+        query_key_value(kind, shape, tensors, thresholds, layer, shared, own)
+        rounds = meet(control, threads, rounds)
         attend(kind, shape, weights, cache, layer, token, shared, own)
-        rounds = meet(shared.arrivals, threads, rounds)
+        rounds = meet(control, threads, rounds)
         join_parts(kind, shape, shared, own.x)
-        attention_out(kind, shape, tensors, thresholds, token, layer, shared, own)
-        rounds = meet(shared.arrivals, threads, rounds)
+        attention_out(kind, shape, tensors, thresholds, layer, shared, own)
+        rounds = meet(control, threads, rounds)
         rms_norm(kind, shared.hidden, 0, shape.hidden, tensors[MLP_NORM], weights.eps, own.x)
-        gate_up(kind, shape, tensors, thresholds, token, layer, shared, own)
-        rounds = meet(shared.arrivals, threads, rounds)
-        down(kind, shape, tensors, thresholds, token, layer, shared, own)
-        rounds = meet(shared.arrivals, threads, rounds)
+        gate_up(kind, shape, tensors, thresholds, layer, shared, own)
+        rounds = meet(control, threads, rounds)
+        down(kind, shape, tensors, thresholds, layer, shared, own)
+        rounds = meet(control, threads, rounds)
     rms_norm(kind, shared.hidden, 0, shape.hidden, weights.final_norm, weights.eps, own.x)
-    first, last = share(shape.vocab, thread, threads)
+    first, last = share(shape.vocab, own.thread, threads)
     row = shape.hidden * item_bytes(kind)
     dot_rows(kind, weights.lm_head + first * row, row, last - first, own.x, shape.hidden, shared.logits[first:last])
-    meet(shared.arrivals, threads, rounds)
+    control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
+    meet(control, threads, rounds)
 
 
 @compiled
@@ -88,28 +102,10 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 
 @compiled
-def meet(arrivals: Any, threads: int, rounds: int) -> int:
-    """A barrier: returns, with the number of barriers passed, when all threads have come. The count of arrivals only
-    grows, so that a thread that looks late finds it at its goal or beyond."""
-    rounds += 1
-    atomic_add(arrivals, 0, 1)
-    looks = 0
-    while atomic_load(arrivals, 0) < rounds * threads:
-        looks += 1
-        if looks < SPINS:
-            pause()
-        elif atomic_load(arrivals, ABANDON) != 0:
-            break
-        else:
-            give_way()
-    return rounds
-
-
-@compiled
-def capture(kind: Any, token: Any, site: int, layer: int, x: Any, count: int, threshold: Any, own: Any) -> None:
+def capture(kind: Any, rows: Any, site: int, layer: int, x: Any, count: int, threshold: Any, own: Any) -> None:
     """Writes this thread's share of a site's thresholded vector to the caller's row, if one was given."""
-    if token.rows[site, 0] != NONE:
-        row = token.rows[site, 0] + layer * token.rows[site, 1]
+    if rows[site, 0] != NONE:
+        row = rows[site, 0] + layer * rows[site, 1]
         first, last = share(count, own.thread, own.threads)
         if threshold < ZERO:
             record_all(kind, x, first, last, row)
@@ -142,11 +138,9 @@ def project(
 
 
 @compiled
-def query_key_value(
-    kind: Any, shape: Any, tensors: Any, thresholds: Any, token: Any, layer: int, shared: Any, own: Any
-) -> None:
+def query_key_value(kind: Any, shape: Any, tensors: Any, thresholds: Any, layer: int, shared: Any, own: Any) -> None:
     """shared.qkv = x @ qkv + bias, each of q, k, v with its own threshold; equal neighbours are walked as one."""
-    capture(kind, token, 0, layer, own.x, shape.hidden, min(thresholds[0], thresholds[1], thresholds[2]), own)
+    capture(kind, shared.rows, 0, layer, own.x, shape.hidden, min(thresholds[0], thresholds[1], thresholds[2]), own)
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     edges = (0, shape.heads * shape.head_dim, (shape.heads + shape.kv_heads) * shape.head_dim, width)
     mine, limit = share(width, own.thread, own.threads)
@@ -157,59 +151,87 @@ def query_key_value(
         while following < 3 and thresholds[following] == thresholds[segment]:
             following += 1
         first, last = max(mine, edges[segment]), min(limit, edges[following])
-        out = own.out[: max(0, last - first)]
+        out = shared.qkv[first : max(first, last)]
         project(kind, own.x, shape.hidden, thresholds[segment], tensors[QKV], width, first, last, out, own)
-        for i in range(first, last):
-            shared.qkv[i] = biased(kind, out[i - first], tensors[QKV_BIAS], i)
+        finish(kind, out, first, last, tensors[QKV_BIAS])
         segment = following
 
 
 @compiled
-def biased(kind: Any, product: Any, bias: int, i: int) -> Any:
-    """A product, rounded, plus its bias if there is one, rounded again."""
-    value = narrow(kind, product)
-    return value if bias == NONE else narrow(kind, value + fetch(kind, bias, i))
+def finish(kind: Any, product: Any, first: int, last: int, bias: int) -> None:
+    """Rounds the products of columns first..last in place; adds their bias, if there is one, and rounds again."""
+    if bias == NONE:
+        for i in range(last - first):
+            product[i] = narrow(kind, product[i])
+    else:
+        for i in range(last - first):
+            put(product, i, narrow(kind, narrow(kind, get(product, i)) + fetch(kind, bias, first + i)))
 
 
 @compiled
-def attention_out(
-    kind: Any, shape: Any, tensors: Any, thresholds: Any, token: Any, layer: int, shared: Any, own: Any
-) -> None:
+def add_to(kind: Any, hidden: Any, product: Any, first: int, last: int) -> None:
+    """The residual: hidden[first:last] += product, rounded."""
+    hidden = hidden[first:last]
+    for i in range(last - first):
+        hidden[i] = narrow(kind, hidden[i] + product[i])
+
+
+@compiled
+def attention_out(kind: Any, shape: Any, tensors: Any, thresholds: Any, layer: int, shared: Any, own: Any) -> None:
     """shared.hidden += x @ attn_out + bias."""
     count = shape.heads * shape.head_dim
-    capture(kind, token, 1, layer, own.x, count, thresholds[3], own)
+    capture(kind, shared.rows, 1, layer, own.x, count, thresholds[3], own)
     first, last = share(shape.hidden, own.thread, own.threads)
     own.listed[0] = np.nan
     project(kind, own.x, count, thresholds[3], tensors[ATTN_OUT], shape.hidden, first, last, own.out, own)
-    for i in range(first, last):
-        shared.hidden[i] = narrow(kind, shared.hidden[i] + biased(kind, own.out[i - first], tensors[O_BIAS], i))
+    finish(kind, own.out, first, last, tensors[O_BIAS])
+    add_to(kind, shared.hidden, own.out, first, last)
 
 
 @compiled
-def gate_up(
-    kind: Any, shape: Any, tensors: Any, thresholds: Any, token: Any, layer: int, shared: Any, own: Any
-) -> None:
+def gate_up(kind: Any, shape: Any, tensors: Any, thresholds: Any, layer: int, shared: Any, own: Any) -> None:
     """shared.mid = SiLU(x @ gate) * (x @ up); a thread owns the same columns of both."""
-    capture(kind, token, 2, layer, own.x, shape.hidden, min(thresholds[4], thresholds[5]), own)
+    capture(kind, shared.rows, 2, layer, own.x, shape.hidden, min(thresholds[4], thresholds[5]), own)
     width, between = 2 * shape.intermediate, shape.intermediate
     first, last = share(shape.intermediate, own.thread, own.threads)
     own.listed[0] = np.nan
     project(kind, own.x, shape.hidden, thresholds[4], tensors[GATE_UP], width, first, last, own.out, own)
     up_first, up_last = between + first, between + last
     project(kind, own.x, shape.hidden, thresholds[5], tensors[GATE_UP], width, up_first, up_last, own.up, own)
+    finish(kind, own.out, first, last, NONE)
+    finish(kind, own.up, first, last, NONE)
+    mid = shared.mid[first:last]
     for i in range(last - first):
-        shared.mid[first + i] = swish(kind, narrow(kind, own.out[i]), narrow(kind, own.up[i]))
+        mid[i] = swish(kind, own.out[i], own.up[i])
 
 
 @compiled
-def down(kind: Any, shape: Any, tensors: Any, thresholds: Any, token: Any, layer: int, shared: Any, own: Any) -> None:
+def down(kind: Any, shape: Any, tensors: Any, thresholds: Any, layer: int, shared: Any, own: Any) -> None:
     """shared.hidden += mid @ down."""
-    capture(kind, token, 3, layer, shared.mid, shape.intermediate, thresholds[6], own)
+    capture(kind, shared.rows, 3, layer, shared.mid, shape.intermediate, thresholds[6], own)
     first, last = share(shape.hidden, own.thread, own.threads)
     own.listed[0] = np.nan
     project(kind, shared.mid, shape.intermediate, thresholds[6], tensors[DOWN], shape.hidden, first, last, own.out, own)
-    for i in range(first, last):
-        shared.hidden[i] = narrow(kind, shared.hidden[i] + narrow(kind, own.out[i - first]))
+    finish(kind, own.out, first, last, NONE)
+    add_to(kind, shared.hidden, own.out, first, last)
+
+
+def shared_buffers(threads: int, shape: Shape) -> Shared:
+    """The record that all threads of a team share."""
+    heads = shape.heads, parts_for(threads, shape.kv_heads)
+    return Shared(
+        order=np.zeros(len(Token._fields) + len(Cache._fields), np.int64),
+        thresholds=np.zeros((shape.layers, 7), np.float32),
+        rows=np.zeros((4, 2), np.int64),
+        hidden=np.zeros(shape.hidden, np.float32),
+        qkv=np.zeros((shape.heads + 2 * shape.kv_heads) * shape.head_dim, np.float32),
+        tops=np.zeros(heads, np.float32),
+        totals=np.zeros(heads, np.float32),
+        mixed=np.zeros((*heads, shape.head_dim), np.float32),
+        mid=np.zeros(shape.intermediate, np.float32),
+        logits=np.zeros(shape.vocab, np.float32),
+        control=np.zeros(MEMBERS + PLACES * threads, np.int64),
+    )
 
 
 def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
@@ -235,10 +257,6 @@ def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
 
 def nothing(kind: Any) -> tuple[Any, ...]:
     """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
-    empty = np.empty(0, np.float32)
     shape = Shape(0, 0, 0, 1, 1, 0, 0)
     weights = Weights(np.empty((0, 10), np.int64), np.empty(0, np.int64), np.float32(1.0), NONE, NONE, NONE)
-    token = Token(0, 0, NONE, NONE, np.empty((0, 7), np.float32), np.zeros((4, 2), np.int64))
-    parts = np.empty((1, 1), np.float32)
-    shared = Shared(empty, empty, parts, parts, np.empty((1, 1, 0), np.float32), empty, empty, np.zeros(16, np.int64))
-    return kind, own_buffers(0, 1, shape), 0, shape, weights, Cache(NONE, NONE, 0, 0), token, shared
+    return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(1, shape)

@@ -1,8 +1,8 @@
-"""Threads that wait for a decode step and run it together.
+"""Python threads that wait for decode steps and run them together.
 
-Plain Python threads that sleep on a lock between steps and leave the interpreter's lock while they compute:
-nothing spins when nothing is decoded, and neither numba's nor torch's thread pool is involved. Within a step
-they meet at barriers of their own (step.meet). This module does not know what a step computes.
+They leave the interpreter's lock while they compute and while they wait for a step that follows soon; when none
+does, they sleep. Neither numba's nor torch's thread pool is involved. This module does not know what a step
+computes.
 """
 
 from __future__ import annotations
@@ -11,89 +11,90 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from queue import SimpleQueue
 
 import numpy as np
+from numpy.typing import NDArray
 
-from teal_kernels.cpu_step.layout import ABANDON
+from teal_kernels.cpu_step.layout import ABANDON, DONE, MEMBERS, PARKED, PLACES, RELEASED
 
 
 class Team:
-    """`size` threads, the calling one included.
+    """The calling thread and `size - 1` members.
 
-    Attributes:
-        arrivals: int64 [16], the barrier's memory; see `layout.Shared`.
+    Args:
+        control: int64 [MEMBERS + PLACES * size], zeros; see `layout.Shared`.
+        release: lets members begin a step, and tells whether any must be woken (meeting.release).
+        work: of a thread by its number; see step.run. It must not refer to the owner of this team.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        control: NDArray[np.int64],
+        release: Callable[[NDArray[np.int64]], bool],
+        work: Callable[[int], None],
+    ) -> None:
         self.size = size
-        self.arrivals = np.zeros(16, np.int64)
-        self._members = [_Member(thread) for thread in range(1, size)]
+        self._control, self._release, self._work = control, release, work
+        control[MEMBERS + PARKED :: PLACES] = 1
+        self._members = [_Member(thread, work) for thread in range(1, size)]
         self._finalizer = weakref.finalize(self, _dismiss, self._members)
 
-    def run(self, part: Callable[[int, int], None]) -> None:
-        """Calls part(thread, barriers passed so far) on every thread; it must end with a barrier of all."""
-        if self.arrivals[ABANDON]:
-            self._recover()
-        rounds = int(self.arrivals[0]) // self.size
+    def run(self) -> None:
+        """Runs one step on all threads; returns when all have ended it.
+
+        Ctrl-C is only noticed before or after it. What arrives between the release of the members and the work of this
+        thread, for which they would wait, makes them abandon the step; its results are then garbage.
+        """
         try:
-            for member in self._members:
-                member.start(part, rounds)
-            part(0, rounds)
+            if self._release(self._control):
+                for member in self._members:
+                    if self._control[MEMBERS + PLACES * member.thread + PARKED]:
+                        member.wake()
+            self._work(0)
         except BaseException:
-            self.arrivals[ABANDON] = 1  # Ctrl-C before this thread began: the others would wait for it forever
+            self._abandon()
             raise
 
     def close(self) -> None:
         """Ends the threads; also done when the team is no longer referenced."""
         self._finalizer()
 
-    def _recover(self) -> None:
-        while any(member.busy for member in self._members):
+    def _abandon(self) -> None:
+        control = self._control
+        control[ABANDON] = 1
+        for member in self._members:
+            member.wake()
+        while (control[MEMBERS + PLACES + DONE :: PLACES] != control[RELEASED]).any():
             time.sleep(0.001)
-        self.arrivals[:] = 0
+        control[:MEMBERS] = 0
+        control[MEMBERS + DONE :: PLACES] = 0
 
 
 class _Member:
     """One waiting thread."""
 
-    def __init__(self, thread: int) -> None:
-        self._thread = thread
-        self._started = self._finished = 0
-        self._call: tuple[Callable[[int, int], None], int] | None = None
-        self._go = threading.Lock()
-        self._go.acquire()
+    def __init__(self, thread: int, work: Callable[[int], None]) -> None:
+        self.thread = thread
+        self._work = work
+        self._calls: SimpleQueue[bool] = SimpleQueue()
         self._python_thread = threading.Thread(target=self._serve, name=f"teal-step-{thread}", daemon=True)
         self._python_thread.start()
 
-    @property
-    def busy(self) -> bool:
-        """Whether it has yet to finish a call. Two counts, since it may be slow to note the end of the call before."""
-        return self._started != self._finished
-
-    def start(self, part: Callable[[int, int], None], rounds: int) -> None:
-        self._call = part, rounds
-        self._started += 1
-        self._go.release()
+    def wake(self) -> None:
+        """Ends its sleep; one that does not sleep merely looks twice before it does."""
+        self._calls.put(True)
 
     def stop(self) -> None:
         """Ends the thread and waits for that: one that still runs when the interpreter ends would abort the process."""
-        self._go.release()
+        self._calls.put(False)
         if threading.current_thread() is not self._python_thread:
             self._python_thread.join()
 
     def _serve(self) -> None:
-        while True:
-            self._go.acquire()
-            # The call leads to the owner of this team; held on to while asleep, it would keep both alive.
-            call, self._call = self._call, None
-            if call is None:
-                return
-            part, rounds = call
-            try:
-                part(self._thread, rounds)
-            finally:
-                self._finished += 1
-            del call, part
+        while self._calls.get():
+            self._work(self.thread)
 
 
 def _dismiss(members: list[_Member]) -> None:
