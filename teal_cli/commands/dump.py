@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal_cli import settings
+from teal_cli.commands.opening import opened
 from teal_cli.dump.recipe import load_recipe
 from teal_cli.errors import UsageError
 from teal_cli.ui import completion, options
@@ -101,7 +102,6 @@ def dump(
     from teal_cli.dump.levels import parse_levels
     from teal_cli.dump.placing import check_target
     from teal_cli.dumping import Dump, DumpRequest
-    from teal_cli.session import open_session
 
     source = (
         PromptSource(file=prompts, count=num_sequences)
@@ -127,16 +127,7 @@ def dump(
     )
     if not (resume or dry_run):
         check_target(out_path, force=force)
-    with progress(out) as bars:
-        task = bars.task("Loading the model", unit="layers")
-        session = open_session(
-            given.pick("model", model),
-            dtype=given.pick("dtype", dtype),
-            device=given.pick("device", device),
-            backend=given.pick("backend", backend),
-            calibration=given.pick("calibration", calibration),
-            progress=lambda done, total: task.update(done=done, total=total),
-        )
+    session = opened(out, given, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     job = Dump(session, request)
     for note in session.notes:
         out.note(note)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from teal_cli import settings
+from teal_cli.commands.opening import opened
 from teal_cli.errors import UsageError
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
-from teal_cli.ui.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,6 @@ def generate(
     from teal_cli.dump.placing import check_target
     from teal_cli.generation import GenerateRequest, Generation
     from teal_cli.generation import generate as run
-    from teal_cli.session import open_session
 
     chosen_seed = given.pick("seed", seed)
     sampling = Sampling(
@@ -70,16 +69,7 @@ def generate(
     )
     if dump is not None:
         check_target(dump, force=force)
-    with progress(out) as bars:
-        task = bars.task("Loading the model", unit="layers")
-        session = open_session(
-            given.pick("model", model),
-            dtype=given.pick("dtype", dtype),
-            device=given.pick("device", device),
-            backend=given.pick("backend", backend),
-            calibration=given.pick("calibration", calibration),
-            progress=lambda done, total: task.update(done=done, total=total),
-        )
+    session = opened(out, given, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     request = GenerateRequest(
         text,
         given.pick("sparsity", sparsity),

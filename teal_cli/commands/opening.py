@@ -1,0 +1,37 @@
+"""Opening a session for a command: options and settings in, a bar while the model loads. No command by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from teal_cli.settings import Settings
+from teal_cli.ui.output import Output
+from teal_cli.ui.progress import progress
+
+if TYPE_CHECKING:
+    from teal_cli.session import Session
+
+
+def opened(
+    out: Output,
+    given: Settings,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    calibration: str | None = None,
+) -> Session:
+    """The session that these options ask for; what is None comes from the settings. Raises as `open_session`."""
+    from teal_cli.session import open_session
+
+    with progress(out) as bars:
+        task = bars.task("Loading the model", unit="layers")
+        return open_session(
+            given.pick("model", model),
+            dtype=given.pick("dtype", dtype),
+            device=given.pick("device", device),
+            backend=given.pick("backend", backend),
+            calibration=given.pick("calibration", calibration),
+            progress=lambda done, total: task.update(done=done, total=total),
+        )
