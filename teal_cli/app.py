@@ -19,7 +19,7 @@ from teal_cli.errors import HardwareError, TealError, UsageError
 from teal_cli.ui.lazy import CONTEXT_SETTINGS, Entry, LazyGroup
 from teal_cli.ui.output import configure, to_json
 
-START, MODELS, RUN, STORES = "Start here", "Models", "Sparse decoding", "Stores"
+START, MODELS, RUN, STORES, SPEED = "Start here", "Models", "Sparse decoding", "Stores", "Speed"
 
 
 COMMANDS = (
@@ -33,6 +33,8 @@ COMMANDS = (
     Entry("generate", RUN, "Generate text with sparse decoding."),
     Entry("dump", RUN, "Dump activations of many prompts at many sparsity levels into one store."),
     Entry("store", STORES, "Look into a store, check it, measure it, convert it.", attribute="app"),
+    Entry("bench", SPEED, "Measure speed against dense, against others and against the memory limit.", attribute="app"),
+    Entry("plot", SPEED, "Draw pictures of results.", attribute="app"),
 )
 """A line here is all that registers a command; a test holds its help against the command's docstring."""
 

@@ -10,12 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from teal_cli.bench.machine import cache_bytes
 from teal_cli.bench.timing import Contender, replayed, wall_clock
 
 READ = "read"
 """Name of the probe among contenders."""
 
 _TRIES = 5
+_LEAST = 192 << 20
+_CACHES = 6
 
 
 class ReadProbe:
@@ -23,13 +26,14 @@ class ReadProbe:
 
     Args:
         device: whose memory.
-        size: bytes of the array; several times the last-level cache.
+        size: bytes of the array; several times the last-level cache if None.
 
     Attributes:
         way: how it reads.
     """
 
-    def __init__(self, device: torch.device, size: int) -> None:
+    def __init__(self, device: torch.device, size: int | None = None) -> None:
+        size = size or max(_LEAST, _CACHES * cache_bytes(device))
         side = max(64, int((size / 4) ** 0.5) // 64 * 64)
         self._array = torch.randn(side, device=device).repeat(side, 1)
         self._vector = torch.randn(side, device=device)

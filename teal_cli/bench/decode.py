@@ -17,7 +17,6 @@ from torch import Tensor
 from teal_cli.bench.bandwidth import READ, ReadProbe
 from teal_cli.bench.checks import Check, Follower, check_greedy, check_logits
 from teal_cli.bench.engines import Dumping, Engine, LlamaCpp, Teal, Transformers, store_header
-from teal_cli.bench.machine import cache_bytes
 from teal_cli.bench.rows import DecodeRow, Progress
 from teal_cli.bench.subjects import Subject
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
@@ -27,10 +26,7 @@ from teal_cli.errors import UsageError
 from teal_cli.model.sites import PROJECTIONS
 from teal_cli.model.transformer import dense
 
-_PROBE_CACHES = 6
-_LEAST_PROBE = 192 << 20
 _CHECKED_STEPS = 3
-_DUMPED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,10 @@ class DecodeRequest:
     Attributes:
         sparsities: of our decoder, besides dense.
         dumps: sparsities at which a dump is measured too.
-        new_tokens: per run; at least 3. A dump runs long enough to fill blocks of its store.
+        new_tokens: per run; at least 3.
         rounds: how often each engine runs.
         seed: of the order within rounds.
+        dumped_blocks: blocks of its store that a dump fills in each run, if the context has room.
         transformers: compare with its `generate` (not for a stack).
         gguf: files of the same model to run with llama.cpp.
         probe_bytes: memory for measuring bandwidth; by default several times the cache.
@@ -53,6 +50,7 @@ class DecodeRequest:
     new_tokens: int
     rounds: int
     seed: int = 0
+    dumped_blocks: int = 2
     transformers: bool = True
     gguf: list[Path] = field(default_factory=list)
     probe_bytes: int | None = None
@@ -75,8 +73,7 @@ def bench_decode(subject: Subject, request: DecodeRequest) -> Iterator[Progress 
         UsageError: the tokens do not fit the model's context.
         TealError: a GGUF that is not of this model.
     """
-    device = subject.model.device
-    probe = ReadProbe(device, request.probe_bytes or max(_LEAST_PROBE, _PROBE_CACHES * cache_bytes(device)))
+    probe = ReadProbe(subject.model.device, request.probe_bytes)
     yield from _compare(subject, request, probe)
     for sparsity in request.dumps:
         yield from _dump(subject, request, probe, sparsity)
@@ -94,7 +91,7 @@ def _compare(subject: Subject, request: DecodeRequest, probe: ReadProbe) -> Iter
     for file in request.gguf:
         bench.tokenwise(LlamaCpp(subject, file, request.new_tokens))
     seconds: Seconds = {}
-    for done, seconds in enumerate(bench.rounds(probe, request), start=1):
+    for done in bench.rounds(probe, request, seconds):
         yield Progress(done, request.rounds, f"Decoding {subject.name}")
     peers = [entry.label for entry in bench.entries if entry.engine.sparsity == 0 and entry.check.passed]
     for entry in bench.entries:
@@ -106,12 +103,12 @@ def _dump(
 ) -> Iterator[Progress | DecodeRow]:
     """One sparsity with a dump and without, over enough tokens to fill blocks of a store."""
     yield Progress(0, request.rounds, f"Checking the dump of {subject.name}")
-    wanted = max(request.new_tokens, _DUMPED_BLOCKS * store_header(subject).block_tokens + 1)
+    wanted = max(request.new_tokens, request.dumped_blocks * store_header(subject).block_tokens + 1)
     bench = _Bench(subject, min(wanted, subject.config.context - len(subject.prompt)))
     bare = bench.stepwise(sparsity)
     dumped = bench.dumping(bare)
     seconds: Seconds = {}
-    for done, seconds in enumerate(bench.rounds(probe, request), start=1):
+    for done in bench.rounds(probe, request, seconds):
         yield Progress(done, request.rounds, f"Dumping {subject.name} at {sparsity:.2f}")
     yield bench.row(dumped, seconds, [], bare.label)
 
@@ -189,13 +186,13 @@ class _Bench:
             got.append(engine.decoder.step(int(token), position, rows).clone())
             logits = model.forward(token, position, other, follower or dense)
             wanted.append(logits)
-        astray = follower.astray if follower else 0.0
-        return check_logits(torch.stack(got), torch.stack(wanted), model.dtype, astray)
+        check = check_logits(torch.stack(got), torch.stack(wanted), model.dtype)
+        return follower.check() if follower and check.passed and not follower.check().passed else check
 
-    def rounds(self, probe: ReadProbe, request: DecodeRequest) -> Iterator[Seconds]:
-        """Time what passed its check."""
+    def rounds(self, probe: ReadProbe, request: DecodeRequest, seconds: Seconds) -> Iterator[int]:
+        """Time what passed its check, into `seconds`."""
         timed = [Contender(entry.label, entry.engine.seconds) for entry in self.entries if entry.check.passed]
-        return interleave([probe.contender(), *timed], request.rounds, request.seed)
+        return interleave([probe.contender(), *timed], request.rounds, request.seed, seconds)
 
     def row(self, entry: _Entry, seconds: Seconds, peers: list[str], undumped: str | None = None) -> DecodeRow:
         """The row of an engine.
@@ -207,7 +204,7 @@ class _Bench:
         engine, config = entry.engine, self._subject.config
         read = 1 / Spread.of(seconds[READ]).p50
         taken = seconds.get(entry.label)
-        speed = taken and Spread.of([1 / s for s in taken])
+        speed = Spread.of([1 / s for s in taken]) if taken else None
         kept = engine.kept() if taken else None
         size = self._step_bytes(engine, kept)
         inputs, sizes = projection_inputs(config), config.projection_sizes()
@@ -216,11 +213,12 @@ class _Bench:
             model=self._subject.name, layers=config.layers, dtype=self._subject.dtype, engine=engine.name,
             backend=engine.backend, sparsity=engine.sparsity,
             realised=float(np.average(dropped, weights=[sizes[p] for p in PROJECTIONS])), dump=entry.dump,
-            check=str(entry.check), error=entry.check.error, rounds=len(taken or ()),
+            check=str(entry.check), error=entry.check.finite, rounds=len(taken or ()),
             prompt_tokens=len(self._subject.prompt), tokens=self._new_tokens,
-            p20=speed and speed.p20, p50=speed and speed.p50, p80=speed and speed.p80, bytes=round(size),
-            gbps=speed and size * speed.p50 / 1e9, read_gbps=read / 1e9, floor=read / size,
-            to_floor=speed and read / size / speed.p50,
+            p20=speed.p20 if speed else None, p50=speed.p50 if speed else None, p80=speed.p80 if speed else None,
+            bytes=round(size),
+            gbps=size * speed.p50 / 1e9 if speed else None, read_gbps=read / 1e9, floor=read / size,
+            to_floor=read / size / speed.p50 if speed else None,
             faster_than={p: median_ratio(seconds[p], taken) for p in peers if taken and p != entry.label},
             to_undumped=median_ratio(taken, seconds[undumped]) if taken and undumped else None,
         )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,10 +71,16 @@ class _DenseEngine:
 class Teal:
     """Our decoder at one sparsity; with `plain`, dense as a loop of PyTorch operators."""
 
-    def __init__(self, subject: Subject, cache: KVCache, sparsity: float, new_tokens: int, *, plain: bool = False) -> None:
+    def __init__(
+        self, subject: Subject, cache: KVCache, sparsity: float, new_tokens: int, *, plain: bool = False
+    ) -> None:
         thresholds = subject.thresholds[sparsity]
         model = subject.model
-        step = PlainStep(model, cache, None, "") if plain else open_step(model, cache, thresholds, subject.backend, sparsity)
+        step = (
+            PlainStep(model, cache, None, "")
+            if plain
+            else open_step(model, cache, thresholds, subject.backend, sparsity)
+        )
         self.name = "torch" if plain else "teal"
         self.backend, self.sparsity = step.backend, sparsity
         self.decoder = Decoder(model, cache, step)
@@ -98,8 +103,9 @@ class Teal:
     def seconds(self, capture: Capture | None = None) -> float:
         tally = self.decoder.tally
         steps, spent = tally.steps, tally.decode_s
-        self.tokens = list(self.decoder.generate(self._prompt, max_new_tokens=self._new_tokens, sampling=GREEDY,
-                                                 capture=capture))
+        self.tokens = list(
+            self.decoder.generate(self._prompt, max_new_tokens=self._new_tokens, sampling=GREEDY, capture=capture)
+        )
         return (tally.decode_s - spent) / (tally.steps - steps)
 
 
@@ -248,8 +254,10 @@ def check_gguf(files: list[Path]) -> None:
     import importlib.util
 
     if files and importlib.util.find_spec("llama_cpp") is None:
-        raise HardwareError("llama.cpp is not installed, so there is nothing to run a GGUF with",
-                            hint="pip install 'teal-cli[bench]', which builds it, or leave out --gguf")
+        raise HardwareError(
+            "llama.cpp is not installed, so there is nothing to run a GGUF with",
+            hint="pip install 'teal-cli[bench]', which builds it, or leave out --gguf",
+        )
     for file in files:
         if not file.is_file():
             raise NotFoundError(f"there is no file {file}", hint="--gguf takes a GGUF of the model that is measured")
@@ -261,5 +269,3 @@ def gguf_bytes(file: Path) -> int:
 
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
     return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
-
-

@@ -47,8 +47,9 @@ class WeightPool:
         largest: bytes of the largest matrix; two of it will fit.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, largest: int, size: int | None = None,
-                 seed: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, *, largest: int, size: int | None = None, seed: int = 0
+    ) -> None:
         size = max(size or max(_LEAST_POOL, _CACHES * cache_bytes(device)), 2 * largest)
         self._flat = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
         fill_random(self._flat, torch.Generator().manual_seed(seed))
@@ -56,7 +57,9 @@ class WeightPool:
     def copies(self, rows: int, columns: int) -> list[Tensor]:
         """As many contiguous [rows, columns] as fit, at least two, none sharing memory with another."""
         entries = rows * columns
-        return [piece.view(rows, columns) for piece in self._flat[: len(self._flat) // entries * entries].split(entries)]
+        return [
+            piece.view(rows, columns) for piece in self._flat[: len(self._flat) // entries * entries].split(entries)
+        ]
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ class Replay:
         found = [matrix for matrix in matrices if matrix.site and channels[matrix.site] == matrix.inputs]
         if not found:
             has = ", ".join(f"{site} {width}" for site, width in channels.items())
-            raise UsageError(f"no matrix takes the vectors of {self.store.path}: it has {has}",
-                             hint=f"name the model that it comes from, --model {self.store.header.model}")
+            raise UsageError(
+                f"no matrix takes the vectors of {self.store.path}: it has {has}",
+                hint=f"name the model that it comes from, --model {self.store.header.model}",
+            )
         return found
 
     def vectors(self, site: str, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:

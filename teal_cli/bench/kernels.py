@@ -15,14 +15,10 @@ from torch import Tensor
 from teal_cli.bench.bandwidth import READ, ReadProbe
 from teal_cli.bench.checks import Check, check_product, exact_product
 from teal_cli.bench.inputs import Replay, Vectors, WeightPool, random_vectors
-from teal_cli.bench.machine import cache_bytes
 from teal_cli.bench.products import DENSE, Batch, Operands, Product, dense_products, sparse_products
 from teal_cli.bench.rows import KernelRow, Progress
 from teal_cli.bench.shapes import Matrix
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
-
-_PROBE_CACHES = 6
-_LEAST_PROBE = 192 << 20
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,7 @@ class _Entry:
 
 def bench_kernels(request: KernelRequest) -> Iterator[Progress | KernelRow]:
     """Measure; a product whose check fails is not timed and its row says so."""
-    probe_bytes = request.probe_bytes or max(_LEAST_PROBE, _PROBE_CACHES * cache_bytes(request.device))
-    probe = ReadProbe(request.device, probe_bytes)
+    probe = ReadProbe(request.device, request.probe_bytes)
     total = len(request.dtypes) * len(request.matrices)
     done = 0
     for dtype in request.dtypes:
@@ -93,7 +88,7 @@ def _bench_matrix(
             entry.batch = Batch(entry.product, entry.operands, turns)
             contenders.append(Contender(entry.name, entry.batch.seconds))
     seconds: Seconds = {}
-    for seconds in interleave(contenders, request.rounds, request.seed):
+    for _ in interleave(contenders, request.rounds, request.seed, seconds):
         pass
     dense = [entry.name for entry in entries if entry.product.role == DENSE and entry.batch]
     fastest = min(dense, key=lambda name: Spread.of(seconds[name]).p50, default=None)
@@ -132,10 +127,12 @@ def _row(entry: _Entry, seconds: Seconds, dense: str | None, dtype: torch.dtype,
     return KernelRow(
         models=matrix.models, matrix=matrix.name, site=matrix.site, inputs=matrix.inputs, outputs=matrix.outputs,
         dtype=_name(dtype), sparsity=entry.operands.sparsity, realised=1 - vectors.kept / matrix.inputs,
-        product=entry.product.name, role=entry.product.role, check=str(entry.check), error=entry.check.error,
+        product=entry.product.name, role=entry.product.role, check=str(entry.check), error=entry.check.finite,
         rounds=rounds, calls=entry.batch.calls if entry.batch else 0, copies=len(entry.operands.copies),
-        p20_us=timed and timed.p20 * 1e6, p50_us=timed and timed.p50 * 1e6, p80_us=timed and timed.p80 * 1e6,
-        bytes=weight_bytes, gbps=timed and weight_bytes / timed.p50 / 1e9, read_gbps=read / 1e9, floor_us=floor * 1e6,
+        p20_us=timed.p20 * 1e6 if timed else None, p50_us=timed.p50 * 1e6 if timed else None,
+        p80_us=timed.p80 * 1e6 if timed else None,
+        bytes=weight_bytes, gbps=weight_bytes / timed.p50 / 1e9 if timed else None, read_gbps=read / 1e9,
+        floor_us=floor * 1e6,
         to_floor=timed.p50 / floor if timed and floor else None,
         dense=dense and dense.partition("@")[0],
         to_dense=median_ratio(seconds[dense], seconds[entry.name]) if timed and dense else None,

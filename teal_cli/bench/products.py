@@ -112,7 +112,8 @@ def dense_products(operands: Operands) -> Iterator[Product]:
         return F.linear(x, weight.view(outputs, inputs))
 
     vendor = "torch" if not operands.copies[0].is_cuda else "cuBLAS"
-    yield _OneByOne(f"{vendor} [K,N]", DENSE, input_major)
+    if vendor != "torch" or operands.copies[0].dtype != torch.float16:  # which it multiplies hundreds of times slower
+        yield _OneByOne(f"{vendor} [K,N]", DENSE, input_major)
     yield _OneByOne(f"{vendor} [N,K]", DENSE, output_major, turned=True)
     if not operands.copies[0].is_cuda and unavailable() is None:
         yield _Compiled(operands, DENSE)
@@ -152,18 +153,17 @@ class Batch:
 
     def __init__(self, product: Product, operands: Operands, counter: itertools.count[int]) -> None:
         self._product, self._counter = product, counter
-        copies = len(operands.copies)
+        self._replay: Callable[[], float] | None = None
         if operands.copies[0].is_cuda:
-            self.calls = min(copies, _BATCH_CALLS)
+            self.calls = min(len(operands.copies), _BATCH_CALLS)
             self._replay = replayed(lambda: product.many(0, self.calls))
         else:
-            once = min(wall_clock(lambda: product.many(turn, 1)) for turn in range(2))
+            once = min(wall_clock(lambda: product.many(0, 1)), wall_clock(lambda: product.many(1, 1)))
             self.calls = max(1, min(_BATCH_CALLS, round(_BATCH_S / max(once, 1e-7))))
-            self._replay = None
 
     def seconds(self) -> float:
         """Time of one product, mean over a batch."""
         if self._replay is not None:
             return self._replay() / self.calls
-        first = next(self._counter) * _BATCH_CALLS
+        first = next(self._counter) * self.calls
         return wall_clock(lambda: self._product.many(first, self.calls)) / self.calls

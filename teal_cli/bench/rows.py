@@ -46,7 +46,7 @@ class KernelRow:
     product: str
     role: str
     check: str
-    error: float
+    error: float | None
     rounds: int
     calls: int
     copies: int
@@ -96,7 +96,7 @@ class DecodeRow:
     realised: float
     dump: bool
     check: str
-    error: float
+    error: float | None
     rounds: int
     prompt_tokens: int
     tokens: int
@@ -111,6 +111,14 @@ class DecodeRow:
     faster_than: dict[str, float] = field(default_factory=dict)
     to_undumped: float | None = None
     kind: Literal["decode"] = "decode"
+
+    @property
+    def label(self) -> str:
+        """What it is, in a few words: `teal 50% + dump`, `torch dense`, `transformers`."""
+        if self.engine not in ("teal", "torch"):
+            return self.engine
+        level = f"{self.sparsity:.0%}" if self.sparsity else "dense"
+        return f"{self.engine} {level}{' + dump' if self.dump else ''}"
 
     @property
     def passed(self) -> bool:

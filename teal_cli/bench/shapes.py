@@ -133,7 +133,9 @@ def parse_shapes(text: str) -> list[Matrix]:
         if size:
             inputs, outputs = map(int, size.groups())
             if not inputs or not outputs:
-                raise UsageError(f"a matrix of {part} has no entries", hint="write inputs x outputs, such as 4096x11008")
+                raise UsageError(
+                    f"a matrix of {part} has no entries", hint="write inputs x outputs, such as 4096x11008"
+                )
             matrices.append(Matrix(part, (), None, inputs, (outputs,)))
         else:
             names = list(MODEL_SHAPES) if part == "all" else [part]
@@ -153,8 +155,11 @@ def model_shape(name: str) -> ModelShape:
     if name not in MODEL_SHAPES:
         close = get_close_matches(name.lower(), MODEL_SHAPES, n=2, cutoff=0.4)
         meant = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UsageError(f"there is no shape called {name!r}", hint=f"{meant}there are {', '.join(MODEL_SHAPES)}; --shapes "
-                         "also takes all, or inputs x outputs such as 4096x11008")
+        raise UsageError(
+            f"there is no shape called {name!r}",
+            hint=f"{meant}there are {', '.join(MODEL_SHAPES)}; --shapes "
+            "also takes all, or inputs x outputs such as 4096x11008",
+        )
     return MODEL_SHAPES[name]
 
 

@@ -48,14 +48,17 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def interleave(contenders: Sequence[Contender], rounds: int, seed: int) -> Iterator[Seconds]:
-    """Measure every contender once per round; yields all times so far after each round.
+def interleave(contenders: Sequence[Contender], rounds: int, seed: int, seconds: Seconds) -> Iterator[int]:
+    """Measure every contender once per round; yields the number of rounds done.
 
     One round before the first warms up and is not among the times.
+
+    Args:
+        seconds: receives the times.
     """
     order = list(contenders)
     shuffle = random.Random(seed)
-    seconds: Seconds = {contender.name: [] for contender in contenders}
+    seconds.update({contender.name: [] for contender in contenders})
     for turn in range(rounds + 1):
         shuffle.shuffle(order)
         for contender in order:
@@ -63,7 +66,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, seed: int) -> Itera
             if turn:
                 seconds[contender.name].append(taken)
         if turn:
-            yield seconds
+            yield turn
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
@@ -78,7 +81,7 @@ def wall_clock(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def replayed(launches: Callable[[], None]) -> Callable[[], float]:
+def replayed(launches: Callable[[], object]) -> Callable[[], float]:
     """Capture launches as one CUDA graph; the result replays it and returns its seconds on the device."""
     launches()  # compiles what has to be compiled
     torch.cuda.synchronize()

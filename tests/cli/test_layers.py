@@ -18,6 +18,7 @@ LAYERS = (
     {"app"},
     {"commands"},
     {"generation", "dumping", "quickstart"},
+    {"bench"},
     {"session", "health"},
     {"dump", "decoding", "evaluation"},
     {"sparsity"},

@@ -1,0 +1,92 @@
+"""A result as a file: what was measured, on what, and how; written whole or not at all.
+
+{"schema": "teal-bench/1", "command": "kernels", "machine": {...}, "settings": {...}, "rows": [{"kind": ...}, ...]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from teal_cli.bench.machine import Machine
+from teal_cli.bench.rows import DecodeRow, KernelRow, Row
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.registry.files import disk_errors, write_json
+
+SCHEMA: Final = "teal-bench/1"
+
+_ROWS: Final = {"kernel": KernelRow, "decode": DecodeRow}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of `teal bench`.
+
+    Attributes:
+        command: kernels or decode.
+        settings: what was asked for, JSON values.
+    """
+
+    command: str
+    machine: Machine
+    settings: Mapping[str, Any]
+    rows: list[Row]
+
+    @property
+    def failed(self) -> list[Row]:
+        """Rows whose check failed."""
+        return [row for row in self.rows if not row.passed]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Refuse a file that could not be written in the end, before minutes are spent.
+
+    Raises:
+        UsageError: it is there and `force` is not given, or it is a folder.
+        NotFoundError: its folder is not there.
+    """
+    if not path.absolute().parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.absolute().parent}", hint="make it first, or name another file")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="name a file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} is there already", hint="--force replaces it")
+
+
+def save(result: Result, path: Path) -> None:
+    """Write a result.
+
+    Raises:
+        TealError: the disk refuses.
+    """
+    with disk_errors(path.absolute().parent):
+        write_json(path, result.as_dict())
+
+
+def load(path: Path) -> Result:
+    """Read what `save` wrote.
+
+    Raises:
+        NotFoundError: no such file.
+        UsageError: it is no result of `teal bench`, or of another schema.
+    """
+    hint = "`teal bench kernels --out FILE` and `teal bench decode --out FILE` write such files"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path}", hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", hint=hint) from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise UsageError(f"{path} is no result of teal bench, schema {SCHEMA}", hint=hint)
+    try:
+        rows = [_ROWS[row["kind"]](**row) for row in found["rows"]]
+        return Result(found["command"], Machine(**found["machine"]), found["settings"], rows)
+    except (KeyError, TypeError) as error:
+        raise TealError(f"{path} is damaged: {error}", hint="measure it again") from None

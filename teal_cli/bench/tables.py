@@ -1,0 +1,85 @@
+"""A result as a terminal shows it: the machine, then a line per row. Speeds are medians unless they say otherwise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from teal_cli.bench.results import Result
+from teal_cli.bench.rows import DecodeRow, KernelRow
+from teal_cli.ui.table import show_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(console: Console, result: Result) -> None:
+    """Print a result."""
+    machine = result.machine
+    busy = "" if machine.load is None else f", load {machine.load}"
+    about = f"{machine.device}, {machine.cores} cores, {machine.threads} threads{busy}"
+    console.print(about, style="bold", markup=False)
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    console.print(versions, style="dim", markup=False, soft_wrap=True)
+    read = [row.read_gbps for row in result.rows]
+    console.print(f"memory reads at {min(read):.1f} to {max(read):.1f} GB/s", markup=False)
+    kernels = [row for row in result.rows if isinstance(row, KernelRow)]
+    if kernels:
+        console.print()
+        _show_kernels(console, kernels)
+    decodes = [row for row in result.rows if isinstance(row, DecodeRow)]
+    if decodes:
+        console.print()
+        _show_decodes(console, decodes)
+
+
+def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
+    first = ("matrix", ">size", "dtype", ">sparsity", "product", ">p20 us", ">p50 us", ">p80 us")
+    headings = (*first, ">GB/s", ">floor us", ">/floor", ">x dense", "check")
+    lines = (
+        (
+            row.matrix,
+            f"{row.inputs}x{row.outputs}",
+            row.dtype,
+            f"{row.sparsity:.0%}" if row.sparsity else "dense",
+            row.product,
+            _figure(row.p20_us, 1),
+            _figure(row.p50_us, 1),
+            _figure(row.p80_us, 1),
+            _figure(row.gbps, 1),
+            _figure(row.floor_us, 1),
+            _figure(row.to_floor, 2),
+            _figure(row.to_dense, 2),
+            row.check,
+        )
+        for row in rows
+    )
+    show_table(console, headings, lines)
+
+
+def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
+    peers = list(dict.fromkeys(peer for row in rows for peer in row.faster_than))
+    first = ("model", "engine", "backend", ">dropped", ">p20", ">tok/s", ">p80", ">GB/s", ">floor", ">/floor")
+    headings = (*first, *(f">x {peer}" for peer in peers), ">dump", "check")
+    lines = (
+        (
+            row.model,
+            row.label,
+            row.backend,
+            f"{row.realised:.1%}" if row.realised else "",
+            _figure(row.p20, 1),
+            _figure(row.p50, 1),
+            _figure(row.p80, 1),
+            _figure(row.gbps, 1),
+            _figure(row.floor, 1),
+            _figure(row.to_floor, 2),
+            *(_figure(row.faster_than.get(peer), 2) for peer in peers),
+            f"{row.to_undumped - 1:+.1%}" if row.to_undumped else "",
+            row.check,
+        )
+        for row in rows
+    )
+    show_table(console, headings, lines)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

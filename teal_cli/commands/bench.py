@@ -1,0 +1,305 @@
+"""`teal bench`: speed against dense, against others, and against the limit that memory sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teal_cli import settings
+from teal_cli.errors import UsageError
+from teal_cli.ui import options
+from teal_cli.ui.lazy import CONTEXT_SETTINGS
+from teal_cli.ui.output import Output, output
+from teal_cli.ui.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from teal_cli.bench.rows import Progress, Row
+    from teal_cli.bench.shapes import Matrix
+    from teal_cli.bench.subjects import Subject
+
+app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
+
+LEVELS = "0.4,0.5,0.65,0.9"
+QUICK_LEVELS = "0.5,0.9"
+
+LevelsOption = Annotated[
+    str | None,
+    typer.Option("--sparsity", "-s", metavar="LEVELS", help="One level, a list 0.5,0.9, or a range 0.4:0.9:0.1."),
+]
+RoundsOption = Annotated[
+    int | None, typer.Option("--rounds", min=2, metavar="N", help="How often each contender is measured.")
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer rounds and combinations: a few minutes.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the rows as JSON, for `teal plot bench`.")
+]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed against dense, against others and against the memory limit."""
+
+
+@app.command()
+def kernels(
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            "--shapes",
+            metavar="LIST",
+            help="llama-2-7b, llama-3-8b, mistral-7b, qwen3-8b, smollm2-135m, all, "
+            "or inputs x outputs such as 4096x11008; with commas. All if not given.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="The matrices of a downloaded model.")
+    ] = None,
+    dtypes: Annotated[
+        str | None, typer.Option("--dtype", metavar="LIST", help="bfloat16, float16, float32; with commas.")
+    ] = None,
+    sparsity: LevelsOption = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", metavar="STORE", help="Vectors from a store, at its levels, in place of random ones."),
+    ] = None,
+    rounds: RoundsOption = None,
+    quick: QuickOption = False,
+    seed: options.SeedOption = None,
+    device: options.DeviceOption = None,
+    path: OutOption = None,
+    force: options.ForceOption = False,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Products of one vector and one matrix: dense, sparse, and the floor that memory sets.
+
+    Every matrix, dtype and sparsity is multiplied in all ways that this device has, in the same rounds. The floor is
+    the time that reading the kept rows takes at the bandwidth measured in those rounds. A wrong product has no time.
+    """
+    from teal_cli.bench.inputs import Replay
+    from teal_cli.bench.kernels import KernelRequest, bench_kernels
+    from teal_cli.session import DTYPES, choose_device
+
+    out = output(json, quiet)
+    given = settings.load()
+    _check_path(path, force)
+    store = Replay(replay) if replay else None
+    matrices = _matrices(shapes, model, store.store.header.model if store else None)
+    if store:
+        matrices = store.matching(matrices)
+    if dtypes is None:
+        dtypes = store.store.header.dtype if store else "bfloat16" if quick else "bfloat16,float16"
+    levels = _levels(sparsity or (None if store else LEVELS), tuple(store.levels) if store else None)
+    request = KernelRequest(
+        matrices, tuple(DTYPES[name] for name in _dtypes(dtypes)), levels, choose_device(given.pick("device", device)),
+        rounds or (7 if quick else 25), given.pick("seed", seed) or 0, store,
+    )  # fmt: skip
+    asked = {"shapes": shapes, "model": model, "dtypes": dtypes, "sparsities": levels, "rounds": request.rounds,
+             "seed": request.seed, "replay": str(replay) if replay else None, "quick": quick}  # fmt: skip
+    _finish(out, "kernels", request.device, asked, [bench_kernels(request)], path, "matrices")
+
+
+@app.command()
+def decode(
+    model: options.ModelOption = None,
+    stacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stack",
+            metavar="SHAPE:LAYERS",
+            help="Random layers of a real shape, such as llama-2-7b:4, which need no checkpoint; may be repeated.",
+        ),
+    ] = None,
+    sparsity: LevelsOption = None,
+    dump: Annotated[bool, typer.Option("--dump/--no-dump", help="Also decode into a temporary store.")] = True,
+    transformers: Annotated[
+        bool, typer.Option("--transformers/--no-transformers", help="Also run transformers' generate.")
+    ] = True,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option("--gguf", metavar="FILE", help="A GGUF of the same model to run with llama.cpp; may be repeated."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=3, metavar="N", help="New tokens per run.")] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of the prompt.")
+    ] = 32,
+    rounds: RoundsOption = None,
+    quick: QuickOption = False,
+    calibration: options.CalibrationOption = None,
+    seed: options.SeedOption = None,
+    dtype: options.DtypeOption = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = None,
+    path: OutOption = None,
+    force: options.ForceOption = False,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Tokens per second: dense, sparse, with a dump, transformers, llama.cpp, and the floor.
+
+    All continue the same prompt greedily, in turn, round after round; prefill is not counted. The floor is the speed at
+    which what a step has to read (kept weights, output head, key-value cache) could be read.
+    """
+    from teal_cli.bench.decode import DecodeRequest, bench_decode
+    from teal_cli.bench.engines import check_gguf
+    from teal_cli.bench.shapes import parse_stack
+    from teal_cli.session import choose_device
+
+    out = output(json, quiet)
+    given = settings.load()
+    _check_path(path, force)
+    check_gguf(gguf or [])
+    if stacks and not model and gguf:
+        raise UsageError("a stack of random layers has no GGUF", hint="name a model with --model, or leave out --gguf")
+    shapes = [parse_stack(text) for text in stacks or ()]
+    levels = _levels(sparsity or (QUICK_LEVELS if quick else LEVELS), None)
+    dumped = (0.5 if 0.5 in levels else levels[0],) if dump else ()
+    request = DecodeRequest(
+        levels, dumped, tokens or (32 if quick else 64), rounds or (5 if quick else 15), given.pick("seed", seed) or 0,
+        dumped_blocks=1 if quick else 2, transformers=transformers, gguf=gguf or [],
+    )  # fmt: skip
+    where = choose_device(given.pick("device", device))
+    chosen = {"dtype": given.pick("dtype", dtype), "backend": given.pick("backend", backend)}
+
+    def measured() -> Iterator[Iterable[Progress | Row]]:
+        if model or not shapes:
+            yield bench_decode(
+                _registered(out, given, model, str(where), calibration, levels, prompt_tokens, chosen), request
+            )
+        for shape in shapes:
+            yield bench_decode(_stack(shape, where, levels, prompt_tokens, request.seed, chosen), request)
+
+    asked = {"model": model, "stacks": stacks or [], "sparsities": levels, "dump": dump, "tokens": request.new_tokens,
+             "prompt_tokens": prompt_tokens, "rounds": request.rounds, "seed": request.seed, **chosen,
+             "gguf": [file.name for file in gguf or ()], "transformers": transformers, "quick": quick}  # fmt: skip
+    _finish(out, "decode", where, asked, measured(), path, "rounds")
+
+
+def _registered(
+    out: Output,
+    given: settings.Settings,
+    model: str | None,
+    device: str,
+    calibration: str | None,
+    levels: tuple[float, ...],
+    prompt_tokens: int,
+    chosen: dict[str, Any],
+) -> Subject:
+    from teal_cli.bench.subjects import registered
+    from teal_cli.session import open_session
+
+    session = open_session(
+        given.pick("model", model), device=device, calibration=given.pick("calibration", calibration), **chosen
+    )
+    subject = registered(session, levels, prompt_tokens)
+    for note in session.notes:
+        out.note(note)
+    return subject
+
+
+def _stack(
+    parsed: tuple[str, Any, int],
+    device: torch.device,
+    levels: tuple[float, ...],
+    prompt_tokens: int,
+    seed: int,
+    chosen: dict[str, Any],
+) -> Subject:
+    from teal_cli.bench.subjects import stack
+    from teal_cli.session import DTYPES
+
+    name, shape, layers = parsed
+    backend = None if chosen["backend"] in (None, "auto") else chosen["backend"]
+    return stack(
+        name,
+        shape,
+        layers,
+        levels,
+        prompt_tokens,
+        dtype=DTYPES[chosen["dtype"] or "bfloat16"],
+        device=device,
+        backend=backend,
+        seed=seed,
+    )
+
+
+def _check_path(path: Path | None, force: bool) -> None:
+    from teal_cli.bench.results import check_target
+
+    if path is not None:
+        check_target(path, force=force)
+
+
+def _matrices(shapes: str | None, model: str | None, replayed: str | None) -> list[Matrix]:
+    from teal_cli.bench.shapes import matrices_of, merge, parse_shapes
+    from teal_cli.model.config import load_config
+    from teal_cli.registry.registry import Registry
+
+    matrices = parse_shapes(shapes) if shapes else []
+    if model or (replayed and not shapes):
+        entry = Registry().get(model or replayed)
+        matrices += matrices_of(entry.name, load_config(entry.path))
+    return merge(matrices) or parse_shapes("all")
+
+
+def _dtypes(text: str) -> list[str]:
+    try:
+        return [settings.dtype(name.strip()) for name in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--dtype {text!r} {error}", hint="e.g. --dtype bfloat16,float16") from None
+
+
+def _levels(text: str | None, available: tuple[float, ...] | None) -> tuple[float, ...]:
+    """The sparsities above 0 that were asked for; of a store, those that it has."""
+    from teal_cli.dump.levels import parse_levels
+
+    wanted = tuple(level for level in parse_levels(text) if level > 0) if text else available or ()
+    if not wanted:
+        raise UsageError("there is no sparsity above 0 to measure", hint="dense is measured always; try -s 0.5")
+    missing = [level for level in wanted if available is not None and level not in available]
+    if missing:
+        raise UsageError(
+            f"the store has no level {missing[0]:.2f}", hint=f"it has {', '.join(map(str, available or ()))}"
+        )
+    return wanted
+
+
+def _finish(
+    out: Output,
+    command: str,
+    device: torch.device,
+    asked: dict[str, Any],
+    runs: Iterable[Iterable[Progress | Row]],
+    path: Path | None,
+    unit: str,
+) -> None:
+    """Measure, show, write; exit 1 if a check failed."""
+    from teal_cli.bench.machine import describe
+    from teal_cli.bench.results import Result, save
+    from teal_cli.bench.rows import Progress
+    from teal_cli.bench.tables import show
+
+    machine = describe(device)
+    rows: list[Row] = []
+    with progress(out) as bars:
+        task = bars.task("Measuring bandwidth", unit=unit)
+        for run in runs:
+            for event in run:
+                if isinstance(event, Progress):
+                    task.update(done=event.done, total=event.total, text=event.text)
+                else:
+                    rows.append(event)
+    result = Result(command, machine, asked, rows)
+    if path is not None:
+        save(result, path)
+    out.result(result.as_dict(), lambda console: show(console, result))
+    if path is not None:
+        out.note(f"written to {path}; `teal plot bench {path} -o bench.png` draws it")
+    if result.failed:
+        out.warn(f"{len(result.failed)} of {len(rows)} rows failed their check and have no time")
+        raise typer.Exit(1)
