@@ -244,8 +244,8 @@ def _steps(device: str) -> Iterator[Finding]:
     where = torch.device(device)
     chosen, slower = choose_step(where, None)
     note = f" (slower than it could be: {slower})" if slower else ""
-    status = WARN if slower else OK
-    yield Finding("kernels", "decode step", status, f"{chosen} on {device}{note}", data={"used": chosen})
+    detail = f"{chosen} on {device}{note}"
+    yield Finding("kernels", "decode step", WARN if slower else OK, detail, data={"used": chosen})
     for backend in (NUMBA, TRITON_GRAPH):
         if step_problem(backend, where) is None:
             yield _agrees("decode_step", backend, device)

