@@ -217,17 +217,30 @@ def test_threshold_that_keeps_one_entry() -> None:
     assert model.kv[0, 1, :, 0].abs().sum() > 0
 
 
-def test_capture_and_thread_count_change_no_bit() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_reproducible_and_capture_changes_no_bit(threads: int) -> None:
     spec = VARIANTS["wide"]
     table = threshold_table("half", 1)
     results = []
-    for threads, capture in ((1, False), (2, False), (2, True), (2, False), (5, False)):
+    for capture in (False, True, False):
         model = make(spec, torch.bfloat16)
         step = model.compiled(threads=threads)
         rows = poisoned_rows(spec, torch.bfloat16) if capture else None
         results.append(torch.stack([step.step(9 + i, i, table, rows).clone() for i in range(12)]))
-        step.close()
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4, 6])
+@pytest.mark.parametrize("kind", ["dense", "half", "own"])
+def test_any_number_of_threads(threads: int, kind: str) -> None:
+    """Rows wide enough to be split by columns, too narrow for that, and both at once."""
+    spec = StepSpec(640, 2700, 10, 2, 64, 500, 1e-5, (None,))
+    model, single = make(spec, torch.float32), make(spec, torch.float32)
+    step, expected = model.compiled(threads=threads), single.compiled(threads=1)
+    for position in range(3):
+        logits = step.step(position, position, threshold_table(kind, 1))
+        assert distance(logits, expected.step(position, position, threshold_table(kind, 1))) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 3])

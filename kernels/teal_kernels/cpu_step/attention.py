@@ -15,8 +15,9 @@ import numpy as np
 from numba import njit
 
 from teal_kernels.cpu_step.intrinsics import item_bytes, narrow, store
-from teal_kernels.cpu_step.layout import K_NORM, NONE, Q_NORM
+from teal_kernels.cpu_step.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
 from teal_kernels.cpu_step.rows import add_rows, dot_rows
+from teal_kernels.cpu_step.sites import collect
 from teal_kernels.cpu_step.vectors import INNER, compiled, contracted, exp, rms_norm, rotate
 
 TILE = 256
@@ -33,7 +34,7 @@ def parts_for(threads: int, kv_heads: int) -> int:
 @compiled
 def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
     """This thread's items: rotates queries, appends key and value to the cache, leaves partial sums in `shared`."""
-    parts = shared.totals.shape[1]
+    parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
     items = shape.kv_heads * parts
     first = max(0, token.position + 1 - weights.windows[layer])
     count = token.position + 1 - first
@@ -43,49 +44,41 @@ def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: A
         start = first + part * step
         stop = min(start + step, token.position + 1)
         if start >= stop:
-            group = shape.heads // shape.kv_heads
             shared.totals[head * group : (head + 1) * group, part] = ZERO
             continue
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
         values = cache.values + layer * cache.layer_stride + head * cache.head_stride
         if stop == token.position + 1:
-            append(kind, shape, weights, layer, token, shared, own, head, keys, values)
-        for query in range(head * shape.heads // shape.kv_heads, (head + 1) * shape.heads // shape.kv_heads):
-            place(kind, shape, weights.tensors[layer, Q_NORM], weights.eps, token, shared.qkv, query, own)
+            append(kind, shape, tensors, weights.eps, token, shared.qkv, head, keys, values, own)
+        for query in range(head * group, (head + 1) * group):
+            place(kind, shape, tensors, tensors[Q_NORM], weights.eps, token, shared.qkv, query, own)
             attend_part(kind, shape, keys, values, start, stop, query, part, shared, own)
 
 
 @compiled
-def place(kind: Any, shape: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any) -> None:
-    """own.rotated = one head of qkv, normalised if the model does that, turned to this token's position."""
-    start = head * shape.head_dim
+def place(kind: Any, shape: Any, tensors: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any) -> None:
+    """own.rotated = one head of the product, normalised if the model does that, turned to this token's position."""
+    collect(kind, qkv, head * shape.head_dim, shape.head_dim, tensors[QKV_BIAS], own.head)
     if norm != NONE:
-        rms_norm(kind, qkv, start, shape.head_dim, norm, eps, own.normed)
+        rms_norm(kind, own.head, shape.head_dim, norm, eps, own.normed)
         rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, own.rotated)
     else:
-        rotate(kind, qkv[start : start + shape.head_dim], shape.head_dim, token.cos, token.sin, own.rotated)
+        rotate(kind, own.head, shape.head_dim, token.cos, token.sin, own.rotated)
 
 
 @compiled
 def append(
-    kind: Any,
-    shape: Any,
-    weights: Any,
-    layer: int,
-    token: Any,
-    shared: Any,
-    own: Any,
-    head: int,
-    keys: int,
-    values: int,
+    kind: Any, shape: Any, tensors: Any, eps: Any, token: Any, qkv: Any, head: int, keys: int, values: int, own: Any
 ) -> None:
     """Writes this token's key and value of one head into the cache."""
-    place(kind, shape, weights.tensors[layer, K_NORM], weights.eps, token, shared.qkv, shape.heads + head, own)
-    start = (shape.heads + shape.kv_heads + head) * shape.head_dim
     first = token.position * shape.head_dim
+    place(kind, shape, tensors, tensors[K_NORM], eps, token, qkv, shape.heads + head, own)
     for i in range(shape.head_dim):
         store(kind, keys, first + i, own.rotated[i])
-        store(kind, values, first + i, shared.qkv[start + i])
+    start = (shape.heads + shape.kv_heads + head) * shape.head_dim
+    collect(kind, qkv, start, shape.head_dim, tensors[QKV_BIAS], own.head)
+    for i in range(shape.head_dim):
+        store(kind, values, first + i, own.head[i])
 
 
 @njit(**INNER, fastmath={"nnan", "nsz"})

@@ -43,10 +43,12 @@ class Shape(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """tensors int64 [layers, 10], addresses or NONE; windows int64 [layers]; eps float32; the rest addresses."""
+    """tensors int64 [layers, 10], addresses or NONE; windows int64 [layers]; edges int64 [4, 4], see step.site_edges;
+    eps float32; the rest addresses."""
 
     tensors: Any
     windows: Any
+    edges: Any
     eps: Any
     embedding: int
     final_norm: int
@@ -61,19 +63,21 @@ class Shared(NamedTuple):
         rows: int64 [4, 2], per site the address of layer 0's row and the bytes from layer to layer; address NONE when
             nothing is captured.
 
-    Written by the threads: the float32 buffers hidden, qkv, tops, totals, mixed, mid; logits [vocab], the result; and
-    control, int64, see ARRIVALS.
+    Written by the threads, float32: qkv, attn_out, gate_up, down [row groups, columns], the parts of each product;
+    tops, totals [heads, parts] and mixed [heads, parts, head_dim], those of attention; logits [vocab], the result.
+    control is int64, see ARRIVALS.
     """
 
     order: Any
     thresholds: Any
     rows: Any
-    hidden: Any
     qkv: Any
     tops: Any
     totals: Any
     mixed: Any
-    mid: Any
+    attn_out: Any
+    gate_up: Any
+    down: Any
     logits: Any
     control: Any
 
@@ -97,18 +101,18 @@ class Cache(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What one thread has for itself. `listed` is the threshold that the list of `kept` entries (index, value) was made
-    with."""
+    """What one thread has for itself: its copy of the residual stream, `hidden`; the list of kept entries, `index` and
+    `value`; and room for what its functions pass to each other."""
 
     thread: int
     threads: int
+    hidden: Any
     x: Any
     index: Any
     value: Any
-    listed: Any
-    kept: Any
+    mid: Any
     out: Any
-    up: Any
+    head: Any
     normed: Any
     rotated: Any
     scores: Any

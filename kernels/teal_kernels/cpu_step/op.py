@@ -71,8 +71,8 @@ class CpuStep:
         size = threads or default_threads()
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
         kind = np.empty(0, KINDS[self.dtype])
-        weights = self._addresses(layers, embedding, final_norm, lm_head)
-        shared = step.shared_buffers(size, shape)
+        weights = self._addresses(layers, embedding, final_norm, lm_head, step.site_edges(shape))
+        shared = step.shared_buffers(kind, size, shape)
         own = [step.own_buffers(thread, size, shape) for thread in range(size)]
         self._rope = rope
         self._kept_alive = (tuple(layers), embedding, final_norm, lm_head)
@@ -145,7 +145,12 @@ class CpuStep:
         self._team.close()
 
     def _addresses(
-        self, layers: Sequence[LayerTensors], embedding: Tensor, final_norm: Tensor, lm_head: Tensor
+        self,
+        layers: Sequence[LayerTensors],
+        embedding: Tensor,
+        final_norm: Tensor,
+        lm_head: Tensor,
+        edges: NDArray[np.int64],
     ) -> Weights:
         spec, shapes = self.spec, layer_shapes(self.spec)
         table = np.full((len(layers), len(shapes)), NONE, np.int64)
@@ -161,6 +166,7 @@ class CpuStep:
         return Weights(
             table,
             np.array([EVERYWHERE if window is None else window for window in spec.windows], np.int64),
+            edges,
             np.float32(spec.norm_eps),
             embedding.data_ptr(),
             final_norm.data_ptr(),

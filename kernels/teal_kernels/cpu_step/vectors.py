@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from teal_kernels.cpu_step.intrinsics import fetch, narrow, power_of_two, put, store
+from teal_kernels.cpu_step.intrinsics import fetch, get, narrow, power_of_two, put, store
 
 ONE = np.float32(1.0)
 LOG2_E = np.float32(1.4426950408889634)
@@ -54,21 +54,19 @@ def exp(x: Any) -> Any:
 
 
 @reordered
-def sum_of_squares(x: Any, start: int, count: int) -> Any:
-    x = x[start : start + count]
+def sum_of_squares(x: Any, count: int) -> Any:
     total = np.float32(0.0)
-    for i in range(len(x)):
+    for i in range(count):
         total += x[i] * x[i]
     return total
 
 
 @compiled
-def rms_norm(kind: Any, x: Any, start: int, count: int, weight: int, eps: Any, out: Any) -> None:
-    """out[:count] = RMSNorm of x[start:][:count]: float32 inside, rounded before and after the weight (an address)."""
-    scale = ONE / np.sqrt(sum_of_squares(x, start, count) / np.float32(count) + eps)
-    x = x[start : start + count]
+def rms_norm(kind: Any, x: Any, count: int, weight: int, eps: Any, out: Any) -> None:
+    """out[:count] = RMSNorm of x[:count]: float32 inside, rounded before and after the weight (an address)."""
+    scale = ONE / np.sqrt(sum_of_squares(x, count) / np.float32(count) + eps)
     for i in range(count):
-        put(out, i, narrow(kind, narrow(kind, x[i] * scale) * fetch(kind, weight, i)))
+        put(out, i, narrow(kind, narrow(kind, get(x, i) * scale) * fetch(kind, weight, i)))
 
 
 @compiled

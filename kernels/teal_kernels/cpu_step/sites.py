@@ -1,0 +1,136 @@
+"""The four products of a layer, split over threads: captured input, list of kept entries, parts of the sum.
+
+Memory decides how a product is split. It wants long runs: a thread that reads half of every 1 KB row gets a third
+of the bandwidth that it gets from half of the rows, whole. So threads first share the columns, as long as each still
+has PIECE bytes of a row; beyond that they share the kept rows, and leave partial sums that are added in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, narrow, put
+from teal_kernels.cpu_step.layout import NONE, UNIT
+from teal_kernels.cpu_step.rows import add_rows, add_short_rows
+from teal_kernels.cpu_step.vectors import compact, compiled, list_all, record, record_all, swish
+
+PIECE = 4096
+"""Bytes of a row that one thread reads at least, where a row has them."""
+
+SHORT = 2048
+"""Bytes of a row up to which it is too short for the processor's own prefetcher; see rows.py."""
+
+ZERO = np.float32(0.0)
+FIRST, LAST, MATRIX = (0, 3, 4, 6), (3, 4, 6, 7), (1, 5, 8, 9)
+"""Per site: its projections' range among q k v o gate up down, and its column in `Weights.tensors`."""
+
+
+def row_groups(threads: int, row_bytes: int) -> int:
+    """Among how many threads the kept rows of a matrix are shared; as many times fewer share its columns."""
+    columns = [n for n in range(1, threads + 1) if threads % n == 0 and (n == 1 or row_bytes >= n * PIECE)]
+    return threads // max(columns)
+
+
+@compiled
+def multiply(
+    kind: Any, site: int, layer: int, x: Any, count: int, weights: Any, shared: Any, parts: Any, own: Any
+) -> None:
+    """This thread's part of (x where |x| > threshold) @ weight, and its share of the captured row.
+
+    Neighbouring projections with equal thresholds are walked as one.
+
+    Args:
+        x: float32, `count` channels.
+        parts: float32 [row groups, columns of the fused matrix].
+    """
+    thresholds = shared.thresholds[layer, FIRST[site] : LAST[site]]
+    edges = weights.edges[site]
+    weight, width, size = weights.tensors[layer, MATRIX[site]], edges[len(thresholds)], item_bytes(kind)
+    groups = len(parts)
+    group, column, columns = own.thread % groups, own.thread // groups, own.threads // groups
+    if shared.rows[site, 0] != NONE:
+        capture(kind, shared.rows[site, 0] + layer * shared.rows[site, 1], x, count, thresholds, own)
+    segment, listed, kept = 0, thresholds[0], list_kept(x, count, thresholds[0], own)
+    while segment < len(thresholds):
+        following = segment + 1
+        while following < len(thresholds) and thresholds[following] == thresholds[segment]:
+            following += 1
+        if thresholds[segment] != listed:
+            listed, kept = thresholds[segment], list_kept(x, count, thresholds[segment], own)
+        first, last = share(edges[following] - edges[segment], column, columns)
+        first, last = edges[segment] + first, edges[segment] + last
+        out = parts[group, first : max(first, last)]
+        out[:] = ZERO
+        begin, end = kept * group // groups, kept * (group + 1) // groups
+        base, index, value = weight + first * size, own.index[begin:end], own.value[begin:end]
+        if (last - first) * size <= SHORT:
+            add_short_rows(kind, base, width * size, index, value, end - begin, last - first, out)
+        else:
+            add_rows(kind, base, width * size, index, value, end - begin, last - first, out)
+        segment = following
+
+
+@compiled
+def share(count: int, thread: int, threads: int) -> tuple[int, int]:
+    """The range of `count` outputs or channels that one of `threads` has."""
+    units = (count + UNIT - 1) // UNIT
+    return units * thread // threads * UNIT, min(count, units * (thread + 1) // threads * UNIT)
+
+
+@compiled
+def list_kept(x: Any, count: int, threshold: Any, own: Any) -> int:
+    """Fills own.index and own.value with the kept entries of x. Returns how many."""
+    if threshold < ZERO:
+        return list_all(x, count, own.index, own.value)
+    return compact(x, count, threshold, own.index, own.value)
+
+
+@compiled
+def capture(kind: Any, row: int, x: Any, count: int, thresholds: Any, own: Any) -> None:
+    """Writes this thread's share of x to a row (an address), thresholded at the lowest threshold."""
+    first, last = share(count, own.thread, own.threads)
+    lowest = thresholds[0]
+    for threshold in thresholds[1:]:
+        lowest = min(lowest, threshold)
+    if lowest < ZERO:
+        record_all(kind, x, first, last, row)
+    else:
+        record(kind, x, first, last, lowest, row)
+
+
+@compiled
+def collect(kind: Any, parts: Any, first: int, count: int, bias: int, out: Any) -> None:
+    """out[:count] = columns first.. of a product: its parts added and rounded; plus bias, if any, rounded again."""
+    part = parts[0, first : first + count]
+    for i in range(count):
+        out[i] = part[i]
+    for group in range(1, len(parts)):
+        part = parts[group, first : first + count]
+        for i in range(count):
+            out[i] += part[i]
+    if bias == NONE:
+        for i in range(count):
+            out[i] = narrow(kind, out[i])
+    else:
+        for i in range(count):
+            put(out, i, narrow(kind, narrow(kind, get(out, i)) + fetch(kind, bias, first + i)))
+
+
+@compiled
+def add_product(kind: Any, hidden: Any, count: int, parts: Any, bias: int, own: Any) -> None:
+    """The residual connection: hidden += the product, rounded."""
+    collect(kind, parts, 0, count, bias, own.out)
+    for i in range(count):
+        hidden[i] = narrow(kind, hidden[i] + own.out[i])
+
+
+@compiled
+def activate(kind: Any, count: int, parts: Any, own: Any) -> None:
+    """own.mid = SiLU(gate) * up."""
+    collect(kind, parts, 0, count, NONE, own.mid)
+    collect(kind, parts, count, count, NONE, own.out)
+    for i in range(count):
+        own.mid[i] = swish(kind, own.mid[i], own.out[i])
