@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from teal_cli.ui.completion import sites
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
-from teal_cli.ui.options import ForceOption, JsonOption, QuietOption
+from teal_cli.ui.options import ForceOption, JsonOption, QuietOption, StoreArgument
 from teal_cli.ui.output import output
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
@@ -40,3 +41,32 @@ def bench(
     check_target(picture, force=force)
     draw(loaded, picture)
     out.result({"result": result, "picture": picture}, lambda console: console.print(f"drawn: {picture}", markup=False))
+
+
+@app.command()
+def store(
+    path: StoreArgument,
+    picture: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf to write.")],
+    layer: Annotated[int, typer.Option("--layer", metavar="N", help="The layer to show; -1 is the last.")] = 0,
+    site: Annotated[
+        str,
+        typer.Option("--site", metavar="SITE", help="attn_in, attn_out, mlp_in or mlp_mid.", autocompletion=sites),
+    ] = "mlp_in",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="How many tokens to show.")] = 64,
+    channels: Annotated[int, typer.Option("--channels", min=1, metavar="N", help="How many channels to show.")] = 288,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The activations of a site token by token, and the realised sparsity of every layer."""
+    from teal_cli.bench.plots import check_picture
+    from teal_cli.bench.results import check_target
+    from teal_cli.dump.picture import draw
+    from teal_cli.dump.reader import open_store
+
+    out = output(json, quiet)
+    opened = open_store(path)
+    check_picture(picture)
+    check_target(picture, force=force)
+    draw(opened, picture, layer=layer, site=site, tokens=tokens, channels=channels)
+    out.result({"store": path, "picture": picture}, lambda console: console.print(f"drawn: {picture}", markup=False))

@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 
+from teal_cli.model.sites import SITE_PROJECTIONS
 from teal_cli.settings import BACKENDS, DTYPES, configs, teal_home
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
@@ -76,6 +77,11 @@ def levels(ctx: typer.Context, incomplete: str) -> Items:
 
 def sparsities(incomplete: str) -> Items:
     return _matching([(value, "") for value in SPARSITIES], incomplete)
+
+
+def sites(incomplete: str) -> Items:
+    """The input vectors of a layer, with the projections that read them."""
+    return _matching([(site, f"feeds {', '.join(group)}") for site, group in SITE_PROJECTIONS.items()], incomplete)
 
 
 def dtypes(incomplete: str) -> Items:

@@ -34,6 +34,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ALLOWED = {
     ("dump.job", "decoding"),  # a dump is a decoding run that writes
     ("teal_cli", "dump"),  # open_store, on first use
+    ("ui.completion", "model"),  # the names of sites, constants
 }
 
 LIGHT = {"app", "__main__", "commands", "ui", "registry", "settings", "errors", "teal_cli"}
