@@ -17,8 +17,13 @@ from teal_kernels.cpu_step.vectors import contracted, reordered
 
 ZERO = np.float32(0.0)
 LINE = 64
+SHORT = 2048
+"""Bytes of a row up to which software asks for rows in advance: the processor's prefetcher starts anew at each row, and
+it needs some kilobytes to get going."""
 AHEAD = 8
-"""Rows between the one that is added and the one that is asked for, where rows are short."""
+"""How many rows in advance, where rows are picked."""
+STREAM = 8192
+"""How many bytes in advance, where rows follow each other."""
 
 
 @contracted
@@ -84,22 +89,13 @@ def add_short_rows(kind: Any, base: int, stride: int, index: Any, value: Any, ke
 
 @reordered
 def dot_rows(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any) -> None:
-    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`."""
-    i = 0
-    while i + 4 <= count:
-        r0 = base + i * stride
-        r1, r2, r3 = r0 + stride, r0 + 2 * stride, r0 + 3 * stride
-        s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
+    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`, rows without gaps."""
+    distance = STREAM if stride <= SHORT else 0
+    for i in range(count):
+        row = base + i * stride
+        for byte in range(distance, distance + min(distance, stride), LINE):
+            prefetch(row + byte)
+        total = ZERO
         for j in range(width):
-            s0 += x[j] * fetch(kind, r0, j)
-            s1 += x[j] * fetch(kind, r1, j)
-            s2 += x[j] * fetch(kind, r2, j)
-            s3 += x[j] * fetch(kind, r3, j)
-        out[i], out[i + 1], out[i + 2], out[i + 3] = s0, s1, s2, s3
-        i += 4
-    while i < count:
-        s0 = ZERO
-        for j in range(width):
-            s0 += x[j] * fetch(kind, base + i * stride, j)
-        out[i] = s0
-        i += 1
+            total += x[j] * fetch(kind, row, j)
+        out[i] = total

@@ -14,14 +14,11 @@ import numpy as np
 
 from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, narrow, put
 from teal_kernels.cpu_step.layout import NONE, UNIT
-from teal_kernels.cpu_step.rows import add_rows, add_short_rows
+from teal_kernels.cpu_step.rows import SHORT, add_rows, add_short_rows
 from teal_kernels.cpu_step.vectors import compact, compiled, list_all, record, record_all, swish
 
 PIECE = 4096
 """Bytes of a row that one thread reads at least, where a row has them."""
-
-SHORT = 2048
-"""Bytes of a row up to which it is too short for the processor's own prefetcher; see rows.py."""
 
 ZERO = np.float32(0.0)
 FIRST, LAST, MATRIX = (0, 3, 4, 6), (3, 4, 6, 7), (1, 5, 8, 9)
