@@ -17,8 +17,11 @@ from torch import Tensor
 
 from teal_cli.bench.inputs import Vectors
 from teal_kernels.cpu_step.compiled import KINDS, load
-from teal_kernels.cpu_step.layout import Shape
+from teal_kernels.cpu_step.layout import DOWN, NONE, Shape, Weights
 from teal_kernels.cpu_step.op import default_threads
+
+_SITE, _THRESHOLD = 3, 6
+"""Every matrix plays the part of `down`: one projection at a site of its own."""
 
 
 class CompiledProducts:
@@ -28,7 +31,7 @@ class CompiledProducts:
         copies: weights [K, N]; vectors: what they are multiplied by; both are used in turn.
 
     Attributes:
-        out: float32 [N], the last product, rounded to the dtype of the weights.
+        out: float32 [shares, N], the last product, as the step leaves it for what follows.
     """
 
     def __init__(self, copies: list[Tensor], vectors: Vectors) -> None:
@@ -36,27 +39,34 @@ class CompiledProducts:
         dtype = copies[0].dtype
         step = load(dtype)
         threads = default_threads()
-        shape = Shape(0, inputs, outputs, 1, 1, 0, 0)
+        shape = Shape(
+            layers=0, hidden=outputs, intermediate=inputs, heads=1, kv_heads=1, head_dim=0, vocab=0
+        )  # fmt: skip
+        self._kind = np.empty(0, KINDS[dtype])
         self._batch = _batch(dtype)
         self._own = [step.own_buffers(thread, threads, shape) for thread in range(threads)]
+        self._shared = step.shared_buffers(self._kind, threads, shape)
+        self._edges = step.site_edges(shape)
         self._others = ThreadPoolExecutor(max(1, threads - 1))
-        self._kind = np.empty(0, KINDS[dtype])
         self._copies = copies  # kept alive: the compiled code has addresses only
         self._addresses = np.array([copy.data_ptr() for copy in copies], np.int64)
         self._x = vectors.x.float().numpy()
         self._limits = np.array(vectors.limits, np.float32)
-        self.out = torch.empty(outputs)
+        self.out = torch.from_numpy(self._shared.down)
 
     def run(self, first: int, calls: int) -> None:
         """The products of `calls` copies from `first` on."""
         turns = np.arange(first, first + calls)
-        arguments = (
-            self._x,
-            self._limits,
-            turns % len(self._x),
-            self._addresses[turns % len(self._addresses)],
-            self.out.numpy(),
-        )
+        order = turns % len(self._x)
+        tensors = np.full((calls, DOWN + 1), NONE, np.int64)
+        tensors[:, DOWN] = self._addresses[turns % len(self._addresses)]
+        thresholds = np.zeros((calls, _THRESHOLD + 1), np.float32)
+        thresholds[:, _THRESHOLD] = self._limits[order]
+        weights = Weights(
+            tensors=tensors, windows=np.empty(0, np.int64), edges=self._edges, eps=np.float32(1), embedding=NONE,
+            final_norm=NONE, lm_head=NONE,
+        )  # fmt: skip
+        arguments = self._x, order, weights, self._shared._replace(thresholds=thresholds)
         others = [self._others.submit(self._batch, self._kind, own, *arguments) for own in self._own[1:]]
         self._batch(self._kind, self._own[0], *arguments)
         for other in others:
@@ -65,20 +75,16 @@ class CompiledProducts:
 
 @cache
 def _batch(dtype: torch.dtype) -> Callable[..., None]:
+    load(dtype)  # first, so that the step's modules are imported as it wants them
     from numba import njit
 
-    step = load(dtype)
-    share, project, narrow = step.share, step.project, step.narrow
+    from teal_kernels.cpu_step.sites import multiply
 
     @njit(nogil=True, error_model="numpy")
-    def batch(kind: Any, own: Any, x: Any, limits: Any, order: Any, weights: Any, out: Any) -> None:
-        first, last = share(len(out), own.thread, own.threads)
-        for i in range(len(weights)):
-            own.listed[0] = np.nan
-            vector = x[order[i]]
-            project(kind, vector, len(vector), limits[order[i]], weights[i], len(out), first, last, own.out, own)
-            for j in range(first, last):
-                out[j] = narrow(kind, own.out[j - first])
+    def batch(kind: Any, own: Any, x: Any, order: Any, weights: Any, shared: Any) -> None:
+        for layer in range(len(order)):
+            vector = x[order[layer]]
+            multiply(kind, _SITE, layer, vector, len(vector), weights, shared, shared.down, own)
 
     compiled: Callable[..., None] = batch
     return compiled

@@ -23,6 +23,7 @@ FORMATS: Final = (".png", ".svg", ".pdf")
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DENSE: Final = "#777777"
 _COLUMNS: Final = 4
+_TALLEST: Final = 2.5
 _DPI: Final = 150
 
 
@@ -115,6 +116,9 @@ def _draw_panel(time: Axes, speed: Axes, rows: list[KernelRow], colours: dict[st
         time.fill_between(x, *band, color=colours[product], alpha=0.15, linewidth=0)
         speed.plot(x, _values(mine, "gbps"), **style)
     at = sorted({100 * row.sparsity for row in sparse})
+    if dense:  # what is several times slower than dense would squeeze the rest to a line
+        slowest = max(row.p80_us or 0.0 for row in [*sparse, fastest])
+        time.set_ylim(top=min(1.05 * slowest, _TALLEST * (fastest.p50_us or 0.0)))
     margin = 4.0
     time.set_xlim((at[0] if at else 0) - margin, (at[-1] if at else 100) + margin)
     time.set_ylim(bottom=0)
@@ -145,7 +149,7 @@ def _draw_decodes(rows: Sequence[DecodeRow]) -> Figure:
     figure = Figure(figsize=(8.5, 0.36 * sum(counts) + 1.0 * len(models) + 0.6), layout="constrained")
     all_axes = figure.subplots(len(models), 1, squeeze=False, height_ratios=counts)[:, 0]
     for axes, model in zip(all_axes, models, strict=True):
-        mine = [row for row in rows if row.model == model]
+        mine = sorted((row for row in rows if row.model == model), key=lambda row: (row.engine != "teal", row.sparsity))
         _draw_bars(axes, mine)
         axes.set_title(f"{model}, {mine[0].layers} layers, {mine[0].dtype}", fontsize=9, loc="left")
     all_axes[-1].set_xlabel("decode steps per second (bar: median, whisker: p20 to p80; mark: at the memory's read "
@@ -163,11 +167,13 @@ def _draw_bars(axes: Axes, rows: list[DecodeRow]) -> None:
                   error_kw={"linewidth": 1, "ecolor": "#333333"})  # fmt: skip
         axes.plot([row.floor] * 2, [place - 0.38, place + 0.38], color="black", linewidth=1.6, linestyle=":")
         ratio = row.faster_than.get("dense")
-        text = f"{median:.1f}" + (f"  ({ratio:.2f}x dense)" if ratio and row.engine == "teal" else "")
-        axes.text(0.008 * longest, place, text, va="center", fontsize=7.5, color="white")
+        text = f"{median:.1f}" + (f", {ratio:.2f}x dense" if ratio and row.engine == "teal" else "")
+        text += f", dump {row.to_undumped - 1:+.0%}" if row.to_undumped else ""
+        axes.text(max(row.p80 or 0.0, median) + 0.012 * longest, place, text, va="center", fontsize=7.5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.06 * longest)
+    axes.set_xlim(0, 1.12 * longest)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)

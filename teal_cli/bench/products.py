@@ -41,7 +41,7 @@ class Product(Protocol):
     turned: bool
 
     def one(self, turn: int) -> Tensor:
-        """The product of vector and copy number `turn`, [N]."""
+        """The product of vector and copy number `turn`, [N], or its shares [splits, N]."""
         ...
 
     def many(self, first: int, calls: int) -> None:
