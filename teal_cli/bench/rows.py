@@ -62,6 +62,9 @@ class KernelRow:
     to_dense: float | None
     kind: Literal["kernel"] = "kernel"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "models", tuple(self.models))  # JSON has lists
+
     @property
     def passed(self) -> bool:
         return self.check == "passed"

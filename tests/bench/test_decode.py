@@ -1,0 +1,143 @@
+"""Rows of `bench_decode` on tiny random stacks: complete, consistent, and without times for what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from teal_cli.bench import decode, engines
+from teal_cli.bench.decode import DecodeRequest, bench_decode
+from teal_cli.bench.engines import check_gguf
+from teal_cli.bench.rows import DecodeRow
+from teal_cli.bench.shapes import ModelShape
+from teal_cli.bench.subjects import Subject, stack
+from teal_cli.decoding.traffic import step_bytes
+from teal_cli.errors import HardwareError, NotFoundError, UsageError
+
+FAMILIES = ("llama", "mistral", "qwen3")
+
+
+def shape(family: str = "llama") -> ModelShape:
+    return ModelShape(family, 8, 64, 96, 4, 2, 16, 320, 96, 1e4, tied=family == "qwen3")
+
+
+def subject(family: str = "llama", *, backend: str = "cpu") -> Subject:
+    return stack(
+        "tiny", shape(family), 2, (0.5, 0.9), 8, dtype=torch.float32, device=torch.device("cpu"), backend=backend
+    )
+
+
+def request(*dumps: float) -> DecodeRequest:
+    return DecodeRequest((0.5, 0.9), dumps, new_tokens=5, rounds=2, probe_bytes=1 << 16)
+
+
+def rows(made: Subject, asked: DecodeRequest) -> dict[str, DecodeRow]:
+    return {event.label: event for event in bench_decode(made, asked) if isinstance(event, DecodeRow)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stack_is_a_model_whose_thresholds_drop_what_they_say(family: str) -> None:
+    made = subject(family)
+    assert made.name == "tiny:2"
+    assert len(made.model.layers) == 2
+    assert made.thresholds[0.0] is None
+    found = rows(made, request())
+    assert set(found) == {"torch dense", "teal dense", "teal 50%", "teal 90%"}
+    assert {row.check for row in found.values()} == {"passed"}
+    assert found["teal 50%"].realised == pytest.approx(0.5, abs=0.12)
+    assert found["teal 90%"].realised == pytest.approx(0.9, abs=0.08)
+
+
+def test_figures_of_a_row() -> None:
+    made = subject()
+    found = rows(made, request())
+    dense, sparse = found["teal dense"], found["teal 50%"]
+    assert dense.bytes == round(step_bytes(made.config, 4, 8 + 5 / 2))
+    assert sparse.bytes < dense.bytes
+    for row in found.values():
+        assert row.p20 is not None
+        assert row.p20 <= row.p50 <= row.p80
+        assert row.floor == pytest.approx(row.read_gbps * 1e9 / row.bytes, rel=1e-6)
+        assert row.to_floor == pytest.approx(row.floor / row.p50, rel=1e-6)
+        assert row.gbps == pytest.approx(row.bytes * row.p50 / 1e9, rel=1e-4)
+        assert (row.rounds, row.prompt_tokens, row.tokens, row.layers) == (2, 8, 5, 2)
+    assert set(sparse.faster_than) == {"dense", "torch"}
+    assert set(dense.faster_than) == {"torch"}
+
+
+def test_a_dump_is_compared_with_the_same_decoder_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.tempfile, "tempdir", str(tmp_path))
+    found = rows(subject(), request(0.5))
+    dump = found["teal 50% + dump"]
+    assert dump.passed
+    assert dump.to_undumped is not None
+    assert dump.tokens > 5, "as many as fill blocks of the store, or as the context has room for"
+    assert not list(tmp_path.iterdir()), "the store is temporary"
+
+
+def test_a_wrong_step_has_no_time_and_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sparse step forgets an output."""
+    right = decode.Teal.__init__
+
+    def broken(self: engines.Teal, *args: object, **kwargs: object) -> None:
+        right(self, *args, **kwargs)  # type: ignore[arg-type]
+        step = self.decoder.step
+        if self.sparsity == 0.5:
+            called = type(step).__call__
+
+            def forgetful(self: object, *args: object) -> Tensor:
+                logits = called(step, *args)
+                logits[: len(logits) // 4] = 0
+                return logits
+
+            step.__class__ = type("Forgetful", (type(step),), {"__call__": forgetful})
+
+    monkeypatch.setattr(decode.Teal, "__init__", broken)
+    found = rows(subject(), request(0.5))
+    for label in ("teal 50%", "teal 50% + dump"):
+        wrong = found[label]
+        assert wrong.check.startswith("failed: error")
+        assert {wrong.p20, wrong.p50, wrong.p80, wrong.gbps, wrong.to_floor, wrong.to_undumped} == {None}
+        assert wrong.faster_than == {}
+    assert found["teal 90%"].passed
+
+
+def test_a_wrong_threshold_is_noticed_though_the_logits_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = subject()
+    thresholds = made.thresholds[0.9]
+    assert thresholds is not None
+    right = engines.open_step
+
+    def other_plan(model: object, cache: object, given: np.ndarray | None, *args: object) -> object:
+        return right(model, cache, thresholds if given is not None else None, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engines, "open_step", other_plan)
+    found = rows(made, request())
+    assert not found["teal 50%"].passed
+    assert found["teal 90%"].passed
+
+
+def test_tokens_must_fit_the_context() -> None:
+    with pytest.raises(UsageError, match="context of 96"):
+        list(bench_decode(subject(), DecodeRequest((0.5,), (), new_tokens=90, rounds=2, probe_bytes=1 << 16)))
+
+
+def test_a_backend_that_cannot_run_is_refused() -> None:
+    with pytest.raises(HardwareError):
+        subject(backend="triton-graph" if not torch.cuda.is_available() else "triton")
+
+
+def test_gguf_needs_llama_cpp_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(HardwareError, match="not installed"):
+        check_gguf([tmp_path / "model.gguf"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(NotFoundError, match=r"model\.gguf"):
+        check_gguf([tmp_path / "model.gguf"])
+    check_gguf([])

@@ -1,0 +1,190 @@
+"""`teal bench` and `teal plot` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fixtures_cli import Teal
+from fixtures_gguf import write_gguf
+
+KERNELS = ("bench", "kernels", "--shapes", "96x64", "--dtype", "bf16", "-s", 0.5, "--rounds", 2, "--device", "cpu")
+DECODE = ("bench", "decode", "-s", 0.5, "--rounds", 2, "--tokens", 4, "--prompt-tokens", 6, "--device", "cpu",
+          "--backend", "cpu")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bandwidth and copies at a size that takes no time; what is measured does not matter here."""
+    for module in ("bandwidth", "inputs"):
+        monkeypatch.setattr(f"teal_cli.bench.{module}.cache_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr("teal_cli.bench.bandwidth._LEAST", 1 << 16)
+    monkeypatch.setattr("teal_cli.bench.inputs._LEAST_POOL", 1 << 16)
+
+
+def test_kernels_to_a_file_and_a_picture(teal: Teal, tmp_path: Path) -> None:
+    file, picture = tmp_path / "r.json", tmp_path / "r.png"
+    shown = teal(*KERNELS, "--out", file)
+    assert shown.code == 0, shown.err
+    assert "x dense" in shown.out
+    assert "memory reads at" in shown.out
+    found = json.loads(file.read_text())
+    assert found["schema"] == "teal-bench/1"
+    assert found["command"] == "kernels"
+    assert found["settings"]["sparsities"] == [0.5]
+    assert {"device", "cores", "memory_bytes", "versions", "load"} <= set(found["machine"])
+    assert {row["product"] for row in found["rows"]} >= {"torch [N,K]", "cpu"}
+    again = teal(*KERNELS, "--out", file)
+    assert again.code == 2
+    assert "--force" in again.err
+    pytest.importorskip("matplotlib")
+    assert teal("plot", "bench", file, "-o", picture, "--json").json["picture"] == str(picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert teal("plot", "bench", file, "-o", picture).code == 2
+    assert teal("plot", "bench", file, "-o", picture, "--force").code == 0
+
+
+def test_kernels_as_json_is_what_the_file_holds(teal: Teal, tmp_path: Path) -> None:
+    run = teal(*KERNELS, "--out", tmp_path / "r.json", "--json")
+    assert run.json == json.loads((tmp_path / "r.json").read_text())
+
+
+def test_a_failed_check_is_said_and_exits_with_1(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teal_cli.bench import products
+
+    monkeypatch.setattr(products, "sparse_gemv", lambda x, weight, *_, **__: x.new_zeros(weight.shape[1]))
+    run = teal(*KERNELS)
+    assert run.code == 1
+    line = next(line for line in run.out.splitlines() if " cpu " in line)
+    assert "failed: error 1, allowed" in line
+    assert "1 of " in run.err
+
+
+@pytest.mark.usefixtures("ready")
+def test_decode_of_a_model_with_all_its_peers(teal: Teal, tmp_path: Path) -> None:
+    run = teal(*DECODE, "--no-dump", "--out", tmp_path / "r.json", "--json")
+    assert run.code == 0, run.err
+    rows = {(row["engine"], row["sparsity"]): row for row in run.json["rows"]}
+    assert set(rows) == {("torch", 0.0), ("teal", 0.0), ("teal", 0.5), ("transformers", 0.0)}
+    assert set(rows["teal", 0.5]["faster_than"]) == {"torch", "dense", "transformers"}
+    assert {row["check"] for row in run.json["rows"]} == {"passed"}
+    assert "tok/s" in teal(*DECODE, "--no-dump", "--no-transformers").out
+
+
+def test_decode_of_a_stack_needs_no_model(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teal_cli.bench import shapes
+
+    tiny = shapes.ModelShape("llama", 4, 64, 96, 4, 2, 16, 320, 64, 1e4)
+    monkeypatch.setitem(shapes.MODEL_SHAPES, "tiny", tiny)
+    run = teal(*DECODE, "--stack", "tiny:1", "--stack", "tiny", "--dtype", "float32", "--json")
+    assert run.code == 0, run.err
+    assert {(row["model"], row["layers"]) for row in run.json["rows"]} == {("tiny:1", 1), ("tiny:4", 4)}
+    assert sum(row["dump"] for row in run.json["rows"]) == 2
+
+
+LLAMA_CPP = '''
+"""Stands in for the binding: decodes by our own model, which `answer` names."""
+import os
+
+def llama_supports_gpu_offload():
+    return False
+
+class Llama:
+    def __init__(self, path, **options):
+        assert os.path.isfile(path) and options["n_gpu_layers"] == 0 and options["n_threads"] >= 1
+
+    def n_vocab(self):
+        return int(os.environ["FAKE_VOCAB"])
+
+    def generate(self, prompt, temp):
+        assert temp == 0.0
+        yield from map(int, os.environ["FAKE_TOKENS"].split())
+'''
+
+
+@pytest.mark.usefixtures("ready")
+def test_llama_cpp(teal: Teal, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teal_cli.bench.subjects import registered
+    from teal_cli.decoding.decoder import Decoder
+    from teal_cli.decoding.sampling import Sampling
+    from teal_cli.session import open_session
+
+    session = open_session(backend="cpu")
+    prompt = registered(session, (), 6).prompt
+    decoder: Decoder = session.decoder(session.plan(0.0), session.cache(20))
+    tokens = list(decoder.generate(prompt, max_new_tokens=4, sampling=Sampling(0.0, 0, 0)))
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FAKE_VOCAB", "320")
+    monkeypatch.setenv("FAKE_TOKENS", " ".join(map(str, tokens)))
+    gguf = write_gguf(tiny("llama3"), tmp_path / "tiny.gguf")
+    options = (*DECODE, "--no-dump", "--no-transformers", "--gguf", gguf, "--json")
+    rows = {row["engine"]: row for row in teal(*options).json["rows"]}
+    theirs = rows["llama.cpp tiny.gguf"]
+    assert theirs["check"] == "passed"
+    assert theirs["p50"] > 0
+    assert theirs["bytes"] > 0
+    assert "llama.cpp tiny.gguf" in rows["teal"]["faster_than"]
+    monkeypatch.setenv("FAKE_TOKENS", " ".join(map(str, [(token + 100) % 320 for token in tokens])))
+    run = teal(*options)
+    assert run.code == 1
+    assert next(row for row in run.json["rows"] if row["engine"].startswith("llama"))["p50"] is None
+    monkeypatch.setenv("FAKE_VOCAB", "7")
+    assert "same model" in teal(*options).error["hint"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("kernels", "--shapes", "lama-2-7b"), 2, "did you mean llama-2-7b"),
+        (("kernels", "--shapes", "96x64", "--dtype", "int8"), 2, "bfloat16, float16, float32"),
+        (("kernels", "--shapes", "96x64", "-s", "1.5"), 2, "below 1"),
+        (("kernels", "--shapes", "96x64", "-s", "0"), 2, "dense is measured always"),
+        (("kernels", "--replay", "nowhere.zarr"), 3, "nowhere.zarr"),
+        (("kernels", "--shapes", "96x64", "--out", "no/where.json"), 3, "no folder"),
+        (("kernels", "--model", "nobody"), 3, "nobody"),
+        (("kernels", "--shapes", "96x64", "--device", "cuda:99"), 5, "no device cuda:99"),
+        (("decode", "--stack", "lama-2-7b:2"), 2, "did you mean llama-2-7b"),
+        (("decode", "--stack", "llama-2-7b:none"), 2, "SHAPE:LAYERS"),
+        (("decode",), 3, "teal download"),
+        (("decode", "--gguf", "nowhere.gguf"), 5, "pip install"),
+    ],
+)
+def test_bad_input(teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], code: int,
+                   says: str) -> None:  # fmt: skip
+    import importlib.util
+
+    monkeypatch.chdir(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else found(name, *rest)
+    )
+    run = teal("bench", *args)
+    assert run.code == code, run.err
+    assert says in " ".join(run.err.split())
+    assert "hint:" in run.err
+    assert "Traceback" not in run.err
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "teal_cli", *map(str, KERNELS), "--rounds", "1000000", "--out", "r.json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TEAL_HOME": str(tmp_path / "home")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Measuring")
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("*.json*"))
