@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_copies_do_not_share_memory_and_are_not_zero() -> None:
     copies = pool.copies(16, 10)
     assert len(copies) == 10_000 // 2 // 160
     ends = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies)
-    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
     assert all(copy.count_nonzero() > 150 for copy in copies)
     assert len(WeightPool(CPU, torch.float16, largest=20_000, size=100).copies(100, 100)) == 2
 
