@@ -205,6 +205,21 @@ def test_captured_rows_are_what_was_multiplied(dtype: torch.dtype) -> None:
     assert (rows["attn_in"][0] == 0).sum() == x.numel() // 3 + 1
 
 
+def test_counts_what_is_kept() -> None:
+    spec = replace(SPEC, windows=(None,))
+    model, table = make(spec, torch.float32), threshold_table("own", 1)
+    step, expected = model.compiled(), np.zeros((1, 7), np.int64)
+    for position in range(3):
+        rows = poisoned_rows(spec, torch.float32)
+        step.step(position, position, table, rows)
+        for site, (first, last) in SITE_COLUMNS.items():
+            expected[0, first:last] += (rows[site].abs().numpy() > table[0, first:last, None]).sum(1)
+    assert (step.kept() == expected).all()
+    step.step(3, 3)
+    channels = [SPEC.hidden] * 3 + [SPEC.query_width] + [SPEC.hidden] * 2 + [SPEC.intermediate]
+    assert (step.kept() == expected + channels).all()
+
+
 def test_threshold_that_keeps_one_entry() -> None:
     model = make(SPEC, torch.float32)
     x = norm(model.embedding[5], model.layers[0].attn_norm, SPEC)

@@ -18,7 +18,7 @@ from teal_kernels.cpu_step.intrinsics import item_bytes, narrow, store
 from teal_kernels.cpu_step.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
 from teal_kernels.cpu_step.rows import add_rows, dot_rows
 from teal_kernels.cpu_step.sites import collect
-from teal_kernels.cpu_step.vectors import INNER, compiled, contracted, exp, rms_norm, rotate
+from teal_kernels.cpu_step.vectors import INNER, compiled, contracted, exp, reordered, rms_norm, rotate
 
 TILE = 256
 """Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
@@ -112,7 +112,7 @@ def attend_part(
     shared.tops[head, part], shared.totals[head, part] = top, total
 
 
-@contracted
+@reordered
 def exponentials(scores: Any, count: int, scale: Any, top: Any) -> Any:
     """scores[:count] = exp(scores * scale - top), and their sum."""
     for i in range(count):

@@ -65,7 +65,7 @@ class Shared(NamedTuple):
 
     Written by the threads, float32: qkv, attn_out, gate_up, down [row groups, columns], the parts of each product;
     tops, totals [heads, parts] and mixed [heads, parts, head_dim], those of attention; logits [vocab], the result.
-    control is int64, see ARRIVALS.
+    kept int64 [layers, 7] counts kept entries over all steps; control is int64, see ARRIVALS.
     """
 
     order: Any
@@ -79,6 +79,7 @@ class Shared(NamedTuple):
     gate_up: Any
     down: Any
     logits: Any
+    kept: Any
     control: Any
 
 

@@ -135,6 +135,10 @@ class CpuStep:
         self._team.run()
         return self._logits
 
+    def kept(self) -> NDArray[np.int64]:
+        """How many entries of each projection's input were kept, summed over all steps so far: [layers, 7]."""
+        return self._shared.kept.copy()
+
     @property
     def threads(self) -> int:
         """How many threads run a step."""

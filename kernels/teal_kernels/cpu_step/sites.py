@@ -57,6 +57,9 @@ def multiply(
             following += 1
         if thresholds[segment] != listed:
             listed, kept = thresholds[segment], list_kept(x, count, thresholds[segment], own)
+        if own.thread == 0:
+            for projection in range(FIRST[site] + segment, FIRST[site] + following):
+                shared.kept[layer, projection] += kept
         first, last = share(edges[following] - edges[segment], column, columns)
         first, last = edges[segment] + first, edges[segment] + last
         out = parts[group, first : max(first, last)]

@@ -121,6 +121,7 @@ def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
         gate_up=parts(2 * shape.intermediate),
         down=parts(shape.hidden),
         logits=np.zeros(shape.vocab, np.float32),
+        kept=np.zeros((shape.layers, 7), np.int64),
         control=np.zeros(MEMBERS + PLACES * threads, np.int64),
     )
 
