@@ -122,7 +122,7 @@ def _draw_panel(time: Axes, speed: Axes, rows: list[KernelRow], colours: dict[st
     margin = 4.0
     time.set_xlim((at[0] if at else 0) - margin, (at[-1] if at else 100) + margin)
     time.set_ylim(bottom=0)
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * max(read, *_values(rows, "gbps")))
     speed.set_xticks(at)
     time.tick_params(labelbottom=False)
     speed.set_xlabel("sparsity, %", fontsize=8)
