@@ -107,20 +107,15 @@ class NumbaStep:
             _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head, rope, cache.k, cache.v
         )
         self._cache, self._thresholds = cache, thresholds
-        self._counter = None if thresholds is None else KeptCounter(model.config, thresholds, model.device)
-        self._scratch = None if thresholds is None else empty_rows(model.config, model.dtype, model.device)
 
     def __call__(self, token: int, position: int, rows: Rows | None = None) -> Tensor:
         self._cache.check_room(position, 1)
-        rows = rows or self._scratch
         logits = self._step.step(token, position, self._thresholds, rows)
         self._cache.length = position + 1
-        if self._counter is not None and rows is not None:
-            self._counter.add(rows)
         return logits
 
     def kept(self) -> NDArray[np.int64] | None:
-        return None if self._counter is None else self._counter.counts()
+        return None if self._thresholds is None else self._step.kept()
 
 
 class GraphStep:
