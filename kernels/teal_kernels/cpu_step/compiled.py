@@ -7,10 +7,12 @@ and numba's version.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib
 import importlib.util
 import os
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -63,8 +65,7 @@ def load(dtype: torch.dtype) -> ModuleType:
         raise CpuStepUnavailableError(f"The compiled decode step cannot run: {reason}.")
     module = _import_step()
     module.run(*module.nothing(np.empty(0, KINDS[dtype])))
-    if _folder().is_dir():
-        _marker(dtype).touch()
+    _marker(dtype).touch()
     return module
 
 
@@ -73,13 +74,7 @@ def _import_step() -> ModuleType:
     """Imports step.py while numba's cache points into our folder; numba looks at it when the decorator runs."""
     from numba import config
 
-    folder, before = _folder(), config.CACHE_DIR
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="teal-cpu-step-"))  # read-only home: compiles anew in each process
-    config.CACHE_DIR = str(folder)
+    before, config.CACHE_DIR = config.CACHE_DIR, str(_folder())
     try:
         return importlib.import_module("teal_kernels.cpu_step.step")
     finally:
@@ -95,7 +90,18 @@ def _folder() -> Path:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_dir("teal", appauthor=False)
-    return Path(root) / "cpu_step" / digest.hexdigest()[:16]
+    return writable(Path(root) / "cpu_step" / digest.hexdigest()[:16])
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be; one for this process only where that cannot be, which then compiles for itself."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="teal-cpu-step-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _marker(dtype: torch.dtype) -> Path:
