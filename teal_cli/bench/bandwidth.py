@@ -17,8 +17,9 @@ READ = "read"
 """Name of the probe among contenders."""
 
 _TRIES = 5
-_LEAST = 192 << 20
 _CACHES = 6
+_LEAST = 192 << 20
+_LEAST_ON_GPU = 2 << 30  # below a millisecond, what a launch costs would look like slow memory
 
 
 class ReadProbe:
@@ -33,7 +34,8 @@ class ReadProbe:
     """
 
     def __init__(self, device: torch.device, size: int | None = None) -> None:
-        size = size or max(_LEAST, _CACHES * cache_bytes(device))
+        least = _LEAST_ON_GPU if device.type == "cuda" else _LEAST
+        size = size or max(least, _CACHES * cache_bytes(device))
         side = max(64, int((size / 4) ** 0.5) // 64 * 64)
         self._array = torch.randn(side, device=device).repeat(side, 1)
         self._vector = torch.randn(side, device=device)

@@ -25,6 +25,8 @@ DENSE, SPARSE, PUBLISHED = "dense", "sparse", "published"
 
 _BATCH_S: Final = 3e-3
 _BATCH_CALLS: Final = 256
+_LEAST_CALLS: Final = 16
+"""In a graph, so that what starting it costs does not count."""
 _TRIES: Final = 8
 
 
@@ -156,7 +158,7 @@ class Batch:
         self._product, self._counter = product, counter
         self._replay: Callable[[], float] | None = None
         if operands.copies[0].is_cuda:
-            self.calls = min(len(operands.copies), _BATCH_CALLS)
+            self.calls = max(_LEAST_CALLS, min(len(operands.copies), _BATCH_CALLS))
             self._replay = replayed(lambda: product.many(0, self.calls))
         else:
             tries: list[float] = []
