@@ -45,47 +45,55 @@ BARRIERS, BARRIERS_PER_LAYER = 1, 5
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
 def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
     """For the caller's thread, 0: its part of the step just released, which ends when all parts have. For a member:
-    its part of every step that is released, until none came for a while. Arguments: see layout.py."""
-    if own.thread == 0:
-        step(kind, own, shape, weights, shared)
-    else:
-        while await_release(shared.control, own.thread):
-            step(kind, own, shape, weights, shared)
+    its part of every step that is released, until none came for a while.
+
+    A step leaves logits in shared.logits, the new keys and values in the cache, rows where asked. Arguments: layout.py.
+    """
+    control, threads = shared.control, own.threads
+    while own.thread == 0 or await_release(control, own.thread):
+        order = shared.order
+        token, cache = Token(order[0], order[1], order[2], order[3]), Cache(order[4], order[5], order[6], order[7])
+        rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
+        embed(kind, weights.embedding, token.token, shape.hidden, own.hidden)
+        for layer in range(shape.layers):
+            tensors = weights.tensors[layer]
+            rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
+            multiply(kind, 0, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
+            rounds = meet(control, threads, rounds)
+            attend(kind, shape, weights, cache, layer, token, shared, own)
+            rounds = meet(control, threads, rounds)
+            join_parts(kind, shape, shared, own.x)
+            multiply(kind, 1, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own)
+            rounds = meet(control, threads, rounds)
+            add_product(kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], own)
+            rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.eps, own.x)
+            multiply(kind, 2, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
+            rounds = meet(control, threads, rounds)
+            activate(kind, shape.intermediate, shared.gate_up, own)
+            multiply(kind, 3, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
+            rounds = meet(control, threads, rounds)
+            add_product(kind, own.hidden, shape.hidden, shared.down, NONE, own)
+        rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.eps, own.x)
+        head(kind, shape, weights.lm_head, own, shared.logits)
+        control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
+        meet(control, threads, rounds)
+        if own.thread == 0:
+            return
 
 
 @compiled
-def step(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
-    """One thread's part: leaves logits in shared.logits, the new keys and values in the cache, rows where asked."""
-    control, threads, order = shared.control, own.threads, shared.order
-    token = Token(order[0], order[1], order[2], order[3])
-    cache = Cache(order[4], order[5], order[6], order[7])
-    rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
-    for i in range(shape.hidden):
-        put(own.hidden, i, fetch(kind, weights.embedding, token.token * shape.hidden + i))
-    for layer in range(shape.layers):
-        tensors = weights.tensors[layer]
-        rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
-        multiply(kind, 0, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
-        rounds = meet(control, threads, rounds)
-        attend(kind, shape, weights, cache, layer, token, shared, own)
-        rounds = meet(control, threads, rounds)
-        join_parts(kind, shape, shared, own.x)
-        multiply(kind, 1, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own)
-        rounds = meet(control, threads, rounds)
-        add_product(kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], own)
-        rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.eps, own.x)
-        multiply(kind, 2, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
-        rounds = meet(control, threads, rounds)
-        activate(kind, shape.intermediate, shared.gate_up, own)
-        multiply(kind, 3, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
-        rounds = meet(control, threads, rounds)
-        add_product(kind, own.hidden, shape.hidden, shared.down, NONE, own)
-    rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.eps, own.x)
-    first, last = share(shape.vocab, own.thread, threads)
+def embed(kind: Any, embedding: int, token: int, count: int, hidden: Any) -> None:
+    """hidden = the token's row."""
+    for i in range(count):
+        put(hidden, i, fetch(kind, embedding, token * count + i))
+
+
+@compiled
+def head(kind: Any, shape: Any, lm_head: int, own: Any, logits: Any) -> None:
+    """This thread's share of logits = lm_head @ own.x, not rounded."""
+    first, last = share(shape.vocab, own.thread, own.threads)
     row = shape.hidden * item_bytes(kind)
-    dot_rows(kind, weights.lm_head + first * row, row, last - first, own.x, shape.hidden, shared.logits[first:last])
-    control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
-    meet(control, threads, rounds)
+    dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last])
 
 
 def site_edges(shape: Shape) -> NDArray[np.int64]:
