@@ -23,6 +23,9 @@ from teal_kernels.cpu_step.op import default_threads
 _SITE, _THRESHOLD = 3, 6
 """Every matrix plays the part of `down`: one projection at a site of its own."""
 
+MOST_CALLS = 256
+"""Products in a batch. To the step's functions they are the layers of a model, for which their buffers have room."""
+
 
 class CompiledProducts:
     """Products of vectors with copies of a matrix, on as many threads as a decode step has.
@@ -39,14 +42,15 @@ class CompiledProducts:
         dtype = copies[0].dtype
         step = load(dtype)
         threads = default_threads()
-        shape = Shape(
-            layers=0, hidden=outputs, intermediate=inputs, heads=1, kv_heads=1, head_dim=0, vocab=0
-        )  # fmt: skip
+        shape = Shape(layers=MOST_CALLS, hidden=outputs, intermediate=inputs, heads=1, kv_heads=1, head_dim=0, vocab=0)
         self._kind = np.empty(0, KINDS[dtype])
         self._batch = _batch(dtype)
         self._own = [step.own_buffers(thread, threads, shape) for thread in range(threads)]
         self._shared = step.shared_buffers(self._kind, threads, shape)
-        self._edges = step.site_edges(shape)
+        self._weights = Weights(
+            tensors=np.full((MOST_CALLS, DOWN + 1), NONE, np.int64), windows=np.empty(0, np.int64),
+            edges=step.site_edges(shape), eps=np.float32(1), embedding=NONE, final_norm=NONE, lm_head=NONE,
+        )  # fmt: skip
         self._others = ThreadPoolExecutor(max(1, threads - 1))
         self._copies = copies  # kept alive: the compiled code has addresses only
         self._addresses = np.array([copy.data_ptr() for copy in copies], np.int64)
@@ -55,18 +59,12 @@ class CompiledProducts:
         self.out = torch.from_numpy(self._shared.down)
 
     def run(self, first: int, calls: int) -> None:
-        """The products of `calls` copies from `first` on."""
+        """The products of `calls` copies, at most MOST_CALLS, from `first` on."""
         turns = np.arange(first, first + calls)
         order = turns % len(self._x)
-        tensors = np.full((calls, DOWN + 1), NONE, np.int64)
-        tensors[:, DOWN] = self._addresses[turns % len(self._addresses)]
-        thresholds = np.zeros((calls, _THRESHOLD + 1), np.float32)
-        thresholds[:, _THRESHOLD] = self._limits[order]
-        weights = Weights(
-            tensors=tensors, windows=np.empty(0, np.int64), edges=self._edges, eps=np.float32(1), embedding=NONE,
-            final_norm=NONE, lm_head=NONE,
-        )  # fmt: skip
-        arguments = self._x, order, weights, self._shared._replace(thresholds=thresholds)
+        self._weights.tensors[:calls, DOWN] = self._addresses[turns % len(self._addresses)]
+        self._shared.thresholds[:calls, _THRESHOLD] = self._limits[order]
+        arguments = self._x, order, self._weights, self._shared
         others = [self._others.submit(self._batch, self._kind, own, *arguments) for own in self._own[1:]]
         self._batch(self._kind, self._own[0], *arguments)
         for other in others:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal_cli.bench.compiled_product import MOST_CALLS, CompiledProducts
 from teal_cli.bench.inputs import Vectors
 from teal_cli.bench.shapes import Matrix
 from teal_cli.bench.timing import replayed, wall_clock
@@ -24,7 +25,6 @@ from teal_kernels.sparse_gemv.op import sparse_gemv
 DENSE, SPARSE, PUBLISHED = "dense", "sparse", "published"
 
 _BATCH_S: Final = 3e-3
-_BATCH_CALLS: Final = 256
 _LEAST_CALLS: Final = 16
 """In a graph, so that what starting it costs does not count."""
 _TRIES: Final = 8
@@ -87,8 +87,6 @@ class _Compiled:
     turned = False
 
     def __init__(self, operands: Operands, role: str) -> None:
-        from teal_cli.bench.compiled_product import CompiledProducts
-
         self.name, self.role = "numba", role
         self._products = CompiledProducts(operands.copies, operands.vectors)
         self.many = self._products.run
@@ -158,13 +156,13 @@ class Batch:
         self._product, self._counter = product, counter
         self._replay: Callable[[], float] | None = None
         if operands.copies[0].is_cuda:
-            self.calls = max(_LEAST_CALLS, min(len(operands.copies), _BATCH_CALLS))
+            self.calls = max(_LEAST_CALLS, min(len(operands.copies), MOST_CALLS))
             self._replay = replayed(lambda: product.many(0, self.calls))
         else:
             tries: list[float] = []
             while len(tries) < 2 or (len(tries) < _TRIES and sum(tries) < _TRIES * _BATCH_S):
                 tries.append(wall_clock(lambda: product.many(len(tries), 1)))
-            self.calls = max(1, min(_BATCH_CALLS, round(_BATCH_S / max(min(tries), 1e-7))))
+            self.calls = max(1, min(MOST_CALLS, round(_BATCH_S / max(min(tries), 1e-7))))
 
     def seconds(self) -> float:
         """Time of one product, mean over a batch."""

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,17 +169,26 @@ def test_bad_input(teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "teal_cli", *map(str, KERNELS), "--rounds", "1000000", "--out", "r.json"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TEAL_HOME": str(tmp_path / "home")}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("Measuring")
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert not list(tmp_path.glob("*.json*"))
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize("command", [KERNELS, (*DECODE, "--no-transformers")], ids=["kernels", "decode"])
+def test_ctrl_c_leaves_nothing_behind(
+    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...]
+) -> None:
+    """It comes while something is timed; with decode, while a temporary store is open."""
+    from teal_cli.bench import engines, kernels
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(engines.tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(kernels, "interleave", interrupt)
+    monkeypatch.setattr("teal_cli.dump.writer.LevelWriter.end", interrupt)
+    file = tmp_path / "r.json"
+    run = teal(*command, "--out", file)
+    assert run.code == 130, run.err
+    assert "Traceback" not in run.err
+    assert not file.exists()
+    assert not list(tmp_path.glob(".r.json*"))
+    assert not list(folder.iterdir())
