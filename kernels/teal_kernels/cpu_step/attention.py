@@ -107,7 +107,7 @@ def attend_part(
         total = total * shrink + exponentials(own.scores, count, scale, new_top)
         for i in range(shape.head_dim):
             mixed[i] *= shrink
-        add_rows(kind, values + tile * row, row, own.ramp, own.scores, count, shape.head_dim, mixed)
+        add_rows(kind, values + tile * row, row, own.all, count, own.scores, shape.head_dim, mixed)
         top = new_top
     shared.tops[head, part], shared.totals[head, part] = top, total
 

@@ -102,19 +102,18 @@ class Cache(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What one thread has for itself: its copy of the residual stream, `hidden`; the list of kept entries, `index` and
-    `value`; and room for what its functions pass to each other."""
+    """What one thread has for itself: its copy of the residual stream, `hidden`; the list of the kept entries' places,
+    `index`, and that of all places, `all`, both int64; and room for what its functions pass to each other."""
 
     thread: int
     threads: int
     hidden: Any
     x: Any
     index: Any
-    value: Any
+    all: Any
     mid: Any
     out: Any
     head: Any
     normed: Any
     rotated: Any
     scores: Any
-    ramp: Any

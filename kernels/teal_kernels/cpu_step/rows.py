@@ -27,12 +27,12 @@ STREAM = 8192
 
 
 @contracted
-def add_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: int, width: int, out: Any) -> None:
-    """out[:width] += sum over k of value[k] * row index[k], in the order of k.
+def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, width: int, out: Any) -> None:
+    """out[:width] += sum over k of x[index[k]] * row index[k], in the order of k.
 
     Args:
         base: address of the first wanted element of row 0; rows are `stride` bytes apart.
-        index, value: int64 and float32, `kept` of them.
+        index: int64, `kept` of them.
         out: float32; its first `width` elements stay in the first-level cache while eight rows at a time pass by.
     """
     k = 0
@@ -41,8 +41,8 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: in
         r2, r3 = base + index[k + 2] * stride, base + index[k + 3] * stride
         r4, r5 = base + index[k + 4] * stride, base + index[k + 5] * stride
         r6, r7 = base + index[k + 6] * stride, base + index[k + 7] * stride
-        v0, v1, v2, v3 = value[k], value[k + 1], value[k + 2], value[k + 3]
-        v4, v5, v6, v7 = value[k + 4], value[k + 5], value[k + 6], value[k + 7]
+        v0, v1, v2, v3 = x[index[k]], x[index[k + 1]], x[index[k + 2]], x[index[k + 3]]
+        v4, v5, v6, v7 = x[index[k + 4]], x[index[k + 5]], x[index[k + 6]], x[index[k + 7]]
         for i in range(width):
             total = get(out, i) + v0 * fetch(kind, r0, i)
             total += v1 * fetch(kind, r1, i)
@@ -55,14 +55,14 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: in
             put(out, i, total)
         k += 8
     while k < kept:
-        r0, v0 = base + index[k] * stride, value[k]
+        r0, v0 = base + index[k] * stride, x[index[k]]
         for i in range(width):
             put(out, i, get(out, i) + v0 * fetch(kind, r0, i))
         k += 1
 
 
 @contracted
-def add_short_rows(kind: Any, base: int, stride: int, index: Any, value: Any, kept: int, width: int, out: Any) -> None:
+def add_short_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, width: int, out: Any) -> None:
     """`add_rows` for rows of a kilobyte or two: two at a time, nearly in the order in which they lie in memory, with
     rows further on asked for in advance. The processor's prefetcher neither starts in time nor follows eight rows."""
     row_bytes = width * item_bytes(kind)
@@ -75,14 +75,14 @@ def add_short_rows(kind: Any, base: int, stride: int, index: Any, value: Any, ke
             for byte in range(0, row_bytes, LINE):
                 prefetch(base + index[ahead] * stride + byte)
         r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
-        v0, v1 = value[k], value[k + 1]
+        v0, v1 = x[index[k]], x[index[k + 1]]
         for i in range(width):
             total = get(out, i) + v0 * fetch(kind, r0, i)
             total += v1 * fetch(kind, r1, i)
             put(out, i, total)
         k += 2
     if k < kept:
-        r0, v0 = base + index[k] * stride, value[k]
+        r0, v0 = base + index[k] * stride, x[index[k]]
         for i in range(width):
             put(out, i, get(out, i) + v0 * fetch(kind, r0, i))
 

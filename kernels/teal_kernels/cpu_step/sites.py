@@ -15,7 +15,7 @@ import numpy as np
 from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, narrow, put
 from teal_kernels.cpu_step.layout import NONE, UNIT
 from teal_kernels.cpu_step.rows import SHORT, add_rows, add_short_rows
-from teal_kernels.cpu_step.vectors import compact, compiled, list_all, record, record_all, swish
+from teal_kernels.cpu_step.vectors import compact, compiled, record, record_all, swish
 
 PIECE = 4096
 """Bytes of a row that one thread reads at least, where a row has them."""
@@ -50,13 +50,14 @@ def multiply(
     group, column, columns = own.thread % groups, own.thread // groups, own.threads // groups
     if shared.rows[site, 0] != NONE:
         capture(kind, shared.rows[site, 0] + layer * shared.rows[site, 1], x, count, thresholds, own)
-    segment, listed, kept = 0, thresholds[0], list_kept(x, count, thresholds[0], own)
+    segment, listed, kept, places = 0, np.float32(np.nan), count, own.all
     while segment < len(thresholds):
         following = segment + 1
         while following < len(thresholds) and thresholds[following] == thresholds[segment]:
             following += 1
-        if thresholds[segment] != listed:
-            listed, kept = thresholds[segment], list_kept(x, count, thresholds[segment], own)
+        if thresholds[segment] >= ZERO and thresholds[segment] != listed:
+            listed = thresholds[segment]
+            kept, places = compact(x, count, listed, own.index), own.index
         if own.thread == 0:
             for projection in range(FIRST[site] + segment, FIRST[site] + following):
                 shared.kept[layer, projection] += kept
@@ -65,11 +66,11 @@ def multiply(
         out = parts[group, first : max(first, last)]
         out[:] = ZERO
         begin, end = kept * group // groups, kept * (group + 1) // groups
-        base, index, value = weight + first * size, own.index[begin:end], own.value[begin:end]
+        base, index = weight + first * size, places[begin:end]
         if (last - first) * size <= SHORT:
-            add_short_rows(kind, base, width * size, index, value, end - begin, last - first, out)
+            add_short_rows(kind, base, width * size, index, end - begin, x, last - first, out)
         else:
-            add_rows(kind, base, width * size, index, value, end - begin, last - first, out)
+            add_rows(kind, base, width * size, index, end - begin, x, last - first, out)
         segment = following
 
 
@@ -78,14 +79,6 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
     """The range of `count` outputs or channels that one of `threads` has."""
     units = (count + UNIT - 1) // UNIT
     return units * thread // threads * UNIT, min(count, units * (thread + 1) // threads * UNIT)
-
-
-@compiled
-def list_kept(x: Any, count: int, threshold: Any, own: Any) -> int:
-    """Fills own.index and own.value with the kept entries of x. Returns how many."""
-    if threshold < ZERO:
-        return list_all(x, count, own.index, own.value)
-    return compact(x, count, threshold, own.index, own.value)
 
 
 @compiled

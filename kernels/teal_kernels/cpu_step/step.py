@@ -143,14 +143,13 @@ def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
         hidden=np.zeros(shape.hidden, np.float32),
         x=np.zeros(longest, np.float32),
         index=np.zeros(longest, np.int64),
-        value=np.zeros(longest, np.float32),
+        all=np.arange(max(longest, TILE)),
         mid=np.zeros(shape.intermediate, np.float32),
         out=np.zeros(longest, np.float32),
         head=np.zeros(shape.head_dim, np.float32),
         normed=np.zeros(shape.head_dim, np.float32),
         rotated=np.zeros(shape.head_dim, np.float32),
         scores=np.zeros(TILE, np.float32),
-        ramp=np.arange(TILE),
     )
 
 

@@ -70,23 +70,13 @@ def rms_norm(kind: Any, x: Any, count: int, weight: int, eps: Any, out: Any) -> 
 
 
 @compiled
-def compact(x: Any, count: int, threshold: Any, index: Any, value: Any) -> int:
-    """Lists the entries of x[:count] with |x| > threshold: their places and values. Returns how many."""
+def compact(x: Any, count: int, threshold: Any, index: Any) -> int:
+    """Lists the places of the entries of x[:count] with |x| > threshold. Returns how many there are."""
     kept = 0
     for i in range(count):
         index[kept] = i
-        value[kept] = x[i]
         kept += int(abs(x[i]) > threshold)  # no branch: half of them would be guessed wrongly
     return kept
-
-
-@compiled
-def list_all(x: Any, count: int, index: Any, value: Any) -> int:
-    """`compact` for a dense step: every entry is kept, whatever it is."""
-    for i in range(count):
-        index[i] = i
-        value[i] = x[i]
-    return count
 
 
 @compiled
