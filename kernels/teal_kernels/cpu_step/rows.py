@@ -13,17 +13,30 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, prefetch, put
-from teal_kernels.cpu_step.vectors import contracted, reordered
+from teal_kernels.cpu_step.vectors import compiled, contracted, reordered
 
 ZERO = np.float32(0.0)
 LINE = 64
-SHORT = 2048
-"""Bytes of a row up to which software asks for rows in advance: the processor's prefetcher starts anew at each row, and
-it needs some kilobytes to get going."""
-AHEAD = 8
-"""How many rows in advance, where rows are picked."""
+"""Bytes of a cache line."""
+CHUNK, LONG_CHUNK = 128, 512
+"""Columns between two requests for what comes next: in picked rows, and in rows that follow each other."""
 STREAM = 8192
-"""How many bytes in advance, where rows follow each other."""
+"""How many bytes in advance the latter are asked for."""
+
+
+@compiled
+def ask(address: int, size: int) -> None:
+    """Asks for `size` bytes in advance, since the processor's own prefetcher starts anew at each row. In larger lots,
+    they would fill the core's few places for lines under way, and work would wait for reading instead of going on.
+    """
+    for byte in range(0, size, LINE):
+        prefetch(address + byte)
+
+
+@compiled
+def row_at(base: int, stride: int, index: Any, k: int, kept: int) -> int:
+    """Address of picked row k, or of the last one."""
+    return base + index[min(k, kept - 1)] * stride
 
 
 @contracted
@@ -33,8 +46,10 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
     Args:
         base: address of the first wanted element of row 0; rows are `stride` bytes apart.
         index: int64, `kept` of them.
-        out: float32; its first `width` elements stay in the first-level cache while eight rows at a time pass by.
+        out: float32; its first `width` elements stay in the first-level cache while eight rows at a time pass by, and
+            eight more are under way.
     """
+    size = item_bytes(kind)
     k = 0
     while k + 8 <= kept:
         r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
@@ -43,17 +58,25 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
         r6, r7 = base + index[k + 6] * stride, base + index[k + 7] * stride
         v0, v1, v2, v3 = x[index[k]], x[index[k + 1]], x[index[k + 2]], x[index[k + 3]]
         v4, v5, v6, v7 = x[index[k + 4]], x[index[k + 5]], x[index[k + 6]], x[index[k + 7]]
-        for i in range(width):
-            total = get(out, i) + v0 * fetch(kind, r0, i)
-            total += v1 * fetch(kind, r1, i)
-            total += v2 * fetch(kind, r2, i)
-            total += v3 * fetch(kind, r3, i)
-            total += v4 * fetch(kind, r4, i)
-            total += v5 * fetch(kind, r5, i)
-            total += v6 * fetch(kind, r6, i)
-            total += v7 * fetch(kind, r7, i)
-            put(out, i, total)
         k += 8
+        n0, n1 = row_at(base, stride, index, k, kept), row_at(base, stride, index, k + 1, kept)
+        n2, n3 = row_at(base, stride, index, k + 2, kept), row_at(base, stride, index, k + 3, kept)
+        n4, n5 = row_at(base, stride, index, k + 4, kept), row_at(base, stride, index, k + 5, kept)
+        n6, n7 = row_at(base, stride, index, k + 6, kept), row_at(base, stride, index, k + 7, kept)
+        for first in range(0, width, CHUNK):
+            part, count, at = out[first : first + CHUNK], min(CHUNK, width - first), first * size
+            for row in (n0, n1, n2, n3, n4, n5, n6, n7):
+                ask(row + at, CHUNK * size)
+            for i in range(count):
+                total = get(part, i) + v0 * fetch(kind, r0 + at, i)
+                total += v1 * fetch(kind, r1 + at, i)
+                total += v2 * fetch(kind, r2 + at, i)
+                total += v3 * fetch(kind, r3 + at, i)
+                total += v4 * fetch(kind, r4 + at, i)
+                total += v5 * fetch(kind, r5 + at, i)
+                total += v6 * fetch(kind, r6 + at, i)
+                total += v7 * fetch(kind, r7 + at, i)
+                put(part, i, total)
     while k < kept:
         r0, v0 = base + index[k] * stride, x[index[k]]
         for i in range(width):
@@ -61,41 +84,16 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
         k += 1
 
 
-@contracted
-def add_short_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, width: int, out: Any) -> None:
-    """`add_rows` for rows of a kilobyte or two: two at a time, nearly in the order in which they lie in memory, with
-    rows further on asked for in advance. The processor's prefetcher neither starts in time nor follows eight rows."""
-    row_bytes = width * item_bytes(kind)
-    for k in range(min(AHEAD, kept)):
-        for byte in range(0, row_bytes, LINE):
-            prefetch(base + index[k] * stride + byte)
-    k = 0
-    while k + 2 <= kept:
-        for ahead in range(k + AHEAD, min(k + AHEAD + 2, kept)):
-            for byte in range(0, row_bytes, LINE):
-                prefetch(base + index[ahead] * stride + byte)
-        r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
-        v0, v1 = x[index[k]], x[index[k + 1]]
-        for i in range(width):
-            total = get(out, i) + v0 * fetch(kind, r0, i)
-            total += v1 * fetch(kind, r1, i)
-            put(out, i, total)
-        k += 2
-    if k < kept:
-        r0, v0 = base + index[k] * stride, x[index[k]]
-        for i in range(width):
-            put(out, i, get(out, i) + v0 * fetch(kind, r0, i))
-
-
 @reordered
 def dot_rows(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any) -> None:
-    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`, rows without gaps."""
-    distance = STREAM if stride <= SHORT else 0
+    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`. Rows lie one after the other, and are read
+    that way: with four in turn, memory gives a third."""
+    size = item_bytes(kind)
     for i in range(count):
-        row = base + i * stride
-        for byte in range(distance, distance + min(distance, stride), LINE):
-            prefetch(row + byte)
-        total = ZERO
-        for j in range(width):
-            total += x[j] * fetch(kind, row, j)
+        row, total = base + i * stride, ZERO
+        for first in range(0, width, LONG_CHUNK):
+            part, at = x[first : min(first + LONG_CHUNK, width)], row + first * size
+            ask(at + STREAM, len(part) * size)
+            for j in range(len(part)):
+                total += part[j] * fetch(kind, at, j)
         out[i] = total

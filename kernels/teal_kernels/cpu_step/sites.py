@@ -14,7 +14,7 @@ import numpy as np
 
 from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, narrow, put
 from teal_kernels.cpu_step.layout import NONE, UNIT
-from teal_kernels.cpu_step.rows import SHORT, add_rows, add_short_rows
+from teal_kernels.cpu_step.rows import add_rows
 from teal_kernels.cpu_step.vectors import compact, compiled, record, record_all, swish
 
 PIECE = 4096
@@ -67,10 +67,7 @@ def multiply(
         out[:] = ZERO
         begin, end = kept * group // groups, kept * (group + 1) // groups
         base, index = weight + first * size, places[begin:end]
-        if (last - first) * size <= SHORT:
-            add_short_rows(kind, base, width * size, index, end - begin, x, last - first, out)
-        else:
-            add_rows(kind, base, width * size, index, end - begin, x, last - first, out)
+        add_rows(kind, base, width * size, index, end - begin, x, last - first, out)
         segment = following
 
 
