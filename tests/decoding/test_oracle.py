@@ -30,7 +30,11 @@ def prompt_file(folder: Path, *prompts: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "auto") for name in sorted(TINY)), *((name, "reference") for name in TINY_FAMILIES)]
+    ("name", "backend"),
+    [
+        *((name, "auto") for name in sorted(TINY)),
+        *((name, backend) for name in TINY_FAMILIES for backend in ("cpu", "reference")),
+    ],
 )
 def test_tiny_models(name: str, backend: str, tiny: Callable[[str], Path], teal_home: Path, tmp_path: Path) -> None:
     fetch(str(tiny(name)), name="tiny")
