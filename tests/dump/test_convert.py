@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_store import HEADER, dense, levels, write_store
+from scipy import sparse
 
 from teal_cli import open_store
 from teal_cli.dump.convert import convert, select
@@ -67,7 +68,6 @@ def test_arrays(store: Path, tmp_path: Path, form: str) -> None:
 
 
 def test_scipy_reads_the_csr_form(store: Path, tmp_path: Path) -> None:
-    sparse = pytest.importorskip("scipy.sparse")
     opened = open_store(store)
     chosen = select(opened, levels=[0.5], layers=[1], names=["k"])
     list(convert(opened, tmp_path / "out", "csr", chosen))
