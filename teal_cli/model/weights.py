@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,15 +85,17 @@ class Checkpoint:
         self._files: dict[str, Path] = _index(self.path)
         self._check()
 
-    def layer(self, index: int, dtype: torch.dtype, device: Device = "cpu") -> LayerWeights:
-        """The weights of one layer, cast to `dtype` on `device`; new memory at each call."""
+    def layer(
+        self, index: int, dtype: torch.dtype, device: Device = "cpu", empty: Callable[..., Tensor] = torch.empty
+    ) -> LayerWeights:
+        """The weights of one layer, cast to `dtype` on `device`; new memory at each call, matrices from `empty`."""
         fields: dict[str, Tensor | None] = {}
         prefix = _layer(index)
         with self._reading() as read:
             for field, tensors in _MATRICES.items():
                 site = _MATRIX_SITES[field]
                 widths = self.config.segments(site)
-                fused = torch.empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
+                fused = empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
                 for name, columns in zip(tensors, fused.split(widths, dim=1), strict=True):
                     _transpose_into(columns, read(f"{prefix}{name}.weight"))
                 fields[field] = fused
