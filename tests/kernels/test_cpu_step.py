@@ -313,6 +313,13 @@ def test_threads_end_with_their_step() -> None:
     assert not any(thread.name.startswith("teal-step") for thread in threading.enumerate())
 
 
+def test_does_not_wait_for_threads_that_ended() -> None:
+    step = make(SPEC, torch.float32).compiled(threads=2)
+    step.close()
+    with pytest.raises(RuntimeError, match="close"):
+        step.step(3, 0)
+
+
 def test_refuses_what_it_cannot_trust() -> None:
     model = make(SPEC, torch.float32)
     step = model.compiled(threads=1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.cpu_step.intrinsics import fetch, get, item_bytes, narrow, put
-from teal_kernels.cpu_step.layout import NONE, UNIT
+from teal_kernels.cpu_step.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, UNIT
 from teal_kernels.cpu_step.rows import add_rows
 from teal_kernels.cpu_step.vectors import compact, compiled, record, record_all, swish
 
@@ -21,8 +21,11 @@ PIECE = 4096
 """Bytes of a row that one thread reads at least, where a row has them."""
 
 ZERO = np.float32(0.0)
-FIRST, LAST, MATRIX = (0, 3, 4, 6), (3, 4, 6, 7), (1, 5, 8, 9)
-"""Per site: its projections' range among q k v o gate up down, and its column in `Weights.tensors`."""
+SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = range(4)
+FIRST, LAST = (0, 3, 4, 6), (3, 4, 6, 7)
+"""Per site: the range of its projections among q k v o gate up down."""
+MATRIX = (QKV, ATTN_OUT, GATE_UP, DOWN)
+"""Per site: its column in `Weights.tensors`."""
 
 
 def row_groups(threads: int, row_bytes: int) -> int:

@@ -35,7 +35,17 @@ from teal_kernels.cpu_step.layout import (
 from teal_kernels.cpu_step.meeting import await_release, meet
 from teal_kernels.cpu_step.meeting import release as release
 from teal_kernels.cpu_step.rows import dot_rows
-from teal_kernels.cpu_step.sites import activate, add_product, multiply, row_groups, share
+from teal_kernels.cpu_step.sites import (
+    SITE_ATTN_IN,
+    SITE_ATTN_OUT,
+    SITE_MLP_IN,
+    SITE_MLP_MID,
+    activate,
+    add_product,
+    multiply,
+    row_groups,
+    share,
+)
 from teal_kernels.cpu_step.vectors import compiled, rms_norm
 
 BARRIERS, BARRIERS_PER_LAYER = 1, 5
@@ -58,19 +68,21 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
         for layer in range(shape.layers):
             tensors = weights.tensors[layer]
             rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
-            multiply(kind, 0, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
+            multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
             rounds = meet(control, threads, rounds)
             attend(kind, shape, weights, cache, layer, token, shared, own)
             rounds = meet(control, threads, rounds)
             join_parts(kind, shape, shared, own.x)
-            multiply(kind, 1, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own)
+            multiply(
+                kind, SITE_ATTN_OUT, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own
+            )
             rounds = meet(control, threads, rounds)
             add_product(kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], own)
             rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.eps, own.x)
-            multiply(kind, 2, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
+            multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
             rounds = meet(control, threads, rounds)
             activate(kind, shape.intermediate, shared.gate_up, own)
-            multiply(kind, 3, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
+            multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
             rounds = meet(control, threads, rounds)
             add_product(kind, own.hidden, shape.hidden, shared.down, NONE, own)
         rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.eps, own.x)

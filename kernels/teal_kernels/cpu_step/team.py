@@ -46,7 +46,12 @@ class Team:
 
         Ctrl-C is only noticed before or after it. What arrives between the release of the members and the work of this
         thread, for which they would wait, makes them abandon the step; its results are then garbage.
+
+        Raises:
+            RuntimeError: the team was closed.
         """
+        if not self._finalizer.alive:
+            raise RuntimeError("the threads of this decode step were ended by close()")
         try:
             if self._release(self._control):
                 for member in self._members:
