@@ -52,6 +52,8 @@ class Team:
         """
         if not self._finalizer.alive:
             raise RuntimeError("the threads of this decode step were ended by close()")
+        if self._control[ABANDON]:  # a second Ctrl-C cut the tidying short
+            self._abandon()
         try:
             if self._release(self._control):
                 for member in self._members:
@@ -71,7 +73,9 @@ class Team:
         control[ABANDON] = 1
         for member in self._members:
             member.wake()
-        while (control[MEMBERS + PLACES + DONE :: PLACES] != control[RELEASED]).any():
+        # Done is not enough: a member may still look at the last barrier, whose count is about to be taken back.
+        done, parked = control[MEMBERS + PLACES + DONE :: PLACES], control[MEMBERS + PLACES + PARKED :: PLACES]
+        while (done != control[RELEASED]).any() or not parked.all():
             time.sleep(0.001)
         control[:MEMBERS] = 0
         control[MEMBERS + DONE :: PLACES] = 0
