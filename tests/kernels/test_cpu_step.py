@@ -284,21 +284,26 @@ def test_cache_can_be_replaced() -> None:
     assert torch.equal(other[:, :, :, 0], model.kv[:, :, :, 0])
 
 
-def test_recovers_after_an_interrupted_step() -> None:
-    """Ctrl-C between the release of the threads and this thread's own part leaves the others at a barrier."""
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_recovers_after_an_interrupted_step(after: bool) -> None:
+    """Ctrl-C before this thread's own part leaves the others at a barrier; right after it, perhaps at the last one."""
     model = make(SPEC, torch.float32)
     step = model.compiled(threads=3)
     first = step.step(3, 0).clone()
     work = step._team._work
 
     def interrupted(thread: int) -> None:
+        if after:
+            work(thread)
         raise KeyboardInterrupt
 
-    step._team._work = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        step.step(3, 0)
-    step._team._work = work
-    assert torch.equal(step.step(3, 0), first)
+    for _ in range(30):
+        step._team._work = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            step.step(3, 0)
+        step._team._work = work
+        assert torch.equal(step.step(3, 0), first)
+    step.close()
 
 
 def test_threads_end_with_their_step() -> None:
