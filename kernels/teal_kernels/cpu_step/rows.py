@@ -66,7 +66,7 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
         for first in range(0, width, CHUNK):
             part, count, at = out[first : first + CHUNK], min(CHUNK, width - first), first * size
             for row in (n0, n1, n2, n3, n4, n5, n6, n7):
-                ask(row + at, CHUNK * size)
+                ask(row + at, count * size)
             for i in range(count):
                 total = get(part, i) + v0 * fetch(kind, r0 + at, i)
                 total += v1 * fetch(kind, r1 + at, i)

@@ -1,7 +1,7 @@
 """The four products of a layer, split over threads: captured input, list of kept entries, parts of the sum.
 
-Memory decides how a product is split. It wants long runs: a thread that reads half of every 1 KB row gets a third
-of the bandwidth that it gets from half of the rows, whole. So threads first share the columns, as long as each still
+Memory decides how a product is split. It wants long runs: threads that read half of every 1 KB row each get half
+of the bandwidth that they get from half of the rows, whole. So threads first share the columns, as long as each still
 has PIECE bytes of a row; beyond that they share the kept rows, and leave partial sums that are added in a fixed
 order.
 """
