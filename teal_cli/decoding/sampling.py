@@ -73,10 +73,10 @@ class Sampler:
             TealError: the logits hold NaN, which no sampling rule can order.
         """
         if self.sampling.greedy:
-            token = int(logits.argmax())
-            if math.isnan(float(logits[token])):  # argmax returns a NaN's place where there is one
+            largest, token = logits.max(0)
+            if math.isnan(largest):  # max returns a NaN where there is one
                 raise _nan_logits()
-            return token
+            return int(token)
         scaled = logits / self.sampling.temperature
         if 0 < self.sampling.top_k < scaled.numel():
             values, tokens = scaled.topk(self.sampling.top_k)

@@ -99,23 +99,21 @@ class NumbaStep:
     def __init__(self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None) -> None:
         from teal_kernels.cpu_step.op import CpuStep
 
-        def rope(position: int) -> Rotation:
-            return model.rope.at(position, 1)
-
         self.backend = NUMBA
         self._step = CpuStep(
-            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head, rope, cache.k, cache.v
-        )
-        self._cache, self._thresholds = cache, thresholds
+            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head,
+            _rope(model, cache), cache.k, cache.v, thresholds=thresholds,
+        )  # fmt: skip
+        self._cache, self._sparse = cache, thresholds is not None
 
     def __call__(self, token: int, position: int, rows: Rows | None = None) -> Tensor:
         self._cache.check_room(position, 1)
-        logits = self._step.step(token, position, self._thresholds, rows)
+        logits = self._step.step(token, position, rows)
         self._cache.length = position + 1
         return logits
 
     def kept(self) -> NDArray[np.int64] | None:
-        return None if self._thresholds is None else self._step.kept()
+        return self._step.kept() if self._sparse else None
 
 
 class GraphStep:
@@ -131,10 +129,9 @@ class GraphStep:
         from teal_kernels.gpu_step.op import GpuStep
 
         self.backend = TRITON_GRAPH
-        cos, sin = (table.squeeze(1).contiguous() for table in model.rope.at(0, cache.max_tokens))
         self._step = GpuStep(
-            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head, (cos, sin),
-            cache.k, cache.v, thresholds=thresholds, ring_slots=1, sparsity=sparsity,
+            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head,
+            _rope(model, cache), cache.k, cache.v, thresholds=thresholds, ring_slots=1, sparsity=sparsity,
         )  # fmt: skip
         self._cache = cache
 
@@ -156,6 +153,12 @@ def _spec(config: ModelConfig) -> StepSpec:
         config.hidden, config.intermediate, config.heads, config.kv_heads, config.head_dim, config.vocab,
         config.norm_eps, config.sliding_windows,
     )  # fmt: skip
+
+
+def _rope(model: Transformer, cache: KVCache) -> Rotation:
+    """cos and sin of every position of a cache, each [max_tokens, head_dim]."""
+    cos, sin = model.rope.at(0, cache.max_tokens)
+    return cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous()
 
 
 def open_step(

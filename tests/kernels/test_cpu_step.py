@@ -62,9 +62,12 @@ class Model:
         dtype = self.embedding.dtype
         return torch.cat((cos, cos)).to(dtype), torch.cat((-sin, sin)).to(dtype)
 
-    def compiled(self, **options: Any) -> CpuStep:
+    def compiled(self, thresholds: Any = None, **options: Any) -> CpuStep:
         tensors = self.embedding, self.final_norm, self.lm_head
-        return CpuStep(self.spec, self.layers, *tensors, self.rope, self.kv[:, 0], self.kv[:, 1], **options)
+        cos, sin = zip(*map(self.rope, range(self.kv.shape[3])), strict=True)
+        rope = torch.stack(cos), torch.stack(sin)
+        keys, values = self.kv[:, 0], self.kv[:, 1]
+        return CpuStep(self.spec, self.layers, *tensors, rope, keys, values, thresholds=thresholds, **options)
 
     def step(self, token: int, position: int, thresholds: Any, kv: Tensor, rows: Any = None) -> tuple[Tensor, Any]:
         """Logits, and per site the inputs of every layer; rounds where a plain PyTorch model does.
@@ -154,8 +157,8 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def poison(step: CpuStep) -> None:
-    for buffer in step._shared:
-        if buffer.dtype == np.float32:
+    for name, buffer in step._shared._asdict().items():
+        if buffer.dtype == np.float32 and name != "thresholds":
             buffer.fill(np.nan)
 
 
@@ -169,11 +172,12 @@ def test_equals_plain_step(variant: str, flavour: str, dtype: torch.dtype) -> No
     for kind in ("dense", "zero", "half", "own", "nothing kept"):
         model = make(spec, dtype, FLAVOURS[flavour])
         reference_kv = model.kv.clone()
-        step, table = model.compiled(), threshold_table(kind, len(spec.windows))
+        table = threshold_table(kind, len(spec.windows))
+        step = model.compiled(table)
         poison(step)
         for position in range(6):
             rows = poisoned_rows(spec, dtype)
-            logits = step.step(7 * position + 3, position, table, rows)
+            logits = step.step(7 * position + 3, position, rows)
             expected, inputs = model.step(7 * position + 3, position, table, reference_kv, rows)
             assert distance(logits, expected) < tolerance
             for site, (first, last) in SITE_COLUMNS.items():
@@ -200,7 +204,7 @@ def test_captured_rows_are_what_was_multiplied(dtype: torch.dtype) -> None:
     t = x.float().abs().sort().values[x.numel() // 3].item()  # a value that occurs: it must be dropped
     table = np.full((2, 7), t, np.float32)
     rows = poisoned_rows(SPEC, dtype)
-    model.compiled().step(5, 0, table, rows)
+    model.compiled(table).step(5, 0, rows)
     kept = torch.where(x.float().abs() > t, x, torch.zeros_like(x))
     if dtype != torch.float32:
         assert torch.equal(rows["attn_in"][0], kept)
@@ -211,16 +215,17 @@ def test_captured_rows_are_what_was_multiplied(dtype: torch.dtype) -> None:
 def test_counts_what_is_kept() -> None:
     spec = replace(SPEC, windows=(None,))
     model, table = make(spec, torch.float32), threshold_table("own", 1)
-    step, expected = model.compiled(), np.zeros((1, 7), np.int64)
+    step, expected = model.compiled(table), np.zeros((1, 7), np.int64)
     for position in range(3):
         rows = poisoned_rows(spec, torch.float32)
-        step.step(position, position, table, rows)
+        step.step(position, position, rows)
         for site, (first, last) in SITE_COLUMNS.items():
             expected[0, first:last] += (rows[site].abs().numpy() > table[0, first:last, None]).sum(1)
     assert (step.kept() == expected).all()
-    step.step(3, 3)
+    dense = model.compiled()
+    dense.step(3, 3)
     channels = [SPEC.hidden] * 3 + [SPEC.query_width] + [SPEC.hidden] * 2 + [SPEC.intermediate]
-    assert (step.kept() == expected + channels).all()
+    assert (dense.kept() == channels).all()
 
 
 def test_threshold_that_keeps_one_entry() -> None:
@@ -228,7 +233,7 @@ def test_threshold_that_keeps_one_entry() -> None:
     x = norm(model.embedding[5], model.layers[0].attn_norm, SPEC)
     table = np.full((2, 7), np.inf, np.float32)
     table[0, :3] = x.abs().sort().values[-2].item()
-    model.compiled().step(5, 0, table)
+    model.compiled(table).step(5, 0)
     expected = model.kv.clone()
     model.step(5, 0, table, expected)
     torch.testing.assert_close(model.kv[0, :, :, 0], expected[0, :, :, 0])
@@ -242,9 +247,9 @@ def test_reproducible_and_capture_changes_no_bit(threads: int) -> None:
     results = []
     for capture in (False, True, False):
         model = make(spec, torch.bfloat16)
-        step = model.compiled(threads=threads)
+        step = model.compiled(table, threads=threads)
         rows = poisoned_rows(spec, torch.bfloat16) if capture else None
-        results.append(torch.stack([step.step(9 + i, i, table, rows).clone() for i in range(12)]))
+        results.append(torch.stack([step.step(9 + i, i, rows).clone() for i in range(12)]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -255,10 +260,10 @@ def test_any_number_of_threads(threads: int, kind: str) -> None:
     """Rows wide enough to be split by columns, too narrow for that, and both at once."""
     spec = StepSpec(640, 2700, 10, 2, 64, 500, 1e-5, (None,))
     model, single = make(spec, torch.float32), make(spec, torch.float32)
-    step, expected = model.compiled(threads=threads), single.compiled(threads=1)
+    table = threshold_table(kind, 1)
+    step, expected = model.compiled(table, threads=threads), single.compiled(table, threads=1)
     for position in range(3):
-        logits = step.step(position, position, threshold_table(kind, 1))
-        assert distance(logits, expected.step(position, position, threshold_table(kind, 1))) < 1e-5
+        assert distance(step.step(position, position), expected.step(position, position)) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -272,16 +277,6 @@ def test_long_context(threads: int, window: int | None) -> None:
     logits = model.compiled(threads=threads).step(11, 650)
     expected, _ = model.step(11, 650, None, reference_kv)
     assert distance(logits, expected) < 2e-5
-
-
-def test_cache_can_be_replaced() -> None:
-    model = make(SPEC, torch.float32)
-    step = model.compiled()
-    first = step.step(3, 0).clone()
-    other = torch.full_like(model.kv, torch.nan)
-    step.use_cache(other[:, 0], other[:, 1])
-    assert torch.equal(step.step(3, 0), first)
-    assert torch.equal(other[:, :, :, 0], model.kv[:, :, :, 0])
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -333,9 +328,11 @@ def test_refuses_what_it_cannot_trust() -> None:
     with pytest.raises(ValueError, match="position 24"):
         step.step(0, 24)
     with pytest.raises(ValueError, match="thresholds"):
-        step.step(0, 0, np.zeros((2, 7)))
+        model.compiled(np.zeros((2, 7)))
+    with pytest.raises(ValueError, match="thresholds"):
+        model.compiled(np.full((2, 7), -1, np.float32))
     with pytest.raises(ValueError, match="attn_out"):
-        step.step(0, 0, None, poisoned_rows(replace(SPEC, heads=7), torch.float32))
+        step.step(0, 0, poisoned_rows(replace(SPEC, heads=7), torch.float32))
     with pytest.raises(ValueError, match="layer 1, down"):
         model.layers[1].down = model.layers[1].down.t()
         model.compiled()

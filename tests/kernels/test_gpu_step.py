@@ -75,14 +75,3 @@ def test_sampling_depends_on_seed_and_position_only():
         histories.append(step.history[11:51].tolist())
     assert histories[0] == histories[1]
     assert histories[0] != histories[2]
-
-
-def test_another_plan_needs_no_other_graph():
-    from teal_kernels.gpu_step.op import GpuStep
-
-    model = tiny_model(torch.float16, max_tokens=100, device="cuda")
-    step = GpuStep(*model.arguments(), thresholds=plan(2))
-    for values in ((0.1,) * 7, (0.5,) * 7, (9e9,) * 7, (0.0,) * 7):
-        step.set_thresholds(plan(2, values))
-        got = step.step(3, 20).clone()
-        assert torch.equal(got, GpuStep(*model.arguments(), thresholds=plan(2, values)).step(3, 20))

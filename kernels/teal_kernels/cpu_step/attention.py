@@ -16,12 +16,18 @@ from numba import njit
 
 from teal_kernels.cpu_step.intrinsics import item_bytes, narrow, store
 from teal_kernels.cpu_step.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
-from teal_kernels.cpu_step.rows import add_rows, dot_rows
+from teal_kernels.cpu_step.rows import add_rows, add_rows_4, ask, dot_rows, dot_rows_4
 from teal_kernels.cpu_step.sites import collect
 from teal_kernels.cpu_step.vectors import INNER, compiled, contracted, exp, reordered, rms_norm, rotate
 
 TILE = 256
 """Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
+
+LEAST = 64
+"""Positions in a part, where there are that many."""
+
+TOGETHER = 4
+"""Query heads of one key-value head that read keys and values together."""
 
 ZERO, ONE, LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
 
@@ -32,38 +38,65 @@ def parts_for(threads: int, kv_heads: int) -> int:
 
 
 @compiled
+def positions(shape: Any, weights: Any, layer: int, token: Any, parts: int, item: int) -> tuple[int, int, int]:
+    """Of a work item: the key-value head, and the range of positions, which may be empty."""
+    first = max(0, token.position + 1 - weights.windows[layer])
+    step = max(LEAST, (token.position + 1 - first + parts - 1) // parts)
+    start = first + item % parts * step
+    return item // parts, start, min(start + step, token.position + 1)
+
+
+@compiled
+def items_of(shape: Any, parts: int, own: Any) -> tuple[int, int]:
+    """The range of this thread's items."""
+    items = shape.kv_heads * parts
+    return items * own.thread // own.threads, items * (own.thread + 1) // own.threads
+
+
+@compiled
+def ask_for_keys(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
+    """Asks for the first keys that this thread will read in `attend`, to be called while others are waited for."""
+    parts, row = shared.totals.shape[1], shape.head_dim * item_bytes(kind)
+    begin, end = items_of(shape, parts, own)
+    for item in range(begin, end):
+        head, start, stop = positions(shape, weights, layer, token, parts, item)
+        keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
+        ask(keys + start * row, min(TILE, stop - start) * row)
+
+
+@compiled
 def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
     """This thread's items: rotates queries, appends key and value to the cache, leaves partial sums in `shared`."""
     parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
-    items = shape.kv_heads * parts
-    first = max(0, token.position + 1 - weights.windows[layer])
-    count = token.position + 1 - first
-    step = max(64, (count + parts - 1) // parts)
-    for item in range(items * own.thread // own.threads, items * (own.thread + 1) // own.threads):
-        head, part = item // parts, item % parts
-        start = first + part * step
-        stop = min(start + step, token.position + 1)
+    begin, end = items_of(shape, parts, own)
+    for item in range(begin, end):
+        head, start, stop = positions(shape, weights, layer, token, parts, item)
         if start >= stop:
-            shared.totals[head * group : (head + 1) * group, part] = ZERO
+            shared.totals[head * group : (head + 1) * group, item % parts] = ZERO
             continue
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
         values = cache.values + layer * cache.layer_stride + head * cache.head_stride
         if stop == token.position + 1:
             append(kind, shape, tensors, weights.eps, token, shared.qkv, head, keys, values, own)
-        for query in range(head * group, (head + 1) * group):
-            place(kind, shape, tensors, tensors[Q_NORM], weights.eps, token, shared.qkv, query, own)
-            attend_part(kind, shape, keys, values, start, stop, query, part, shared, own)
+        for query in range(head * group, (head + 1) * group, TOGETHER):
+            count = min(TOGETHER, (head + 1) * group - query)
+            for i in range(count):
+                at = own.queries[i]
+                place(kind, shape, tensors, tensors[Q_NORM], weights.eps, token, shared.qkv, query + i, own, at)
+            attend_part(kind, shape, keys, values, start, stop, query, count, item % parts, shared, own)
 
 
 @compiled
-def place(kind: Any, shape: Any, tensors: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any) -> None:
-    """own.rotated = one head of the product, normalised if the model does that, turned to this token's position."""
+def place(
+    kind: Any, shape: Any, tensors: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any, out: Any
+) -> None:
+    """out = one head of the product, normalised if the model does that, turned to this token's position."""
     collect(kind, qkv, head * shape.head_dim, shape.head_dim, tensors[QKV_BIAS], own.head)
     if norm != NONE:
         rms_norm(kind, own.head, shape.head_dim, norm, eps, own.normed)
-        rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, own.rotated)
+        rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, out)
     else:
-        rotate(kind, own.head, shape.head_dim, token.cos, token.sin, own.rotated)
+        rotate(kind, own.head, shape.head_dim, token.cos, token.sin, out)
 
 
 @compiled
@@ -72,7 +105,7 @@ def append(
 ) -> None:
     """Writes this token's key and value of one head into the cache."""
     first = token.position * shape.head_dim
-    place(kind, shape, tensors, tensors[K_NORM], eps, token, qkv, shape.heads + head, own)
+    place(kind, shape, tensors, tensors[K_NORM], eps, token, qkv, shape.heads + head, own, own.rotated)
     for i in range(shape.head_dim):
         store(kind, keys, first + i, own.rotated[i])
     start = (shape.heads + shape.kv_heads + head) * shape.head_dim
@@ -91,25 +124,38 @@ def largest(x: Any, count: int) -> Any:
 
 @compiled
 def attend_part(
-    kind: Any, shape: Any, keys: int, values: int, start: int, stop: int, head: int, part: int, shared: Any, own: Any
+    kind: Any, shape: Any, keys: int, values: int, start: int, stop: int, first: int, queries: int, part: int,
+    shared: Any, own: Any,
 ) -> None:
-    """Softmax-weighted sum of the values of positions start..stop for the query in own.rotated."""
-    row = shape.head_dim * item_bytes(kind)
-    scale = ONE / np.sqrt(np.float32(shape.head_dim))
-    top, total = LOWEST, ZERO
-    mixed = shared.mixed[head, part]
-    mixed[:] = ZERO
+    """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
+    heads `first` and following. Two or three are reckoned as four, of which some mean nothing."""
+    row, width = shape.head_dim * item_bytes(kind), shape.head_dim
+    scale = ONE / np.sqrt(np.float32(width))
+    tops, totals = shared.tops[first : first + queries, part], shared.totals[first : first + queries, part]
+    tops[:] = LOWEST
+    totals[:] = ZERO
+    own.mixed[:] = ZERO
     for tile in range(start, stop, TILE):
         count = min(TILE, stop - tile)
-        dot_rows(kind, keys + tile * row, row, count, own.rotated, shape.head_dim, own.scores)
-        new_top = max(top, largest(own.scores, count) * scale)
-        shrink = exp(top - new_top)
-        total = total * shrink + exponentials(own.scores, count, scale, new_top)
-        for i in range(shape.head_dim):
-            mixed[i] *= shrink
-        add_rows(kind, values + tile * row, row, own.all, count, own.scores, shape.head_dim, mixed)
-        top = new_top
-    shared.tops[head, part], shared.totals[head, part] = top, total
+        here, there = keys + tile * row, values + tile * row
+        if queries == 1:
+            dot_rows(kind, here, row, count, own.queries[0], width, own.scores[0], there - here)
+        else:
+            dot_rows_4(kind, here, row, count, own.queries, width, own.scores, there - here)
+        for i in range(queries):
+            top = max(tops[i], largest(own.scores[i], count) * scale)
+            shrink = exp(tops[i] - top)
+            totals[i] = totals[i] * shrink + exponentials(own.scores[i], count, scale, top)
+            for j in range(width):
+                own.mixed[i, j] *= shrink
+            tops[i] = top
+        if queries == 1:
+            add_rows(kind, there, row, own.all, count, own.scores[0], width, own.mixed[0])
+        else:
+            add_rows_4(kind, there, row, count, own.scores, width, own.mixed, here + TILE * row - there)
+    for i in range(queries):
+        for j in range(width):
+            shared.mixed[first + i, part, j] = own.mixed[i, j]
 
 
 @reordered

@@ -116,4 +116,6 @@ class Own(NamedTuple):
     head: Any
     normed: Any
     rotated: Any
+    queries: Any
     scores: Any
+    mixed: Any

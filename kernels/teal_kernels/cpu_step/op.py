@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teal_kernels.cpu_step.compiled import KINDS, load
 from teal_kernels.cpu_step.layout import ALL, NONE, Cache, Shape, Token, Weights
-from teal_kernels.cpu_step.spec import OPTIONAL, SITES, LayerTensors, Rotation, StepSpec, layer_shapes
+from teal_kernels.cpu_step.spec import OPTIONAL, PROJECTIONS, SITES, LayerTensors, StepSpec, layer_shapes
 from teal_kernels.cpu_step.team import Team
 
 EVERYWHERE = 1 << 62
@@ -31,16 +31,19 @@ def default_threads() -> int:
 
 
 class CpuStep:
-    """A decode step of one model.
+    """A decode step of one model under one plan.
 
     Args:
         spec: its dimensions.
         layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Nothing is copied.
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding
             itself.
-        rope: cos and sin of a position.
+        rope: cos and sin [max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin:
+            rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions
-            before the step's must be filled. `use_cache` replaces it.
+            before the step's must be filled.
+        thresholds: float32 [layers, 7], q k v o gate up down, none negative: entries with |x| <= t are dropped. None
+            for the dense step.
         threads: default `default_threads()`. Results are the same from run to run for the same number.
 
     Raises:
@@ -55,10 +58,11 @@ class CpuStep:
         embedding: Tensor,
         final_norm: Tensor,
         lm_head: Tensor,
-        rope: Rotation,
+        rope: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
         *,
+        thresholds: NDArray[np.float32] | None = None,
         threads: int | None = None,
     ) -> None:
         self.spec = spec
@@ -74,39 +78,24 @@ class CpuStep:
         weights = self._addresses(layers, embedding, final_norm, lm_head, step.site_edges(shape))
         shared = step.shared_buffers(kind, size, shape)
         own = [step.own_buffers(thread, size, shape) for thread in range(size)]
-        self._rope = rope
-        self._kept_alive = (tuple(layers), embedding, final_norm, lm_head)
-        self._shared = shared
+        shared.thresholds[:] = self._table(thresholds)
+        self._max_tokens, self._row_bytes = keys.shape[2], spec.head_dim * self.dtype.itemsize
+        self._rope = self._rope_addresses(rope)
+        self._cache = self._cache_addresses(keys, values)
+        self._kept_alive = (tuple(layers), embedding, final_norm, lm_head, rope, keys, values)
+        self._shared, self._captures = shared, False
         self._logits = torch.from_numpy(shared.logits)
         self._team = Team(size, shared.control, step.release, lambda i: step.run(kind, own[i], shape, weights, shared))
-        self.use_cache(keys, values)
-
-    def use_cache(self, keys: Tensor, values: Tensor) -> None:
-        """Decodes into another cache from now on; see `keys`, `values` of the class."""
-        spec, size = self.spec, self.dtype.itemsize
-        for name, tensor in (("keys", keys), ("values", values)):
-            room = tensor.shape[2] if tensor.dim() == 4 else 0
-            self._check(name, tensor, (len(spec.windows), spec.kv_heads, room, spec.head_dim), contiguous=False)
-            if tensor.stride()[2:] != (spec.head_dim, 1):
-                raise ValueError(f"{name}: positions of one head must lie together")
-        if keys.stride() != values.stride() or keys.shape != values.shape:
-            raise ValueError("keys and values must have the same shape and strides")
-        self._max_tokens = keys.shape[2]
-        self._cache = Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0) * size, keys.stride(1) * size)
-        self._cached = (keys, values)
 
     def step(
         self,
         token: int,
         position: int,
-        thresholds: NDArray[np.float32] | None = None,
         rows: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Runs one token through the model; its key and value enter the cache at `position`.
 
         Args:
-            thresholds: float32 [layers, 7], q k v o gate up down, none negative: entries with |x| <= t are dropped.
-                None is the dense step.
             rows: site -> [layers, K] in the model's dtype, any stride between layers: receives what entered each site's
                 product, thresholded at the lowest threshold of its projections.
 
@@ -114,24 +103,16 @@ class CpuStep:
             float32 [vocab], in memory that the next step overwrites.
 
         Raises:
-            ValueError: token or position out of range, thresholds or rows of another shape or dtype.
+            ValueError: token or position out of range, rows of another shape or dtype.
         """
         if not 0 <= token < self.spec.vocab:
             raise ValueError(f"token {token} is not in a vocabulary of {self.spec.vocab}")
         if not 0 <= position < self._max_tokens:
             raise ValueError(f"position {position} is outside the cache of {self._max_tokens}")
-        shared = self._shared
-        if thresholds is None:
-            shared.thresholds.fill(ALL)
-        elif thresholds.shape == shared.thresholds.shape and thresholds.dtype == np.float32 and (thresholds >= 0).all():
-            shared.thresholds[:] = thresholds
-        else:
-            raise ValueError(f"thresholds must be float32 {list(shared.thresholds.shape)} and not negative")
-        cos, sin = (table.view(-1) for table in self._rope(position))
-        self._check("cos", cos, (self.spec.head_dim,))
-        self._check("sin", sin, (self.spec.head_dim,))
-        self._point_to(rows)
-        shared.order[:] = (*Token(token, position, cos.data_ptr(), sin.data_ptr()), *self._cache)
+        if rows is not None or self._captures:
+            self._point_to(rows)
+        cos, sin = (table + position * self._row_bytes for table in self._rope)
+        self._shared.order[:] = (*Token(token, position, cos, sin), *self._cache)
         self._team.run()
         return self._logits
 
@@ -177,10 +158,35 @@ class CpuStep:
             lm_head.data_ptr(),
         )
 
+    def _table(self, thresholds: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        shape = (len(self.spec.windows), PROJECTIONS)
+        if thresholds is None:
+            return np.full(shape, ALL)
+        if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
+            raise ValueError(f"thresholds must be float32 {list(shape)} and not negative")
+        return thresholds
+
+    def _rope_addresses(self, rope: tuple[Tensor, Tensor]) -> tuple[int, int]:
+        for name, table in zip(("cos", "sin"), rope, strict=True):
+            self._check(name, table, (self._max_tokens, self.spec.head_dim))
+        return rope[0].data_ptr(), rope[1].data_ptr()
+
+    def _cache_addresses(self, keys: Tensor, values: Tensor) -> Cache:
+        spec, size = self.spec, self.dtype.itemsize
+        shape = (len(spec.windows), spec.kv_heads, self._max_tokens, spec.head_dim)
+        for name, tensor in (("keys", keys), ("values", values)):
+            self._check(name, tensor, shape, contiguous=False)
+            if tensor.stride()[2:] != (spec.head_dim, 1):
+                raise ValueError(f"{name}: positions of one head must lie together")
+        if keys.stride() != values.stride():
+            raise ValueError("keys and values must have the same strides")
+        return Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0) * size, keys.stride(1) * size)
+
     def _point_to(self, rows: Mapping[str, Tensor] | None) -> None:
         """Notes where the step writes captured rows, if anywhere."""
         table = self._shared.rows
         table.fill(NONE)
+        self._captures = rows is not None
         if rows is not None:
             for i, (site, channels) in enumerate(zip(SITES, self.spec.channels(), strict=True)):
                 tensor = rows[site]

@@ -6,7 +6,6 @@ Plain data, without numba, so that a caller may describe a step on a machine tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -81,11 +80,6 @@ class LayerTensors(Protocol):
     def gate_up(self) -> Tensor: ...
     @property
     def down(self) -> Tensor: ...
-
-
-Rotation = Callable[[int], tuple[Tensor, Tensor]]
-"""position -> (cos, sin), each of head_dim elements in the model's dtype, the rotation's sign folded into sin:
-rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum."""
 
 
 def layer_shapes(spec: StepSpec) -> dict[str, tuple[int, ...]]:

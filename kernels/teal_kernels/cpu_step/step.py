@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from teal_kernels.cpu_step.attention import TILE, attend, join_parts, parts_for
+from teal_kernels.cpu_step.attention import TILE, TOGETHER, ask_for_keys, attend, join_parts, parts_for
 from teal_kernels.cpu_step.intrinsics import fetch, item_bytes, put
 from teal_kernels.cpu_step.layout import (
     ATTN_NORM,
@@ -34,7 +34,7 @@ from teal_kernels.cpu_step.layout import (
 )
 from teal_kernels.cpu_step.meeting import await_release, meet
 from teal_kernels.cpu_step.meeting import release as release
-from teal_kernels.cpu_step.rows import dot_rows
+from teal_kernels.cpu_step.rows import STREAM, dot_rows
 from teal_kernels.cpu_step.sites import (
     SITE_ATTN_IN,
     SITE_ATTN_OUT,
@@ -69,6 +69,7 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
             tensors = weights.tensors[layer]
             rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
             multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
+            ask_for_keys(kind, shape, weights, cache, layer, token, shared, own)
             rounds = meet(control, threads, rounds)
             attend(kind, shape, weights, cache, layer, token, shared, own)
             rounds = meet(control, threads, rounds)
@@ -105,7 +106,7 @@ def head(kind: Any, shape: Any, lm_head: int, own: Any, logits: Any) -> None:
     """This thread's share of logits = lm_head @ own.x, not rounded."""
     first, last = share(shape.vocab, own.thread, own.threads)
     row = shape.hidden * item_bytes(kind)
-    dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last])
+    dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
 
 
 def site_edges(shape: Shape) -> NDArray[np.int64]:
@@ -161,7 +162,9 @@ def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
         head=np.zeros(shape.head_dim, np.float32),
         normed=np.zeros(shape.head_dim, np.float32),
         rotated=np.zeros(shape.head_dim, np.float32),
-        scores=np.zeros(TILE, np.float32),
+        queries=np.zeros((TOGETHER, shape.head_dim), np.float32),
+        scores=np.zeros((TOGETHER, TILE), np.float32),
+        mixed=np.zeros((TOGETHER, shape.head_dim), np.float32),
     )
 
 

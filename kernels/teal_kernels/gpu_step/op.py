@@ -1,7 +1,7 @@
 """GpuStep: one decode step of a whole model on a GPU.
 
 Token, position and thresholds live in device tensors, nothing is read back, and every buffer is allocated once: the
-step is captured as one CUDA graph at its second run and replayed from then on, whatever the plan, the position or the
+step is captured as one CUDA graph at its second run and replayed from then on, whatever the position or the
 number of kept entries. On a CPU under Triton's interpreter it runs the same launches without a graph.
 
 It does not load models, prefill, or write stores: the caller shares weights and key-value cache with its own prefill.
@@ -137,19 +137,6 @@ class GpuStep:
         else:
             self._launch()
         self._ran = True
-
-    @torch.inference_mode()
-    def set_thresholds(self, thresholds: NDArray[np.float32]) -> None:
-        """Decode under another plan from the next step on; float32 [layers, 7], none negative.
-
-        Raises:
-            ValueError: wrong shape, dtype or sign, or this is a dense step.
-        """
-        table = self._table(thresholds)
-        for site, product in self._products.items():
-            if not isinstance(product, SparseProduct):
-                raise ValueError("a dense step has no thresholds")
-            product.thresholds.copy_(table[:, slice(*COLUMNS[site])])
 
     def kept(self) -> NDArray[np.int64] | None:
         """Kept entries summed over all steps so far, int64 [layers, 7]; None for a dense step. Waits for the device."""

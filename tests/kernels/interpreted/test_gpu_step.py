@@ -86,16 +86,6 @@ def test_counts_what_each_projection_keeps():
     assert GpuStep(*model.arguments()).kept() is None
 
 
-def test_another_plan_takes_effect_at_the_next_step():
-    model = tiny_model(torch.float32)
-    step = GpuStep(*model.arguments(), thresholds=plan(2))
-    other = plan(2, (0.0,) * 7)
-    step.set_thresholds(other)
-    assert relative_error(step.step(5, 9), reference(model, other, 5, 9)[0]) < 1e-5
-    with pytest.raises(ValueError, match="no thresholds"):
-        GpuStep(*model.arguments()).set_thresholds(other)
-
-
 def test_decodes_on_the_device_as_the_host_would():
     model = tiny_model(torch.float32)
     step = GpuStep(*model.arguments(), thresholds=plan(2), sampling=DeviceSampling(0.0), ring_slots=2)
