@@ -50,6 +50,8 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
             eight more are under way.
     """
     size = item_bytes(kind)
+    for k in range(min(8, kept)):
+        ask(base + index[k] * stride, min(width, 4 * CHUNK) * size)
     k = 0
     while k + 8 <= kept:
         r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
