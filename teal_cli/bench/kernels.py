@@ -19,6 +19,7 @@ from teal_cli.bench.products import DENSE, Batch, Operands, Product, dense_produ
 from teal_cli.bench.rows import KernelRow, Progress
 from teal_cli.bench.shapes import Matrix
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
+from teal_cli.errors import HardwareError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class KernelRequest:
         rounds: how often each contender is measured.
         seed: of weights and vectors.
         replay: rows of a store in place of random vectors; the sparsities are levels of it.
+        tune: search launch configurations first, and keep the best for every later command; GPUs only.
         pool_bytes, probe_bytes: memory for copies of the weights, and for measuring bandwidth; several times the
             cache by default.
     """
@@ -42,6 +44,7 @@ class KernelRequest:
     rounds: int
     seed: int = 0
     replay: Replay | None = None
+    tune: bool = False
     pool_bytes: int | None = None
     probe_bytes: int | None = None
 
@@ -61,7 +64,13 @@ class _Entry:
 
 
 def bench_kernels(request: KernelRequest) -> Iterator[Progress | KernelRow]:
-    """Measure; a product whose check fails is not timed and its row says so."""
+    """Measure; a product whose check fails is not timed and its row says so.
+
+    Raises:
+        HardwareError: `tune` without a GPU.
+    """
+    if request.tune:
+        yield from _tune(request)
     probe = ReadProbe(request.device, request.probe_bytes)
     total = len(request.dtypes) * len(request.matrices)
     done = 0
@@ -74,6 +83,25 @@ def bench_kernels(request: KernelRequest) -> Iterator[Progress | KernelRow]:
             done += 1
         del pool
     yield Progress(done, total, "done")
+
+
+def _tune(request: KernelRequest) -> Iterator[Progress]:
+    if request.device.type != "cuda":
+        raise HardwareError(
+            f"there is nothing to tune on {request.device}", hint="--tune searches configurations of GPU kernels"
+        )
+    from teal_kernels.tuning import BAND_POINTS, tune
+
+    shapes = list(dict.fromkeys((matrix.inputs, matrix.segments) for matrix in request.matrices))
+    by_size = {dtype.itemsize: dtype for dtype in request.dtypes}  # dtypes of one size share their configurations
+    done, total = 0, len(shapes) * len(by_size) * len(BAND_POINTS)
+    yield Progress(done, total, "Tuning")
+    for dtype in by_size.values():
+        for found in tune(shapes, dtype, request.device):
+            done += 1
+            gain = found.default_seconds / found.seconds
+            text = f"Tuned {found.inputs}x{found.outputs} {found.dtype} at {found.sparsity:.0%}: {gain:.2f}x"
+            yield Progress(done, total, text)
 
 
 def _bench_matrix(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +69,10 @@ def kernels(
         typer.Option("--replay", metavar="STORE", help="Vectors from a store, at its levels, in place of random ones."),
     ] = None,
     rounds: RoundsOption = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="First search launch configurations on this GPU; all commands use what it finds."),
+    ] = False,
     quick: QuickOption = False,
     seed: options.SeedOption = None,
     device: options.DeviceOption = None,
@@ -97,10 +102,10 @@ def kernels(
     levels = _levels(sparsity or (None if store else LEVELS), tuple(store.levels) if store else None)
     request = KernelRequest(
         matrices, tuple(DTYPES[name] for name in _dtypes(dtypes)), levels, choose_device(given.pick("device", device)),
-        rounds or (7 if quick else 25), given.pick("seed", seed) or 0, store,
+        rounds or (7 if quick else 25), given.pick("seed", seed) or 0, store, tune,
     )  # fmt: skip
     asked = {"shapes": shapes, "model": model, "dtypes": dtypes, "sparsities": levels, "rounds": request.rounds,
-             "seed": request.seed, "replay": str(replay) if replay else None, "quick": quick}  # fmt: skip
+             "seed": request.seed, "replay": str(replay) if replay else None, "tune": tune, "quick": quick}  # fmt: skip
     _finish(out, "kernels", request.device, asked, [bench_kernels(request)], path, "matrices")
 
 
@@ -172,7 +177,8 @@ def decode(
                 _registered(out, given, model, str(where), calibration, levels, prompt_tokens, chosen), request
             )
         for shape in shapes:
-            yield bench_decode(_stack(shape, where, levels, prompt_tokens, request.seed, chosen), request)
+            subject = _stack(shape, where, levels, prompt_tokens, request.seed, chosen)
+            yield bench_decode(subject, replace(request, gguf=[]))  # a GGUF is of the model
 
     asked = {"model": model, "stacks": stacks or [], "sparsities": levels, "dump": dump, "tokens": request.new_tokens,
              "prompt_tokens": prompt_tokens, "rounds": request.rounds, "seed": request.seed, **chosen,

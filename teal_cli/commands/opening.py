@@ -23,11 +23,12 @@ def opened(
     calibration: str | None = None,
 ) -> Session:
     """The session that these options ask for; what is None comes from the settings. Raises as `open_session`."""
+    from teal_cli.decoding.steps import compile_step, must_compile
     from teal_cli.session import open_session
 
     with progress(out) as bars:
         task = bars.task("Loading the model", unit="layers")
-        return open_session(
+        session = open_session(
             given.pick("model", model),
             dtype=given.pick("dtype", dtype),
             device=given.pick("device", device),
@@ -35,3 +36,8 @@ def opened(
             calibration=given.pick("calibration", calibration),
             progress=lambda done, total: task.update(done=done, total=total),
         )
+        if must_compile(session.backend, session.model.dtype):
+            compiling = bars.task("Compiling the decode step for this processor, once", total=1, unit="steps")
+            compile_step(session.model.dtype)
+            compiling.update(done=1)
+        return session

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teal_cli import settings
 from teal_cli.commands.calibrate import watch
 from teal_cli.commands.download import follow
 from teal_cli.ui import options
@@ -85,11 +86,11 @@ def _generate(
     out: Output, entry: ModelEntry, calibration: str, sparsity: float, path: Path, *, force: bool
 ) -> Generation:
     from teal_cli.commands.generate import show_figures
+    from teal_cli.commands.opening import opened
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.generation import GenerateRequest, Generation, generate
-    from teal_cli.session import open_session
 
-    session = open_session(entry.name, calibration=calibration)
+    session = opened(out, settings.load(), model=entry.name, calibration=calibration)
     request = GenerateRequest(
         PROMPT, sparsity, 96, Sampling(temperature=0, seed=0), chat=True, dump=path, force=force or _is_ours(path)
     )

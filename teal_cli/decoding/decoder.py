@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from teal_cli.decoding.projector import Rows
-from teal_cli.decoding.sampling import Sampler, Sampling
-from teal_cli.decoding.steps import Step
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.decoding.steps import Choose, Step
 from teal_cli.decoding.traffic import projection_inputs, step_bytes
 from teal_cli.errors import UsageError
 from teal_cli.model.cache import KVCache
@@ -85,13 +85,13 @@ class Decoder:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
         """
         self.check(prompt, max_new_tokens)
-        sampler = Sampler(sampling, sequence=sequence, device=self.model.device)
-        token = self._prefill(prompt, sampler)
+        choose = self.step.sampler(sampling, sequence)
+        token = self._prefill(prompt, choose)
         yield token
         for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
             if token in stop:
                 return
-            token = self._next(token, position, sequence, sampler, capture)
+            token = self._next(token, position, sequence, choose, capture)
             yield token
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
@@ -108,23 +108,23 @@ class Decoder:
             )
 
     @torch.inference_mode()
-    def _prefill(self, prompt: Sequence[int], sampler: Sampler) -> int:
+    def _prefill(self, prompt: Sequence[int], choose: Choose) -> int:
         start = time.perf_counter()
         self.cache.length = 0
         tokens = torch.tensor(list(prompt), device=self.model.device)
-        token = sampler(self.model.forward(tokens, 0, self.cache))
+        token = choose(self.model.forward(tokens, 0, self.cache))
         self.tally.prefill_s += time.perf_counter() - start
         self.tally.prompt_tokens += len(prompt)
         return token
 
     @torch.inference_mode()
-    def _next(self, token: int, position: int, sequence: int, sampler: Sampler, capture: Capture | None) -> int:
+    def _next(self, token: int, position: int, sequence: int, choose: Choose, capture: Capture | None) -> int:
         start = time.perf_counter()
         rows = None if capture is None else capture.begin(token, position, sequence)
         logits = self.step(token, position, rows)
         if capture is not None:
             capture.end()
-        chosen = sampler(logits)
+        chosen = choose(logits)
         self.tally.decode_s += time.perf_counter() - start
         self.tally.steps += 1
         self.tally.context += position + 1

@@ -48,6 +48,10 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
 
+    def stream(self, sequence: int) -> int:
+        """Seeds the random stream of one sequence: 63 bits, since torch takes an int64."""
+        return int(np.random.SeedSequence([self.seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
     def as_dict(self) -> dict[str, float | int]:
         return asdict(self)
 
@@ -63,8 +67,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, *, sequence: int = 0, device: torch.device | str = "cpu") -> None:
         self.sampling = sampling
-        state = np.random.SeedSequence([sampling.seed, sequence]).generate_state(1, np.uint64)[0]
-        self._random = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))  # 63 bits: torch takes int64
+        self._random = torch.Generator(device).manual_seed(sampling.stream(sequence))
 
     def __call__(self, logits: Tensor) -> int:
         """Take logits float32 [vocab] and return a token id.
@@ -75,7 +78,7 @@ class Sampler:
         if self.sampling.greedy:
             largest, token = logits.max(0)
             if math.isnan(largest):  # max returns a NaN where there is one
-                raise _nan_logits()
+                raise nan_logits()
             return int(token)
         scaled = logits / self.sampling.temperature
         if 0 < self.sampling.top_k < scaled.numel():
@@ -84,12 +87,13 @@ class Sampler:
             values, tokens = scaled, None
         probabilities = values.softmax(-1)
         if math.isnan(float(probabilities[0])):
-            raise _nan_logits()
+            raise nan_logits()
         choice = int(torch.multinomial(probabilities, 1, generator=self._random))
         return choice if tokens is None else int(tokens[choice])
 
 
-def _nan_logits() -> TealError:
+def nan_logits() -> TealError:
+    """What is raised where no token can be chosen."""
     return TealError(
         "the model produced NaN logits, so no token can be chosen",
         hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",

@@ -6,6 +6,7 @@ prefill. Which token comes next is not its business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import numpy as np
@@ -14,17 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, empty_rows
+from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import Rotation
 from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError, choose_backend, triton_problem
-from teal_kernels.cpu_step.compiled import unavailable
+from teal_kernels.cpu_step.compiled import is_compiled, load, unavailable
 from teal_kernels.cpu_step.spec import StepSpec
 
 NUMBA: Final = "numba"
 TRITON_GRAPH: Final = "triton-graph"
+
+
+Choose = Callable[[Tensor], int]
+"""Logits float32 [vocab] -> a token id. Raises TealError where the logits hold NaN."""
 
 
 class Step(Protocol):
@@ -44,6 +50,10 @@ class Step(Protocol):
         Returns:
             Logits, float32 [vocab].
         """
+        ...
+
+    def sampler(self, sampling: Sampling, sequence: int) -> Choose:
+        """What chooses the tokens of a sequence that begins: from the logits of its prefill, then of its steps."""
         ...
 
     def kept(self) -> NDArray[np.int64] | None:
@@ -85,6 +95,9 @@ class PlainStep:
             self._counter.add(projector.rows)
         return logits
 
+    def sampler(self, sampling: Sampling, sequence: int) -> Choose:
+        return Sampler(sampling, sequence=sequence, device=self._model.device)
+
     def kept(self) -> NDArray[np.int64] | None:
         return self._counter.counts() if self._counter else None
 
@@ -111,6 +124,9 @@ class NumbaStep:
         logits = self._step.step(token, position, rows)
         self._cache.length = position + 1
         return logits
+
+    def sampler(self, sampling: Sampling, sequence: int) -> Choose:
+        return Sampler(sampling, sequence=sequence)
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept() if self._sparse else None
@@ -143,6 +159,26 @@ class GraphStep:
             for site, ring in self._step.ring.items():
                 rows[site].copy_(ring[:, 0], non_blocking=True)
         return logits.float()
+
+    def sampler(self, sampling: Sampling, sequence: int) -> Choose:
+        """Choose within the graph: reading one number a token leaves less time in which the GPU waits."""
+        from teal_kernels.sample.op import DeviceSampling
+
+        step = self._step
+        step.sample(DeviceSampling(sampling.temperature, sampling.top_k, sampling.stream(sequence)))
+        prefill = True
+
+        def choose(logits: Tensor) -> int:
+            nonlocal prefill
+            if prefill:
+                step.choose(logits, self._cache.length - 1)
+                prefill = False
+            token = step.chosen()
+            if token is None:
+                raise nan_logits()
+            return token
+
+        return choose
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept()
@@ -203,6 +239,16 @@ def step_problem(whole: str, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the numba step works on CPU tensors, not on {device.type!r}"
     return unavailable()
+
+
+def must_compile(backend: str, dtype: torch.dtype) -> bool:
+    """Whether the first step of a backend waits some ten seconds for a compiler that `compile_step` can run before."""
+    return backend == NUMBA and not is_compiled(dtype)
+
+
+def compile_step(dtype: torch.dtype) -> None:
+    """Compile the numba step for this processor and keep it on disk."""
+    load(dtype)
 
 
 class KeptCounter:

@@ -45,9 +45,7 @@ def check_target(path: Path, *, force: bool) -> bool:
     """
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and layout.schema_of(path) is None:
-        raise UsageError(
-            f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone."
-        )
+        raise UsageError(f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone.")
     if occupied and not force:
         raise UsageError(f"{path} exists.", hint="Go on with --resume, or replace it with --force.")
     return occupied

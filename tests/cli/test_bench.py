@@ -51,6 +51,38 @@ def test_kernels_as_json_is_what_the_file_holds(teal: Teal, tmp_path: Path) -> N
     assert run.json == json.loads((tmp_path / "r.json").read_text())
 
 
+def test_tuning_is_for_gpus(teal: Teal) -> None:
+    run = teal(*KERNELS, "--tune")
+    assert run.code == 5
+    assert "nothing to tune on cpu" in run.err
+
+
+def test_tuning_comes_first_and_says_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from teal_cli.bench import kernels
+    from teal_cli.bench.rows import Progress
+    from teal_cli.bench.shapes import parse_shapes
+    from teal_kernels import tuning
+
+    asked: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+
+    def search(shapes, dtype, device):
+        for inputs, segments in shapes:
+            asked.append((inputs, segments, dtype))
+            yield tuning.Tuned(inputs, sum(segments), "bfloat16", 0.5, tuning.GemvConfig(64, 64, 4), 2e-5, 3e-5)
+
+    monkeypatch.setattr(tuning, "tune", search)
+    request = kernels.KernelRequest(
+        parse_shapes("96x64,64x96"), (torch.bfloat16, torch.float16, torch.float32), (0.5,), torch.device("cuda"), 2
+    )
+    events = list(kernels._tune(request))
+    assert asked == [(96, (64,), torch.float16), (64, (96,), torch.float16), (96, (64,), torch.float32),
+                     (64, (96,), torch.float32)]  # fmt: skip
+    assert isinstance(events[-1], Progress)
+    assert events[-1].text == "Tuned 64x96 bfloat16 at 50%: 1.50x"
+
+
 def test_a_failed_check_is_said_and_exits_with_1(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
     from teal_cli.bench import products
 

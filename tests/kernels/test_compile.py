@@ -176,7 +176,7 @@ def test_attention_builds(group, head_dim, dtype, capability):
 @pytest.mark.parametrize("ids", [True, False], ids=["top-k", "all"])
 def test_sampling_builds(ids, dtype, capability):
     types = {"values_ptr": POINTER_TYPES[dtype], "temperature_ptr": "*fp32"}
-    types |= dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr"), "*i64")
+    types |= dict.fromkeys(("seed_ptr", "position_ptr", "choice_ptr"), "*i64")
     constants: dict[str, object] = {"n": 200 if ids else 128256, "IDS": ids, "BLOCK": 256 if ids else 8192}
     types, constants = (types | {"ids_ptr": "*i64"}, constants) if ids else (types, constants | {"ids_ptr": None})
     compile_kernel(sample_kernel, types, constants, capability, 8).assert_no_spills()

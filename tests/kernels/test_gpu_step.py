@@ -48,16 +48,16 @@ def test_decodes_alone_as_it_does_step_by_step():
     from teal_kernels.sample.op import DeviceSampling
 
     model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
-    alone = GpuStep(*model.arguments(), thresholds=plan(2), sampling=DeviceSampling(0.0))
+    alone = GpuStep(*model.arguments(), thresholds=plan(2))
+    alone.sample(DeviceSampling(0.0))
     alone.token.fill_(4)
     alone.position.fill_(10)
     led = GpuStep(*model.arguments(), thresholds=plan(2))
-    token, tokens = 4, []
+    token = 4
     for position in range(10, 50):
         alone.run()
         token = int(led.step(token, position).argmax())
-        tokens.append(token)
-    assert alone.history[11:51].tolist() == tokens
+        assert alone.chosen() == token
 
 
 def test_sampling_depends_on_seed_and_position_only():
@@ -67,11 +67,10 @@ def test_sampling_depends_on_seed_and_position_only():
     model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
     histories = []
     for seed in (1, 1, 2):
-        step = GpuStep(*model.arguments(), thresholds=plan(2), sampling=DeviceSampling(1.0, 20, seed))
+        step = GpuStep(*model.arguments(), thresholds=plan(2))
+        step.sample(DeviceSampling(1.0, 20, seed))
         step.token.fill_(4)
         step.position.fill_(10)
-        for _ in range(40):
-            step.run()
-        histories.append(step.history[11:51].tolist())
+        histories.append([(step.run(), step.chosen())[1] for _ in range(40)])
     assert histories[0] == histories[1]
     assert histories[0] != histories[2]

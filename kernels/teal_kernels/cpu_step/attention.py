@@ -38,7 +38,7 @@ def parts_for(threads: int, kv_heads: int) -> int:
 
 
 @compiled
-def positions(shape: Any, weights: Any, layer: int, token: Any, parts: int, item: int) -> tuple[int, int, int]:
+def positions(weights: Any, layer: int, token: Any, parts: int, item: int) -> tuple[int, int, int]:
     """Of a work item: the key-value head, and the range of positions, which may be empty."""
     first = max(0, token.position + 1 - weights.windows[layer])
     step = max(LEAST, (token.position + 1 - first + parts - 1) // parts)
@@ -54,12 +54,12 @@ def items_of(shape: Any, parts: int, own: Any) -> tuple[int, int]:
 
 
 @compiled
-def ask_for_keys(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
+def ask_for_keys(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, parts: int, own: Any) -> None:
     """Asks for the first keys that this thread will read in `attend`, to be called while others are waited for."""
-    parts, row = shared.totals.shape[1], shape.head_dim * item_bytes(kind)
+    row = shape.head_dim * item_bytes(kind)
     begin, end = items_of(shape, parts, own)
     for item in range(begin, end):
-        head, start, stop = positions(shape, weights, layer, token, parts, item)
+        head, start, stop = positions(weights, layer, token, parts, item)
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
         ask(keys + start * row, min(TILE, stop - start) * row)
 
@@ -70,7 +70,7 @@ def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: A
     parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
     begin, end = items_of(shape, parts, own)
     for item in range(begin, end):
-        head, start, stop = positions(shape, weights, layer, token, parts, item)
+        head, start, stop = positions(weights, layer, token, parts, item)
         if start >= stop:
             shared.totals[head * group : (head + 1) * group, item % parts] = ZERO
             continue
@@ -124,8 +124,17 @@ def largest(x: Any, count: int) -> Any:
 
 @compiled
 def attend_part(
-    kind: Any, shape: Any, keys: int, values: int, start: int, stop: int, first: int, queries: int, part: int,
-    shared: Any, own: Any,
+    kind: Any,
+    shape: Any,
+    keys: int,
+    values: int,
+    start: int,
+    stop: int,
+    first: int,
+    queries: int,
+    part: int,
+    shared: Any,
+    own: Any,
 ) -> None:
     """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
     heads `first` and following. Two or three are reckoned as four, of which some mean nothing."""

@@ -69,7 +69,7 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
             tensors = weights.tensors[layer]
             rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
             multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
-            ask_for_keys(kind, shape, weights, cache, layer, token, shared, own)
+            ask_for_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
             rounds = meet(control, threads, rounds)
             attend(kind, shape, weights, cache, layer, token, shared, own)
             rounds = meet(control, threads, rounds)

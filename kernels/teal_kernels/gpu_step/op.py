@@ -47,14 +47,12 @@ class GpuStep:
         rope: cos and sin [max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim]; the last two axes contiguous.
         thresholds: float32 [layers, 7], q k v o gate up down; None for the dense step.
-        sampling: choose the next token on the device, too; None leaves it to the caller.
         ring_slots: length of the capture ring; 0 captures nothing.
         sparsity: about how much the thresholds drop; chooses among tuned configurations.
 
     Attributes:
-        token, position: int64 [1], what the next step is fed; with `sampling`, a step leaves its successor's there.
+        token, position: int64 [1], what the next step is fed; after `sample`, a step leaves its successor's there.
         logits: [vocab] of the last step, in the model's dtype.
-        history: int64 [max_tokens + 1]; with `sampling`, history[p] is the token chosen for position p.
         ring: site -> [layers, ring_slots, K], what the products consumed.
         slot: int64 [1], the ring slot that the next step fills; it advances by itself.
 
@@ -74,7 +72,6 @@ class GpuStep:
         values: Tensor,
         *,
         thresholds: NDArray[np.float32] | None = None,
-        sampling: DeviceSampling | None = None,
         ring_slots: int = 0,
         sparsity: float = 0.5,
     ) -> None:
@@ -84,14 +81,13 @@ class GpuStep:
         self._rope, self._keys, self._values = rope, keys, values
         self._check()
         self.token, self.position, self.slot = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
-        self.history = torch.zeros(keys.shape[2] + 1, dtype=torch.int64, device=self.device)
         self.logits = self._buffer(spec.vocab)
         self.ring = {
             site: self._buffer(len(layers), ring_slots, size)
             for site, size in zip(SITES, spec.channels(), strict=True)
             if ring_slots
         }
-        self._chooser = None if sampling is None else Chooser(sampling, self.device)
+        self._chooser: Chooser | None = None
         self._products = self._make_products(thresholds, sparsity)
         self._streams = self._buffer(2, spec.hidden)
         self._q = self._buffer(spec.heads, spec.head_dim)
@@ -138,6 +134,26 @@ class GpuStep:
             self._launch()
         self._ran = True
 
+    @torch.inference_mode()
+    def sample(self, sampling: DeviceSampling) -> None:
+        """From the next step on, choose the token after it on the device, too."""
+        if self._chooser is None or not self._chooser.adopt(sampling):
+            self._chooser = Chooser(sampling, self.device)
+            self._graph, self._ran = None, False
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, position: int) -> None:
+        """Choose from logits [vocab] that a prefill left after the token at `position`, as a step would."""
+        assert self._chooser is not None, "call sample() first"
+        self.position.fill_(position)
+        self._chooser(logits, self.position)
+
+    def chosen(self) -> int | None:
+        """The token that the last step, or `choose`, chose; None if the logits held NaN. Waits for the device."""
+        assert self._chooser is not None, "call sample() first"
+        token, broken = self._chooser.choice.tolist()
+        return None if broken else token
+
     def kept(self) -> NDArray[np.int64] | None:
         """Kept entries summed over all steps so far, int64 [layers, 7]; None for a dense step. Waits for the device."""
         tallies = [p.tally.sum(-1) for p in self._products.values() if isinstance(p, SparseProduct)]
@@ -173,9 +189,9 @@ class GpuStep:
         if self.ring:
             self.slot.add_(1).remainder_(self.ring[SITES[0]].shape[1])
         if self._chooser is not None:
-            self._chooser(self.logits, self.position, self.token)
+            self._chooser(self.logits, self.position)
+            self.token.copy_(self._chooser.choice[:1])
             self.position.add_(1)
-            self.history.index_copy_(0, self.position, self.token)
 
     def _capture(self, site: str, layer: int) -> Capture | None:
         return Capture(self.ring[site][layer], self.slot) if self.ring else None

@@ -13,7 +13,7 @@ def sample_kernel(
     temperature_ptr,  # float32 [1], above 0
     seed_ptr,  # int64 [1]
     position_ptr,  # int64 [1]
-    token_ptr,  # int64 [1], written
+    choice_ptr,  # int64 [2], written: the token; 1 if a logit is NaN
     n: tl.constexpr,
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -25,7 +25,7 @@ def sample_kernel(
     for start in range(0, n, BLOCK):
         value = tl.load(values_ptr + start + entry, mask=start + entry < n, other=float("-inf"))
         peak = tl.maximum(peak, value.to(tl.float32))
-    highest = tl.max(peak, axis=0)
+    highest = tl.maximum(tl.max(peak, axis=0), -3e38)  # finite, also where all logits are NaN or -inf
 
     total = highest * 0.0
     for start in range(0, n, BLOCK):
@@ -41,4 +41,7 @@ def sample_kernel(
         passed += ((before + tl.cumsum(weight, axis=0) <= target) & (start + entry < n)).to(tl.int32)
         before += tl.sum(weight, axis=0)
     choice = tl.minimum(tl.sum(passed, axis=0), n - 1).to(tl.int64)
-    tl.store(token_ptr, tl.load(ids_ptr + choice) if IDS else choice)
+    broken = total != total
+    choice = tl.where(broken, 0, choice)
+    tl.store(choice_ptr, tl.load(ids_ptr + choice) if IDS else choice)
+    tl.store(choice_ptr + 1, broken.to(tl.int64))

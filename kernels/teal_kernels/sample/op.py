@@ -28,27 +28,42 @@ class DeviceSampling:
 
 
 class Chooser:
-    """Writes the next token into a device tensor; can be captured in a graph.
+    """Chooses the next token in launches that a graph can hold.
 
     Args:
-        sampling: the settings. `seed` may be changed later through the tensor of that name.
-        device: where logits and token live.
+        sampling: the settings.
+        device: where logits live.
+
+    Attributes:
+        choice: int64 [2]: the token, and 1 if the logits held NaN, which no rule can order.
     """
 
     def __init__(self, sampling: DeviceSampling, device: torch.device) -> None:
-        self.sampling = sampling
-        self.temperature = torch.tensor([sampling.temperature], dtype=torch.float32, device=device)
-        self.seed = torch.tensor([sampling.seed], dtype=torch.int64, device=device)
+        self.greedy = sampling.temperature == 0 or sampling.top_k == 1
+        self.top_k = sampling.top_k
+        self._temperature = torch.tensor([sampling.temperature], dtype=torch.float32, device=device)
+        self._seed = torch.tensor([sampling.seed], dtype=torch.int64, device=device)
+        self.choice = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def __call__(self, logits: Tensor, position: Tensor, token: Tensor) -> None:
-        """token [1] = choice from logits [vocab], for the step at `position` int64 [1]."""
-        if self.sampling.temperature == 0 or self.sampling.top_k == 1:
-            torch.argmax(logits, dim=0, keepdim=True, out=token)
+    def adopt(self, sampling: DeviceSampling) -> bool:
+        """Take other settings without another graph; False where that cannot be, as the launches are others."""
+        greedy = sampling.temperature == 0 or sampling.top_k == 1
+        if greedy != self.greedy or (not greedy and sampling.top_k != self.top_k):
+            return False
+        self._temperature.fill_(sampling.temperature)
+        self._seed.fill_(sampling.seed)
+        return True
+
+    def __call__(self, logits: Tensor, position: Tensor) -> None:
+        """Leave in `choice` what is chosen from logits [vocab] for the step at `position` int64 [1]."""
+        if self.greedy:
+            largest, token = logits.max(dim=0, keepdim=True)  # NaN, where there is one
+            self.choice.copy_(torch.cat((token, largest.isnan().to(torch.int64))))
             return
         values, ids = logits, None
-        if 0 < self.sampling.top_k < len(logits):
-            values, ids = torch.topk(logits, self.sampling.top_k)
+        if 0 < self.top_k < len(logits):
+            values, ids = torch.topk(logits, self.top_k)
         sample_kernel[(1,)](
-            values, ids, self.temperature, self.seed, position, token, n=len(values), IDS=ids is not None,
+            values, ids, self._temperature, self._seed, position, self.choice, n=len(values), IDS=ids is not None,
             BLOCK=min(8192, triton.next_power_of_2(max(16, len(values)))), num_warps=8, **EXACT,
         )  # fmt: skip

@@ -8,7 +8,11 @@ import torch
 from kernel_cases import relative_error
 from kernel_models import plan
 
+from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.projector import DenseProjector, SparseProjector, empty_rows
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.decoding.steps import TRITON_GRAPH, open_step
+from teal_cli.errors import TealError
 from teal_cli.model.transformer import Transformer
 from teal_kernels.cpu_step.spec import StepSpec
 from teal_kernels.gpu_step.op import GpuStep
@@ -52,3 +56,41 @@ def test_agrees_with_the_transformer(tiny_family, sparse):
             got = step.ring[site][:, i]
             assert relative_error(got, vectors) < 1e-5, site
             assert np.mean(((got == 0) != (vectors == 0)).numpy()) < 0.002, site
+
+
+def decode(model, sampling, sequences, prompt=PROMPT):
+    cache = model.cache(40)
+    decoder = Decoder(model, cache, open_step(model, cache, plan(model.config.layers), TRITON_GRAPH, 0.5))
+    return [
+        list(decoder.generate(prompt, max_new_tokens=6, sampling=sampling, sequence=sequence)) for sequence in sequences
+    ]
+
+
+def test_a_sequence_comes_out_the_same_whatever_went_before(tiny):
+    model = Transformer.from_checkpoint(tiny("llama3"), torch.float32)
+    sampling = Sampling(temperature=1.5, top_k=50, seed=3)
+    first, second, again = decode(model, sampling, (0, 1, 0))
+    assert first == again
+    assert first != second
+    assert decode(model, sampling, (1,)) == [second]
+    assert decode(model, Sampling(temperature=1.5, top_k=50, seed=4), (0,)) != [first]
+
+
+def test_greedy_takes_what_the_logits_say(tiny):
+    model = Transformer.from_checkpoint(tiny("llama3"), torch.float32)
+    cache = model.cache(40)
+    step = open_step(model, cache, plan(model.config.layers), TRITON_GRAPH, 0.5)
+    token = int(model.forward(torch.tensor(PROMPT), 0, cache).argmax())
+    tokens = [token]
+    for position in range(len(PROMPT), len(PROMPT) + 5):
+        token = int(step(token, position).argmax())
+        tokens.append(token)
+    assert decode(model, Sampling(temperature=0), (0,)) == [tokens]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_end_the_sequence(tiny, temperature):
+    model = Transformer.from_checkpoint(tiny("llama3"), torch.float32)
+    model.final_norm.fill_(torch.nan)
+    with pytest.raises(TealError, match="NaN"):
+        decode(model, Sampling(temperature=temperature), (0,))

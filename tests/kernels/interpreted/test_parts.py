@@ -101,16 +101,39 @@ def test_draws_by_inverting_the_cumulative_distribution(top_k):
     logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 2
     choose = Chooser(DeviceSampling(0.7, top_k, seed=9), CPU)
     values, ids = logits.topk(top_k) if top_k else (logits, torch.arange(300))
-    token, uniform, tokens = torch.tensor([-1]), torch.empty(1), []
+    uniform, tokens = torch.empty(1), []
     for position in range(30):
-        choose(logits, torch.tensor([position]), token)
+        choose(logits, torch.tensor([position]))
         uniform_kernel[(1,)](9, position, uniform)
-        assert token.item() == ids[sample_reference(values, 0.7, uniform.item())]
-        tokens.append(token.item())
+        assert choose.choice.tolist() == [ids[sample_reference(values, 0.7, uniform.item())], 0]
+        tokens.append(choose.choice[0].item())
     assert len(set(tokens)) > 3
 
 
 def test_temperature_zero_takes_the_most_likely():
-    logits, token = torch.randn(50), torch.tensor([-1])
-    Chooser(DeviceSampling(0.0), CPU)(logits, torch.tensor([3]), token)
-    assert token.item() == logits.argmax()
+    logits, choose = torch.randn(50), Chooser(DeviceSampling(0.0), CPU)
+    choose(logits, torch.tensor([3]))
+    assert choose.choice.tolist() == [logits.argmax(), 0]
+
+
+@pytest.mark.parametrize("sampling", [DeviceSampling(0.0), DeviceSampling(1.0), DeviceSampling(1.0, 5)], ids=str)
+@pytest.mark.parametrize("place", [0, 20, 49])
+def test_nan_logits_are_told(sampling, place):
+    logits, choose = torch.randn(50), Chooser(sampling, CPU)
+    logits[place] = torch.nan
+    choose(logits, torch.tensor([3]))
+    token, broken = choose.choice.tolist()
+    assert broken == 1
+    assert 0 <= token < 50  # the next step may have been launched with it
+
+
+def test_other_settings_without_another_graph():
+    logits, position = torch.randn(300), torch.tensor([7])
+    choose, other = Chooser(DeviceSampling(0.5, 20, seed=1), CPU), DeviceSampling(2.0, 20, seed=5)
+    assert choose.adopt(other)
+    choose(logits, position)
+    fresh = Chooser(other, CPU)
+    fresh(logits, position)
+    assert torch.equal(choose.choice, fresh.choice)
+    assert not choose.adopt(DeviceSampling(2.0, 21, seed=5))
+    assert not choose.adopt(DeviceSampling(0.0, 20, seed=5))
