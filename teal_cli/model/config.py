@@ -14,9 +14,7 @@ from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.sites import SITE_PROJECTIONS
-
-SUPPORTED: Final[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
-"""The values of `model_type` in config.json that teal runs."""
+from teal_cli.registry.architectures import FAMILIES
 
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
@@ -29,7 +27,7 @@ class ModelConfig:
     """The shape of one decoder-only transformer.
 
     Attributes:
-        family: `model_type` of config.json, one of `SUPPORTED`.
+        family: `model_type` of config.json, one of `FAMILIES`.
         context: the longest sequence the positions are made for, in tokens.
         sliding_windows: per layer, how many positions a token attends to, itself included; None means all.
         qkv_bias: q, k and v have a bias.
@@ -150,9 +148,9 @@ def _read_json(file: Path) -> Mapping[str, Any] | None:
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     """Refuses by the file alone, before transformers meets a model that it may not know either."""
-    supported = ", ".join(SUPPORTED)
+    supported = ", ".join(FAMILIES)
     family = raw.get("model_type")
-    if family not in SUPPORTED:
+    if family not in FAMILIES:
         named = ", ".join(raw.get("architectures") or ()) or "no architecture named"
         raise UsageError(
             f"The architecture {family!r} ({named}) is not supported; teal runs {supported}.",

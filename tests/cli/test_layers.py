@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from fixtures_cli import HEAVY
 
 import teal_cli
 import teal_kernels
@@ -20,7 +21,7 @@ LAYERS = (
     {"generation", "dumping", "health"},
     {"bench"},
     {"session"},
-    {"dump", "decoding", "evaluation"},
+    {"dump", "decoding"},
     {"sparsity"},
     {"data", "model"},
     {"teal_kernels"},
@@ -42,18 +43,6 @@ LIGHT = {"app", "__main__", "commands", "ui", "registry", "settings", "errors", 
 
 COMPUTES = "registry.convert"
 """GGUF to safetensors is arithmetic; the registry imports it when there is something to convert."""
-
-HEAVY = {
-    "torch",
-    "triton",
-    "transformers",
-    "datasets",
-    "zarr",
-    "huggingface_hub",
-    "numpy",
-    "pandas",
-    "xarray",
-}
 
 
 def _modules() -> dict[str, Path]:

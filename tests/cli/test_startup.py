@@ -9,20 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures_cli import HEAVY
 
 from teal_cli.app import COMMANDS
-
-HEAVY = {
-    "torch",
-    "triton",
-    "transformers",
-    "datasets",
-    "zarr",
-    "huggingface_hub",
-    "numpy",
-    "pandas",
-    "pyarrow",
-}
 
 RUN = """
 import sys
