@@ -24,7 +24,7 @@ from teal_kernels.sparse_gemv.op import sparse_gemv
 
 DENSE, SPARSE, PUBLISHED = "dense", "sparse", "published"
 
-_BATCH_S: Final = 3e-3
+_BATCH_S: Final = 25e-3  # on a CPU: waking the other threads takes up to half a millisecond
 _LEAST_CALLS: Final = 16
 """In a graph, so that what starting it costs does not count."""
 _TRIES: Final = 8

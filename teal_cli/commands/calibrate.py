@@ -123,12 +123,12 @@ def _refuse_mixtures(kind: dict[str, object], *, to_calibrate: dict[str, object]
     if "--check" not in given:
         for option in ("--calibration", "--check-split"):
             if option in given:
-                raise UsageError(f"{option} is about a check, but there is no --check.", hint="Add --check DATASET.")
+                raise UsageError(f"{option} is about a check, but there is no --check", hint="add --check DATASET")
     unheard = ["--calibration", *to_calibrate, *(() if "--check" in given else to_run)]
     for maker in ("--from", "--calibration"):
         for option in unheard:
             if maker in given and option in given and maker != option:
-                raise UsageError(f"{option} does not go with {maker}.", hint="Leave one of them away.")
+                raise UsageError(f"{option} does not go with {maker}", hint="leave one of them away")
 
 
 def watch(out: Output, text: str, events: Iterator[Any]) -> Any:

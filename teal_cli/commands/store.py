@@ -133,7 +133,7 @@ def convert(
     from teal_cli.dump.reader import open_store
 
     if tokens is not None and sequence is not None:
-        raise UsageError("--tokens and --sequence exclude each other.", hint="Give one of them.")
+        raise UsageError("--tokens and --sequence exclude each other", hint="give one of them")
     out = output(json, quiet)
     opened = open_store(store)
     selection = select(
@@ -159,7 +159,7 @@ def _range(text: str) -> tuple[int, int | None]:
         start, stop = text.split(":")
         return int(start or 0), int(stop) if stop else None
     except ValueError:
-        raise UsageError(f"{text!r} is no range.", hint="Write START:STOP, such as 0:100.") from None
+        raise UsageError(f"{text!r} is no range", hint="write START:STOP, such as 0:100") from None
 
 
 def _layers(text: str | None, count: int) -> list[int]:
@@ -171,7 +171,7 @@ def _layers(text: str | None, count: int) -> list[int]:
         elif part.strip().isdigit():
             layers.append(int(part))
         else:
-            raise UsageError(f"{text!r} names no layers.", hint="Write them as 0,5 or 0:4.")
+            raise UsageError(f"{text!r} names no layers", hint="write them as 0,5 or 0:4")
     return layers
 
 

@@ -59,11 +59,11 @@ def pack(
         NotFoundError, AuthError, TealError: as `open_source`.
     """
     if num_sequences < 1:
-        raise UsageError(f"--num-sequences must be at least 1, not {num_sequences}.")
+        raise UsageError(f"--num-sequences must be at least 1, not {num_sequences}")
     prefix = _prefix(tokenizer)
     room = seq_len - len(prefix)
     if room < 1:
-        raise UsageError(f"--seq-len must be at least {len(prefix) + 1}, not {seq_len}.")
+        raise UsageError(f"--seq-len must be at least {len(prefix) + 1}, not {seq_len}")
     ids: list[int] = []
     for piece in _pieces(source):
         ids += tokenizer.encode(piece, add_special_tokens=False)
@@ -104,12 +104,12 @@ def _too_short(source: Source, there: int, num_sequences: int, seq_len: int, roo
     split = f" ({source.split})" if source.split else ""
     fits = there // room
     if fits:
-        hint = f"The most that fits is --num-sequences {fits}."
+        hint = f"the most that fits is --num-sequences {fits}"
     else:
         most = there + seq_len - room
-        hint = f"Not even one sequence fits; lower --seq-len to at most {most}, or name more text."
+        hint = f"not even one sequence fits; lower --seq-len to at most {most}, or name more text"
     return UsageError(
         f"{source.name}{split} has only {there} tokens; {num_sequences} sequences of {seq_len} need "
-        f"{num_sequences * room}.",
+        f"{num_sequences * room}",
         hint=hint,
     )

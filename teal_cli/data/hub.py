@@ -14,7 +14,7 @@ from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
-_NO_NETWORK_HINT = "Check the network; `python-docs` and local files need none, HF_HUB_OFFLINE=1 reads what is cached."
+_NO_NETWORK_HINT = "check the network; `python-docs` and local files need none, HF_HUB_OFFLINE=1 reads what is cached"
 _PROBE_SECONDS = 15.0
 
 
@@ -50,15 +50,15 @@ def hub_splits(repository: str, config: str | None) -> dict[str, Rows]:
         raise _missing(repository) from error
     except ValueError as error:
         if "config" not in str(error).lower():
-            raise TealError(f"The dataset {repository} cannot be read: {_first_line(error)}") from error
+            raise TealError(f"the dataset {repository} cannot be read: {_first_line(error)}") from error
         # Its message ends with the list of them.
         _, _, there = str(error).rpartition("[")
         raise UsageError(
             f"{repository}: {_first_line(error)}",
-            hint=f"Name one as {repository}:CONFIG; there are {there.partition(']')[0]}.",
+            hint=f"name one as {repository}:CONFIG; there are {there.partition(']')[0]}",
         ) from error
     except (OSError, RuntimeError) as error:
-        raise TealError(f"The dataset {repository} cannot be read: {_first_line(error)}") from error
+        raise TealError(f"the dataset {repository} cannot be read: {_first_line(error)}") from error
     return {name: _streaming(repository, split) for name, split in splits.items()}
 
 
@@ -71,13 +71,13 @@ def _probe(repository: str) -> None:
         HfApi().dataset_info(repository, timeout=_PROBE_SECONDS)
     except GatedRepoError as error:
         raise AuthError(
-            f"The dataset {repository} is gated, and this account may not read it.",
-            hint=f"Ask for access at huggingface.co/datasets/{repository}, then `hf auth login`.",
+            f"the dataset {repository} is gated, and this account may not read it",
+            hint=f"ask for access at huggingface.co/datasets/{repository}, then `hf auth login`",
         ) from error
     except RepositoryNotFoundError as error:
         raise _missing(repository) from error
     except HfHubHTTPError as error:
-        raise TealError(f"The hub refused to show the dataset {repository}: {_first_line(error)}") from error
+        raise TealError(f"the hub refused to show the dataset {repository}: {_first_line(error)}") from error
     except (OSError, _transport_error()) as error:
         raise _unreachable(repository) from error
 
@@ -95,8 +95,8 @@ def _streaming(repository: str, split: Any) -> Rows:
             yield from split
         except (OSError, ValueError, RuntimeError, _transport_error()) as error:
             raise TealError(
-                f"Reading the dataset {repository} failed: {_first_line(error)}",
-                hint="Run it again; if it fails again, choose another dataset.",
+                f"reading the dataset {repository} failed: {_first_line(error)}",
+                hint="run it again; if it fails again, choose another dataset",
             ) from error
 
     return rows
@@ -104,19 +104,19 @@ def _streaming(repository: str, split: Any) -> Rows:
 
 def _missing(repository: str) -> NotFoundError:
     return NotFoundError(
-        f"The hub has no dataset {repository}, or it is private.",
-        hint="Check the name; for a private dataset, `hf auth login` first.",
+        f"the hub has no dataset {repository}, or it is private",
+        hint="check the name; for a private dataset, `hf auth login` first",
     )
 
 
 def _unreachable(repository: str) -> TealError:
-    return TealError(f"The hub cannot be reached for the dataset {repository}.", hint=_NO_NETWORK_HINT)
+    return TealError(f"the hub cannot be reached for the dataset {repository}", hint=_NO_NETWORK_HINT)
 
 
 def _not_cached(repository: str, error: Exception) -> NotFoundError:
     return NotFoundError(
-        f"The dataset {repository} is not in the cache, and the hub is switched off ({error}).",
-        hint="Unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or use `python-docs` or a local file.",
+        f"the dataset {repository} is not in the cache, and the hub is switched off ({error})",
+        hint="unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or use `python-docs` or a local file",
     )
 
 

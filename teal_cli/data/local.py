@@ -49,8 +49,8 @@ def local_rows(dataset: str) -> tuple[str, Callable[[], Iterator[dict[str, Any]]
     formats = {_FORMATS[path.suffix.lower()] for path in paths}
     if len(formats) > 1:
         raise UsageError(
-            f"{dataset} mixes {' and '.join(sorted(formats))} files.",
-            hint="Choose one kind with a glob, e.g. 'folder/*.jsonl'.",
+            f"{dataset} mixes {' and '.join(sorted(formats))} files",
+            hint="choose one kind with a glob, e.g. 'folder/*.jsonl'",
         )
     form = formats.pop()
     return "" if form == "text" else "\n\n", lambda: _rows(paths, form)
@@ -60,9 +60,7 @@ def _files(dataset: str) -> list[Path]:
     path = _path(dataset)
     if path.is_file():
         if path.suffix.lower() not in _FORMATS:
-            raise UsageError(
-                f"{dataset} is not a kind of file that teal reads as a dataset.", hint=f"It reads {_KINDS}."
-            )
+            raise UsageError(f"{dataset} is not a kind of file that teal reads as a dataset", hint=f"it reads {_KINDS}")
         return [path]
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _FORMATS and file.is_file())
@@ -73,8 +71,8 @@ def _files(dataset: str) -> list[Path]:
     if found:
         return found
     if path.exists() or glob.has_magic(dataset):
-        raise NotFoundError(f"{dataset} holds no file that teal reads as a dataset.", hint=f"It reads {_KINDS}.")
-    raise NotFoundError(f"There is no file {dataset}.")
+        raise NotFoundError(f"{dataset} holds no file that teal reads as a dataset", hint=f"it reads {_KINDS}")
+    raise NotFoundError(f"there is no file {dataset}")
 
 
 def _rows(paths: list[Path], form: str) -> Iterator[dict[str, Any]]:
@@ -85,8 +83,8 @@ def _rows(paths: list[Path], form: str) -> Iterator[dict[str, Any]]:
             yield from datasets.load_dataset(form, data_files=str(path), split="train", streaming=True, **options)
         except UnicodeDecodeError as error:
             raise TealError(
-                f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.",
-                hint="Convert it, e.g. with iconv.",
+                f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
+                hint="convert it, e.g. with iconv",
             ) from error
         except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]

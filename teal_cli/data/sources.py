@@ -78,8 +78,8 @@ def open_source(
     if is_local(dataset):
         if split is not None:
             raise UsageError(
-                f"{dataset} is read from local files, which have no splits, so there is no {split!r}.",
-                hint="Leave the split away, or name the files of that split.",
+                f"{dataset} is read from local files, which have no splits, so there is no {split!r}",
+                hint="leave the split away, or name the files of that split",
             )
         separator, rows = local_rows(dataset)
         return Source(dataset, None, separator, lambda: _texts(dataset, rows(), text_column))
@@ -95,9 +95,9 @@ def _unknown(dataset: str) -> NotFoundError:
     close = get_close_matches(dataset, names, n=1, cutoff=0.6)
     guess = f"Did you mean {close[0]}? " if close else ""
     return NotFoundError(
-        f"There is no dataset {dataset!r}.",
+        f"there is no dataset {dataset!r}",
         hint=f"{guess}Name one of {', '.join(names)}, a repository of the hub (org/name), or a local .txt, "
-        ".jsonl or .parquet file.",
+        ".jsonl or .parquet file",
     )
 
 
@@ -114,7 +114,7 @@ def _choose(
     if split is not None:
         if split in there:
             return split
-        raise NotFoundError(f"{dataset} has no split {split!r}.", hint=f"Its splits: {', '.join(there)}.")
+        raise NotFoundError(f"{dataset} has no split {split!r}", hint=f"its splits: {', '.join(there)}")
     if preferred in there:
         return str(preferred)
     if not held_out:
@@ -123,8 +123,8 @@ def _choose(
         if name in there:
             return name
     raise UsageError(
-        f"{dataset} has no split that is held out.",
-        hint=f"Check on another dataset, or name a split; it has {', '.join(there)}.",
+        f"{dataset} has no split that is held out",
+        hint=f"check on another dataset, or name a split; it has {', '.join(there)}",
     )
 
 
@@ -136,8 +136,8 @@ def _texts(dataset: str, rows: Iterator[dict[str, Any]], column: str | None) -> 
             continue
         if not isinstance(text, str):
             raise UsageError(
-                f"{dataset}: the column {column or 'text'!r} holds {type(text).__name__}, not text.",
-                hint=f"Name another column with --text-column; there are {', '.join(row)}.",
+                f"{dataset}: the column {column or 'text'!r} holds {type(text).__name__}, not text",
+                hint=f"name another column with --text-column; there are {', '.join(row)}",
             )
         yield text
 
@@ -154,6 +154,6 @@ def _text(dataset: str, row: dict[str, Any], column: str | None) -> object:
             input=f"### Input:\n{given}\n\n" if given else "",
         )
     raise UsageError(
-        f"{dataset} has no column {column or 'text'!r}; its columns are {', '.join(row)}.",
-        hint="Name the column that holds the text with --text-column.",
+        f"{dataset} has no column {column or 'text'!r}; its columns are {', '.join(row)}",
+        hint="name the column that holds the text with --text-column",
     )

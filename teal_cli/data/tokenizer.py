@@ -27,6 +27,6 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
         return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TealError(
-            f"{checkpoint} has no tokenizer that can be read.",
-            hint="Check the model with `teal models verify`.",
+            f"{checkpoint} has no tokenizer that can be read",
+            hint="check the model with `teal models verify`",
         ) from error

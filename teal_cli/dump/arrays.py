@@ -138,7 +138,7 @@ class SiteReader:
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
             which = f"layer {layer}, " if isinstance(layer, int) else ""
             raise TealError(
-                f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}.",
+                f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}",
                 hint=layout.VERIFY_HINT,
             ) from error
 
@@ -148,7 +148,7 @@ class SiteReader:
         problem = _problem(values, kept, row_nnz)
         if problem:
             raise TealError(
-                f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}.", hint=layout.VERIFY_HINT
+                f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=layout.VERIFY_HINT
             )
         values = values[: int(row_nnz.sum())]
         for array in (values, kept, row_nnz):
@@ -164,9 +164,9 @@ class SiteReader:
         try:
             counts = layout.as_numpy(self._arrays[2][layer, : self.tokens])
         except Exception as error:  # as in _read
-            raise TealError(f"{self.where}, layer {layer}: row_nnz is unreadable: {error}.") from error
+            raise TealError(f"{self.where}, layer {layer}: row_nnz is unreadable: {error}") from error
         if (counts == NEVER_WRITTEN).any():
-            raise TealError(f"{self.where}, layer {layer}: a committed row was never written.")
+            raise TealError(f"{self.where}, layer {layer}: a committed row was never written")
         return counts
 
 

@@ -57,8 +57,8 @@ class Selection:
         stop = len(level) if self.stop is None else self.stop
         if not 0 <= self.start < stop <= len(level):
             raise UsageError(
-                f"Tokens {self.start}:{stop} are not a range within the {len(level)} tokens of {level.name}.",
-                hint="Give START:STOP with START < STOP.",
+                f"tokens {self.start}:{stop} are not a range within the {len(level)} tokens of {level.name}",
+                hint="give START:STOP with START < STOP",
             )
         return slice(self.start, stop)
 
@@ -94,11 +94,11 @@ def select(
     unknown = [name for name in names if name not in SITES and name not in PROJECTIONS]
     if unknown:
         raise UsageError(
-            f"There is no site or projection {unknown[0]!r}.", hint=f"Use {', '.join((*SITES, *PROJECTIONS))}."
+            f"there is no site or projection {unknown[0]!r}", hint=f"use {', '.join((*SITES, *PROJECTIONS))}"
         )
     absent = [layer for layer in layers if not 0 <= layer < store.header.layers]
     if absent:
-        raise UsageError(f"There is no layer {absent[0]}.", hint=f"Layers are 0 to {store.header.layers - 1}.")
+        raise UsageError(f"there is no layer {absent[0]}", hint=f"layers are 0 to {store.header.layers - 1}")
     return Selection(
         levels=tuple(store.level(name).name for name in levels) or store.levels,
         layers=tuple(layers) or tuple(range(store.header.layers)),
@@ -126,11 +126,11 @@ def convert(store: ActivationStore, out: Path, form: str, selection: Selection) 
         TealError: a block is damaged, or the disk refuses.
     """
     if form not in FORMATS:
-        raise UsageError(f"There is no format {form!r}.", hint=f"Formats: {', '.join(FORMATS)}.")
+        raise UsageError(f"there is no format {form!r}", hint=f"formats: {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists.", hint="Give a folder that does not exist yet.")
+        raise UsageError(f"{out} exists", hint="give a folder that does not exist yet")
     if form == "pt" and any(name in SITES for name in selection.names):
-        raise UsageError("One .pt is what one projection consumed; a site feeds several.", hint="Name projections.")
+        raise UsageError("one .pt is what one projection consumed; a site feeds several", hint="name projections")
     ranges = {name: selection.rows(store.level(name)) for name in selection.levels}
     partial = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     try:

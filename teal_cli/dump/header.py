@@ -57,8 +57,8 @@ class StoreHeader:
         object.__setattr__(self, "value_dtype", self.value_dtype or self.dtype)
         if self.value_dtype not in VALUE_DTYPES:
             raise UsageError(
-                f"A store cannot hold {self.value_dtype} values.",
-                hint=f"Use one of {', '.join(VALUE_DTYPES)}.",
+                f"a store cannot hold {self.value_dtype} values",
+                hint=f"use one of {', '.join(VALUE_DTYPES)}",
             )
         if set(self.channels) != set(SITES) or min(self.channels.values()) < 1 or self.layers < 1:
             raise ValueError(f"channels must give a positive K for each of {SITES}, and layers be positive")

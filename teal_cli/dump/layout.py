@@ -39,7 +39,7 @@ _CONFIG: Final[ArrayConfigParams] = {"write_empty_chunks": True}
 
 Array: TypeAlias = "zarr.Array[Any]"
 
-VERIFY_HINT: Final = "`teal store verify` says more."
+VERIFY_HINT: Final = "`teal store verify` says more"
 
 
 def create_skeleton(path: Path, header: StoreHeader, levels: list[LevelHeader], *, teal_version: str) -> None:
@@ -152,14 +152,14 @@ def open_root(path: Path, *, use_consolidated: bool | None = None) -> zarr.Group
 def require_store(path: Path) -> None:
     """Raises unless the path holds a store of this schema; `open_root` says what it raises."""
     if not path.exists():
-        raise NotFoundError(f"There is no store at {path}.", hint="`teal dump -o PATH` makes one.")
+        raise NotFoundError(f"there is no store at {path}", hint="`teal dump -o PATH` makes one")
     schema = schema_of(path)
     if schema is None:
-        raise UsageError(f"{path} is not a teal store.", hint="Give the folder that `teal dump -o` wrote.")
+        raise UsageError(f"{path} is not a teal store", hint="give the folder that `teal dump -o` wrote")
     if schema != SCHEMA:
         raise UsageError(
-            f"{path} has the schema {schema}; this teal reads {SCHEMA}.",
-            hint="Read it with the version of teal that wrote it (teal_version in its zarr.json).",
+            f"{path} has the schema {schema}; this teal reads {SCHEMA}",
+            hint="read it with the version of teal that wrote it (teal_version in its zarr.json)",
         )
 
 
@@ -228,7 +228,7 @@ def level_attributes(path: Path, level: str) -> dict[str, Any]:
             found[name]
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise TealError(
-            f"The attributes of level {level} of {path} are damaged: {error!r}.", hint=VERIFY_HINT
+            f"the attributes of level {level} of {path} are damaged: {error!r}", hint=VERIFY_HINT
         ) from error
     return found
 
@@ -260,7 +260,7 @@ def read_header(root: zarr.Group) -> StoreHeader:
         assert isinstance(attributes, dict)
         return StoreHeader.from_attributes(attributes)
     except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise TealError(f"The attributes of the store {root.store} are damaged: {error}.", hint=VERIFY_HINT) from error
+        raise TealError(f"the attributes of the store {root.store} are damaged: {error}", hint=VERIFY_HINT) from error
 
 
 def as_numpy(array: Any) -> np.ndarray:

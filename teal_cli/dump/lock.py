@@ -27,8 +27,8 @@ class StoreLock:
         except BlockingIOError:
             os.close(self._descriptor)
             raise UsageError(
-                f"Another process is writing to {path}.",
-                hint="Wait for it to end, or write to another folder.",
+                f"another process is writing to {path}",
+                hint="wait for it to end, or write to another folder",
             ) from None
 
     def release(self) -> None:

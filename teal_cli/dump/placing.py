@@ -28,12 +28,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in _FULL:
-            raise TealError(f"Cannot write to {path}: {error.strerror or error}.") from error
+            raise TealError(f"cannot write to {path}: {error.strerror or error}") from error
         anchor = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(anchor).free
         raise TealError(
-            f"The disk refused more data for {path}: {error.strerror}; {free / 1e6:,.0f} MB are free there.",
-            hint="What was committed is safe: make room and run again with --resume.",
+            f"the disk refused more data for {path}: {error.strerror}; {free / 1e6:,.0f} MB are free there",
+            hint="what was committed is safe: make room and run again with --resume",
         ) from error
 
 
@@ -45,9 +45,9 @@ def check_target(path: Path, *, force: bool) -> bool:
     """
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and layout.schema_of(path) is None:
-        raise UsageError(f"{path} exists and is not a teal store.", hint="Choose another output; teal leaves it alone.")
+        raise UsageError(f"{path} exists and is not a teal store", hint="choose another output; teal leaves it alone")
     if occupied and not force:
-        raise UsageError(f"{path} exists.", hint="Go on with --resume, or replace it with --force.")
+        raise UsageError(f"{path} exists", hint="go on with --resume, or replace it with --force")
     return occupied
 
 
@@ -59,7 +59,7 @@ def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeade
     """
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
-        raise UsageError(f"A level is named twice: {', '.join(names)}.", hint="Give each sparsity once.")
+        raise UsageError(f"a level is named twice: {', '.join(names)}", hint="give each sparsity once")
     occupied = check_target(path, force=force)
     old_lock = StoreLock(path) if occupied else None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _rename_to_new(skeleton: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise UsageError(f"Another process made {path} meanwhile.", hint="Write to another folder.") from error
+        raise UsageError(f"another process made {path} meanwhile", hint="write to another folder") from error
 
 
 def _swap(skeleton: Path, path: Path) -> None:
@@ -121,8 +121,8 @@ def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader
             differing += differing_level_fields(level, layout.level_attributes(path, level.name), thresholds)
     if differing:
         raise UsageError(
-            f"{path} was made with other settings; what differs: {', '.join(differing)}.",
-            hint="Resume with the settings it was made with, or write to another folder.",
+            f"{path} was made with other settings; what differs: {', '.join(differing)}",
+            hint="resume with the settings it was made with, or write to another folder",
         )
     for partial in path.rglob("*.partial"):
         partial.unlink()

@@ -77,7 +77,7 @@ class ActivationStore:
         for found in self.levels:
             if parse_level(found) == target:
                 return Level(self, found)
-        raise NotFoundError(f"{self.path} has no level {name}.", hint=f"It has {', '.join(self.levels)}.")
+        raise NotFoundError(f"{self.path} has no level {name}", hint=f"it has {', '.join(self.levels)}")
 
     def find(self, text: str) -> list[int]:
         """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no prompts."""
@@ -156,7 +156,7 @@ class Level:
         """
         found = np.flatnonzero(self.tokens.sequence == sequence)
         if not len(found):
-            raise NotFoundError(f"Level {self.name} has no row of sequence {sequence}.")
+            raise NotFoundError(f"level {self.name} has no row of sequence {sequence}")
         return slice(int(found[0]), int(found[-1]) + 1)
 
     def site(self, layer: int, site: str) -> ActivationArray:
@@ -166,7 +166,7 @@ class Level:
             UsageError: no such site or layer.
         """
         if site not in SITES:
-            raise UsageError(f"There is no site {site!r}.", hint=f"Sites: {', '.join(SITES)}.")
+            raise UsageError(f"there is no site {site!r}", hint=f"sites: {', '.join(SITES)}")
         return ActivationArray(self.site_reader(site), self._layer(layer))
 
     def projection(self, layer: int, projection: str) -> ActivationArray:
@@ -176,7 +176,7 @@ class Level:
             UsageError: no such projection or layer.
         """
         if projection not in PROJECTION_SITE:
-            raise UsageError(f"There is no projection {projection!r}.", hint=f"Projections: {', '.join(PROJECTIONS)}.")
+            raise UsageError(f"there is no projection {projection!r}", hint=f"projections: {', '.join(PROJECTIONS)}")
         layer = self._layer(layer)
         threshold = float(self.thresholds[layer, PROJECTION_INDEX[projection]])
         return ActivationArray(self.site_reader(PROJECTION_SITE[projection]), layer, threshold=threshold)
@@ -211,7 +211,7 @@ class Level:
     def _layer(self, layer: int) -> int:
         layers = self.store.header.layers
         if not -layers <= layer < layers:
-            raise UsageError(f"There is no layer {layer}.", hint=f"The model has layers 0 to {layers - 1}.")
+            raise UsageError(f"there is no layer {layer}", hint=f"the model has layers 0 to {layers - 1}")
         return layer % layers
 
     def _read(self, name: str, key: slice) -> np.ndarray:
@@ -219,7 +219,7 @@ class Level:
             return layout.as_numpy(layout.open_array(self.store.path / self.name, name)[key])
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
             raise TealError(
-                f"{self.store.path}: {self.name}/{name} is damaged: {error}.", hint=layout.VERIFY_HINT
+                f"{self.store.path}: {self.name}/{name} is damaged: {error}", hint=layout.VERIFY_HINT
             ) from error
 
     def __repr__(self) -> str:

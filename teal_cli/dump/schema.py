@@ -61,7 +61,7 @@ def level_name(target: float) -> str:
         UsageError: target outside [0, 1).
     """
     if not 0.0 <= target < 1.0:
-        raise UsageError(f"Sparsity {target} is outside [0, 1).", hint="Give a fraction such as 0.5.")
+        raise UsageError(f"sparsity {target} is outside [0, 1)", hint="give a fraction such as 0.5")
     short = f"{target:.2f}"
     # repr() is the shortest text that reads back as the same float; 1e-05 and the like are spelled out.
     text = short if float(short) == target else np.format_float_positional(target, unique=True)
@@ -78,7 +78,7 @@ def parse_level(name: str | float) -> float:
         match = _LEVEL.fullmatch(name) if isinstance(name, str) else None
         target = float(match.group(1)) if match else float(name)
     except ValueError:
-        raise UsageError(f"{name!r} names no level.", hint="Write s0.50 or 0.5.") from None
+        raise UsageError(f"{name!r} names no level", hint="write s0.50 or 0.5") from None
     level_name(target)
     return target
 

@@ -267,7 +267,7 @@ class StoreWriter:
         for level in self._levels.values():
             if level.header.target == target:
                 return level
-        raise NotFoundError(f"The store has no level {name}.", hint=f"It has {', '.join(self._levels)}.")
+        raise NotFoundError(f"the store has no level {name}", hint=f"it has {', '.join(self._levels)}")
 
     def complete(self) -> None:
         """Declares the store whole: `complete: true`, then metadata consolidated.

@@ -54,8 +54,8 @@ class TealBackendEntrypoint(BackendEntrypoint):
         store = open_store(os.fspath(filename_or_obj))
         if level is None and len(store.levels) != 1:
             raise UsageError(
-                f"{store.path} has {len(store.levels)} levels.",
-                hint=f"Give level=..., one of {', '.join(store.levels)}, or use open_datatree.",
+                f"{store.path} has {len(store.levels)} levels",
+                hint=f"give level=..., one of {', '.join(store.levels)}, or use open_datatree",
             )
         chosen = store.level(store.levels[0] if level is None else level)
         return _dataset(store, chosen).drop_vars(_names(drop_variables), errors="ignore")

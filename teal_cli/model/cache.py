@@ -51,6 +51,6 @@ class KVCache:
             raise ValueError(f"position {position} leaves a gap after the {self.length} filled positions")
         if position + count > self.max_tokens:
             raise UsageError(
-                f"{position + count} tokens do not fit the key-value cache of {self.max_tokens}.",
-                hint="Shorten the prompt, or ask for fewer new tokens.",
+                f"{position + count} tokens do not fit the key-value cache of {self.max_tokens}",
+                hint="shorten the prompt, or ask for fewer new tokens",
             )

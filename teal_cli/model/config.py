@@ -19,7 +19,7 @@ from teal_cli.registry.architectures import FAMILIES
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
 
-_HINT = "Check the model with `teal models verify NAME`, or fetch it again with `teal download --force`."
+_HINT = "check the model with `teal models verify NAME`, or fetch it again with `teal download --force`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,8 @@ def load_config(path: str | Path) -> ModelConfig:
     raw = _read_json(folder / "config.json")
     if raw is None:
         raise NotFoundError(
-            f"{folder} is not a checkpoint: it has no config.json.",
-            hint="Give a folder in Hugging Face format, or `teal download` a model.",
+            f"{folder} is not a checkpoint: it has no config.json",
+            hint="give a folder in Hugging Face format, or `teal download` a model",
         )
     _refuse_unsupported(raw)
     hf = _load_hf(folder)
@@ -140,9 +140,9 @@ def _read_json(file: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise TealError(f"{file} cannot be read: {error}.", hint=_HINT) from error
+        raise TealError(f"{file} cannot be read: {error}", hint=_HINT) from error
     if not isinstance(value, dict):
-        raise TealError(f"{file} does not hold a JSON object.", hint=_HINT)
+        raise TealError(f"{file} does not hold a JSON object", hint=_HINT)
     return value
 
 
@@ -153,15 +153,15 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if family not in FAMILIES:
         named = ", ".join(raw.get("architectures") or ()) or "no architecture named"
         raise UsageError(
-            f"The architecture {family!r} ({named}) is not supported; teal runs {supported}.",
-            hint="Choose a model of one of these families.",
+            f"the architecture {family!r} ({named}) is not supported; teal runs {supported}",
+            hint="choose a model of one of these families",
         )
     quantisation = raw.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else "unnamed"
         raise UsageError(
-            f"The checkpoint is quantised ({method}); teal needs bf16, fp16 or fp32 weights.",
-            hint="Choose the unquantised checkpoint of the same model.",
+            f"the checkpoint is quantised ({method}); teal needs bf16, fp16 or fp32 weights",
+            hint="choose the unquantised checkpoint of the same model",
         )
 
 
@@ -173,31 +173,31 @@ def _load_hf(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise TealError(f"{folder / 'config.json'} is not a valid config: {reason.strip()}.", hint=_HINT) from error
+        raise TealError(f"{folder / 'config.json'} is not a valid config: {reason.strip()}", hint=_HINT) from error
 
 
 def _refuse_unsupported_parts(hf: Any) -> None:
     if hf.hidden_act not in ("silu", "swish"):
         raise UsageError(
-            f"The activation {hf.hidden_act!r} is not supported; teal runs models whose MLP uses silu.",
-            hint="Choose a model with hidden_act silu.",
+            f"the activation {hf.hidden_act!r} is not supported; teal runs models whose MLP uses silu",
+            hint="choose a model with hidden_act silu",
         )
     if hf.model_type == "llama" and hf.mlp_bias:
         raise UsageError(
-            "The checkpoint has biases in its MLP (mlp_bias), which teal does not support.",
-            hint="Choose a model without mlp_bias.",
+            "the checkpoint has biases in its MLP (mlp_bias), which teal does not support",
+            hint="choose a model without mlp_bias",
         )
     rope = hf.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in SUPPORTED_ROPE:
         raise UsageError(
-            f"The rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}.",
-            hint="Choose a model with one of these rope types.",
+            f"the rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}",
+            hint="choose a model with one of these rope types",
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(
-            f"A partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported.",
-            hint="Choose a model that rotates whole heads.",
+            f"a partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported",
+            hint="choose a model that rotates whole heads",
         )
 
 
@@ -235,4 +235,4 @@ def _check_shape(config: ModelConfig, folder: Path) -> None:
     elif len(config.sliding_windows) != config.layers:
         problem = f"it names {len(config.sliding_windows)} layer types for {config.layers} layers"
     if problem:
-        raise TealError(f"{folder / 'config.json'} is not a valid config: {problem}.", hint=_HINT)
+        raise TealError(f"{folder / 'config.json'} is not a valid config: {problem}", hint=_HINT)

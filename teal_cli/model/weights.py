@@ -27,7 +27,7 @@ Device: TypeAlias = torch.device | str
 _TURNED_ROWS = 256
 _INDEX = "model.safetensors.index.json"
 _STORED: Final = ("BF16", "F16", "F32")
-_HINT = "Check the files with `teal models verify NAME`, or fetch them again with `teal download --force`."
+_HINT = "check the files with `teal models verify NAME`, or fetch them again with `teal download --force`"
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 # Our field -> the tensors of one layer whose rows become its columns, in the order of SITE_PROJECTIONS.
@@ -167,18 +167,18 @@ class Checkpoint:
         with self._opened() as open_file:
             for name, shape in self._expected().items():
                 if name not in self._files:
-                    raise TealError(f"The checkpoint {self.path} lacks the tensor {name}.", hint=_HINT)
+                    raise TealError(f"the checkpoint {self.path} lacks the tensor {name}", hint=_HINT)
                 part = open_file(self._files[name]).get_slice(name)
                 if tuple(part.get_shape()) != shape:
                     raise TealError(
                         f"{self._files[name]}: {name} has the shape {part.get_shape()}, "
-                        f"where config.json asks for {list(shape)}.",
+                        f"where config.json asks for {list(shape)}",
                         hint=_HINT,
                     )
                 if part.get_dtype() not in _STORED:
                     raise UsageError(
-                        f"{self._files[name]}: {name} is stored as {part.get_dtype()}; teal reads bf16, fp16 and fp32.",
-                        hint="Choose the unquantised checkpoint of the same model.",
+                        f"{self._files[name]}: {name} is stored as {part.get_dtype()}; teal reads bf16, fp16 and fp32",
+                        hint="choose the unquantised checkpoint of the same model",
                     )
 
     @contextmanager
@@ -203,7 +203,7 @@ class Checkpoint:
                 try:
                     tensor: Tensor = open_file(file).get_tensor(name)
                 except SafetensorError as error:
-                    raise TealError(f"{file}: {name} cannot be read ({error}).", hint=_HINT) from error
+                    raise TealError(f"{file}: {name} cannot be read ({error})", hint=_HINT) from error
                 return tensor
 
             yield read
@@ -218,9 +218,9 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except FileNotFoundError as error:
-        raise NotFoundError(f"The weight file {file} is missing.", hint=_HINT) from error
+        raise NotFoundError(f"the weight file {file} is missing", hint=_HINT) from error
     except (SafetensorError, OSError) as error:
-        raise TealError(f"The weight file {file} is truncated or damaged ({error}).", hint=_HINT) from error
+        raise TealError(f"the weight file {file} is truncated or damaged ({error})", hint=_HINT) from error
 
 
 def _index(folder: Path) -> dict[str, Path]:
@@ -231,13 +231,13 @@ def _index(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_open(single).keys(), single)
     if not index.exists():
         raise NotFoundError(
-            f"{folder} has no safetensors weights (neither {single.name} nor {index.name}).",
-            hint="teal reads safetensors only; choose a revision of the model that carries them.",
+            f"{folder} has no safetensors weights (neither {single.name} nor {index.name})",
+            hint="teal reads safetensors only; choose a revision of the model that carries them",
         )
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise TealError(f"{index} is damaged ({error}).", hint=_HINT) from error
+        raise TealError(f"{index} is damaged ({error})", hint=_HINT) from error
     # The shards' own headers decide: an index that disagrees with them is seen as a missing tensor.
     return {name: folder / shard for shard in shards for name in _open(folder / shard).keys()}  # noqa: SIM118
 

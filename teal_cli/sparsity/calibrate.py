@@ -167,8 +167,8 @@ def import_teal(
     histogram = read_histograms(source, rule)
     if histogram.layers != config.layers:
         raise UsageError(
-            f"{source} has {histogram.layers} layers, but {entry.name} has {config.layers}.",
-            hint="Name the model that the histograms were made for with -m.",
+            f"{source} has {histogram.layers} layers, but {entry.name} has {config.layers}",
+            hint="name the model that the histograms were made for with -m",
         )
     widths = {site: config.channels(site) for site in SITES}
     check_widths(histogram, widths)
@@ -237,8 +237,8 @@ def _blocks(entry: ModelEntry, text: Text, *, held_out: bool = False) -> TokenBl
 def _check_name(name: str | None) -> None:
     if name is not None and not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot be the name of a calibration.",
-            hint="Use letters, digits, dots, dashes and underscores.",
+            f"{name!r} cannot be the name of a calibration",
+            hint="use letters, digits, dots, dashes and underscores",
         )
 
 
@@ -261,8 +261,8 @@ def _is_there(folder: Path, wanted: Mapping[str, object]) -> bool:
     if all(manifest.get(key) == value for key, value in wanted.items()):
         return True
     raise UsageError(
-        f"There is another calibration called {folder.name}, of {manifest.get('dataset')}.",
-        hint="Choose another --name, or replace it with --force.",
+        f"there is another calibration called {folder.name}, of {manifest.get('dataset')}",
+        hint="choose another --name, or replace it with --force",
     )
 
 

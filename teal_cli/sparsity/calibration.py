@@ -136,7 +136,7 @@ class Calibration:
             TealError: it is damaged, or of another schema.
         """
         manifest = read_manifest(folder)
-        hint = "Make it again with `teal calibrate --force`."
+        hint = "make it again with `teal calibrate --force`"
         try:
             # Opened here, because np.load leaves a file open that turns out to be no archive.
             with (folder / COUNTS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -144,9 +144,9 @@ class Calibration:
             known = {field.name for field in fields(Provenance)}
             provenance = Provenance(**{name: value for name, value in manifest.items() if name in known})
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise TealError(f"The calibration {folder} is damaged ({error}).", hint=hint) from error
+            raise TealError(f"the calibration {folder} is damaged ({error})", hint=hint) from error
         if histogram.layers != manifest.get("layers"):
-            raise TealError(f"The calibration {folder} is damaged: its files disagree on the layers.", hint=hint)
+            raise TealError(f"the calibration {folder} is damaged: its files disagree on the layers", hint=hint)
         return cls(manifest["id"], provenance, histogram)
 
 
@@ -173,12 +173,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise NotFoundError(f"There is no calibration in {folder}.", hint="Make one with `teal calibrate`.") from error
+        raise NotFoundError(f"there is no calibration in {folder}", hint="make one with `teal calibrate`") from error
     except (OSError, ValueError) as error:
-        raise TealError(f"{file} is damaged ({error}).", hint="Make it again with `teal calibrate --force`.") from error
+        raise TealError(f"{file} is damaged ({error})", hint="make it again with `teal calibrate --force`") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise TealError(f"{file} is of the schema {schema!r}; this teal reads {SCHEMA}.", hint="Calibrate again.")
+        raise TealError(f"{file} is of the schema {schema!r}; this teal reads {SCHEMA}", hint="calibrate again")
     return dict(manifest)
 
 
@@ -200,8 +200,8 @@ def check_fits(calibration: Calibration, config: ModelConfig, checkpoint: Path, 
     made = calibration.provenance
     if calibration.layers != config.layers or made.config_sha256 != config_sha256(checkpoint):
         raise UsageError(
-            f"The calibration {calibration.id} was made for another model: {made.model}, {calibration.layers} layers.",
-            hint="Leave --calibration away to use the model's own, or make one with `teal calibrate`.",
+            f"the calibration {calibration.id} was made for another model: {made.model}, {calibration.layers} layers",
+            hint="leave --calibration away to use the model's own, or make one with `teal calibrate`",
         )
     if made.dtype in (None, dtype):
         return []

@@ -50,9 +50,9 @@ class MagnitudeHistogram:
 
     def __init__(self, dtype: str, counts: NDArray[np.int64]) -> None:
         if dtype not in DTYPES or counts.dtype != np.int64 or counts.shape[1:] != (len(SITES), MAGNITUDES):
-            raise TealError(f"This is no histogram of magnitudes: {counts.dtype} {list(counts.shape)}, {dtype}.")
+            raise TealError(f"this is no histogram of magnitudes: {counts.dtype} {list(counts.shape)}, {dtype}")
         if counts.min(initial=0) < 0 or counts[..., _INFINITE[dtype] :].any():
-            raise TealError("The histogram of magnitudes is damaged: it holds counts that cannot be.")
+            raise TealError("the histogram of magnitudes is damaged: it holds counts that cannot be")
         self.dtype = dtype
         self.counts = counts
         self._magnitudes = magnitudes(dtype)
@@ -78,8 +78,8 @@ class MagnitudeHistogram:
         wrong = int(found[_INFINITE[self.dtype] :].sum())
         if wrong:
             raise TealError(
-                f"Layer {layer}, {site}: {wrong:,} of {x.numel():,} activations are not finite.",
-                hint="Try --dtype bfloat16 or float32; if that fails too, the weights are damaged.",
+                f"layer {layer}, {site}: {wrong:,} of {x.numel():,} activations are not finite",
+                hint="try --dtype bfloat16 or float32; if that fails too, the weights are damaged",
             )
         self.counts[layer, SITE_INDEX[site]] += found
 
@@ -96,7 +96,7 @@ class MagnitudeHistogram:
         cumulative = np.cumsum(self.counts[layer, SITE_INDEX[site]])
         total = cumulative[-1]
         if total == 0:
-            raise TealError(f"Layer {layer}, {site}: the histogram is empty.")
+            raise TealError(f"layer {layer}, {site}: the histogram is empty")
         # Dividing before comparing: k/n is rounded just as the decimal `sparsity` is, so equal means equal.
         return float(self._magnitudes[np.searchsorted(cumulative / total, sparsity, side="left")])
 

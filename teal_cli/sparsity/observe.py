@@ -107,14 +107,14 @@ def observe(
 def _check(config: ModelConfig, tokens: NDArray[np.int64]) -> None:
     if tokens.shape[1] > config.context:
         raise UsageError(
-            f"Sequences of {tokens.shape[1]} tokens are longer than the model's context of {config.context}.",
-            hint=f"Use --seq-len {config.context} or less.",
+            f"sequences of {tokens.shape[1]} tokens are longer than the model's context of {config.context}",
+            hint=f"use --seq-len {config.context} or less",
         )
     # On a GPU an index that is out of range ends the process without a word about it.
     if tokens.max() >= config.vocab:
         raise TealError(
-            f"The tokenizer gave the token {tokens.max()}, but the model knows {config.vocab}.",
-            hint="The tokenizer is another model's; check the checkpoint with `teal models verify`.",
+            f"the tokenizer gave the token {tokens.max()}, but the model knows {config.vocab}",
+            hint="the tokenizer is another model's; check the checkpoint with `teal models verify`",
         )
 
 

@@ -81,7 +81,7 @@ class Plan:
             thresholds = np.array([value["thresholds"][name] for name in PROJECTIONS], np.float32).T.copy()
             return cls(value["target"], value["allocation"], sparsity, thresholds, value["calibration"])
         except (KeyError, TypeError, ValueError) as error:
-            raise TealError(f"This is not a plan: {error}.") from error
+            raise TealError(f"this is not a plan: {error}") from error
 
     def save(self, file: Path) -> None:
         """Write the plan as JSON; a file that is there is replaced at once or not at all."""
@@ -98,7 +98,7 @@ class Plan:
         try:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise TealError(f"{file} cannot be read as a plan: {error}.") from error
+            raise TealError(f"{file} cannot be read as a plan: {error}") from error
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -109,7 +109,7 @@ def check_sparsity(sparsity: float) -> None:
     """
     if not 0.0 <= sparsity < 1.0:
         hint = "1 would drop every activation; 0.5 is a good start." if sparsity == 1.0 else "0.5 means half."
-        raise UsageError(f"Sparsity must be at least 0 and below 1, not {sparsity:g}.", hint=hint)
+        raise UsageError(f"sparsity must be at least 0 and below 1, not {sparsity:g}", hint=hint)
 
 
 def dense_plan(layers: int) -> Plan:

@@ -115,17 +115,17 @@ def read_histograms(folder: Path, rule: str = "teal") -> TealHistogram:
     """
     folder = folder / "histograms" if (folder / "histograms").is_dir() else folder
     if not folder.is_dir():
-        raise NotFoundError(f"There is no folder {folder}.")
+        raise NotFoundError(f"there is no folder {folder}")
     found = {int(m[1]) for entry in folder.iterdir() if (m := _LAYER.fullmatch(entry.name))}
     if not found:
         raise NotFoundError(
-            f"{folder} has no folders layer-0, layer-1, ...: it is not one of TEAL's histograms/.",
-            hint="Give the `histograms` folder of a model in TEAL's repository.",
+            f"{folder} has no folders layer-0, layer-1, ...: it is not one of TEAL's histograms/",
+            hint="give the `histograms` folder of a model in TEAL's repository",
         )
     missing = sorted(set(range(max(found) + 1)) - found)
     if missing:
         raise TealError(
-            f"{folder} lacks {_listed(missing)}, though it has layer-{max(found)}.",
+            f"{folder} lacks {_listed(missing)}, though it has layer-{max(found)}",
             hint=_FETCH,
         )
     layers = [read_layer(folder / f"layer-{index}") for index in sorted(found)]
@@ -147,7 +147,7 @@ def read_layer(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     files = {name: _load(folder / name / "histograms.pt") for name in ("self_attn", "mlp")}
     rows = [_bins(folder / name / "histograms.pt", files[name], key) for name, key in _NAMES.values()]
     if len({counts.shape for counts, _ in rows}) > 1:
-        raise TealError(f"{folder} has histograms of different numbers of bins.", hint=_FETCH)
+        raise TealError(f"{folder} has histograms of different numbers of bins", hint=_FETCH)
     counts, centers = zip(*rows, strict=True)
     return np.stack(counts), np.stack(centers)
 
@@ -158,11 +158,11 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise TealError(f"{file} is missing.", hint=_FETCH) from error
+        raise TealError(f"{file} is missing", hint=_FETCH) from error
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise TealError(f"{file} is damaged, or not a file of tensors.", hint=_FETCH) from error
+        raise TealError(f"{file} is damaged, or not a file of tensors", hint=_FETCH) from error
     if not isinstance(content, dict):
-        raise TealError(f"{file} does not hold TEAL's histograms.", hint=_FETCH)
+        raise TealError(f"{file} does not hold TEAL's histograms", hint=_FETCH)
     return content
 
 
@@ -172,11 +172,11 @@ def _bins(file: Path, content: dict[str, Any], key: str) -> tuple[NDArray[np.flo
 
     heights, values = content.get(key), content.get(f"{key}_centers")
     if not isinstance(heights, torch.Tensor) or not isinstance(values, torch.Tensor):
-        raise TealError(f"{file} lacks {key} or {key}_centers.", hint=_FETCH)
+        raise TealError(f"{file} lacks {key} or {key}_centers", hint=_FETCH)
     counts, centers = heights.float().flatten().numpy(), values.float().flatten().numpy()
     sound = len(counts) == len(centers) >= 4 and np.isfinite(counts).all() and np.isfinite(centers).all()
     if not sound or (counts < 0).any() or (np.diff(centers) < 0).any() or counts.sum() == 0:
-        raise TealError(f"{file}: the bins of {key} make no histogram.", hint=_FETCH)
+        raise TealError(f"{file}: the bins of {key} make no histogram", hint=_FETCH)
     return counts, centers
 
 
@@ -194,8 +194,7 @@ def check_widths(histogram: TealHistogram, channels: dict[str, int]) -> None:
         tokens = {site: histogram.total(layer, site) / channels[site] for site in SITES}
         if max(tokens.values()) > 1.01 * min(tokens.values()):
             raise TealError(
-                f"Layer {layer} of these histograms was counted on vectors of other widths than the model's: "
-                + ", ".join(f"{site} {channels[site]}" for site in SITES)
-                + ".",
-                hint="Name the model that the histograms were made for with -m.",
+                f"layer {layer} of these histograms was counted on vectors of other widths than the model's: "
+                + ", ".join(f"{site} {channels[site]}" for site in SITES),
+                hint="name the model that the histograms were made for with -m",
             )

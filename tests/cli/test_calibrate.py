@@ -94,7 +94,7 @@ def test_a_name_that_another_one_has(teal: Teal, teal_home: Path, model: str) ->
     assert teal("calibrate", "-d", "python-docs", *SMALL, "--name", "mine").code == 0
     other = teal("calibrate", "-d", "python-docs", "--split", "test", *SMALL, "--name", "mine", "--json")
     assert other.code == 2
-    assert other.error["message"] == "There is another calibration called mine, of python-docs"
+    assert other.error["message"] == "there is another calibration called mine, of python-docs"
     assert "--force" in other.error["hint"]
     forced = teal("calibrate", "-d", "python-docs", "--split", "test", *SMALL, "--name", "mine", "--force", "--json")
     assert (forced.json["split"], made(teal_home)) == ("test", ["mine"])

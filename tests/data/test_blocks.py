@@ -84,7 +84,7 @@ def test_nothing_is_lost_between_pieces(rows: list[str], separator: str) -> None
 def test_too_short_says_what_there_is_and_what_fits() -> None:
     with pytest.raises(UsageError, match=r"some-text \(train\) has only 10 tokens; 5 sequences of 4 need 20") as error:
         pack(source("0123456789"), Characters(), num_sequences=5, seq_len=4)
-    assert error.value.hint == "The most that fits is --num-sequences 2."
+    assert error.value.hint == "the most that fits is --num-sequences 2"
     assert pack(source("0123456789"), Characters(), num_sequences=2, seq_len=4).tokens.shape == (2, 4)
 
 

@@ -89,5 +89,5 @@ def test_offline_reads_what_was_cached_and_nothing_else(filled: Hub, hub_env: En
 def test_no_network(hub_env: Env) -> None:
     (answer,) = ask(hub_env(HF_ENDPOINT="http://127.0.0.1:9"), ("wikitext", {}))
     assert answer["exit_code"] == 1
-    assert answer["message"] == "The hub cannot be reached for the dataset Salesforce/wikitext."
+    assert answer["message"] == "the hub cannot be reached for the dataset Salesforce/wikitext"
     assert "python-docs" in answer["hint"]

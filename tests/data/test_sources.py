@@ -85,7 +85,7 @@ class TestPythonDocs:
     def test_unknown_split_lists_those_there_are(self) -> None:
         with pytest.raises(NotFoundError, match="no split 'dev'") as error:
             open_source("python-docs", split="dev")
-        assert error.value.hint == "Its splits: train, test."
+        assert error.value.hint == "its splits: train, test"
 
 
 class TestLocal:

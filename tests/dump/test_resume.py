@@ -108,7 +108,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
             lambda: StoreWriter.resume(path, header(), levels()),
             lambda: StoreWriter.create(path, header(), levels(), force=True),
         ):
-            with pytest.raises(UsageError, match="Another process is writing"):
+            with pytest.raises(UsageError, match="another process is writing"):
                 again()
     with StoreWriter.resume(path, header(), levels()):
         pass
@@ -206,7 +206,7 @@ def test_nothing_is_committed_after_a_block_was_lost(
 def test_no_lock_is_left_by_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     process = spawn(path, "--pause", "0.05")
-    with pytest.raises(UsageError, match="Another process"):
+    with pytest.raises(UsageError, match="another process"):
         StoreWriter.resume(path, header(), levels())
     process.kill()
     process.communicate()

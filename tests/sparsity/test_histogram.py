@@ -98,13 +98,13 @@ def test_what_is_not_finite_is_refused_by_name(dtype: str, bad: float) -> None:
     x = torch.ones(10, dtype=getattr(torch, dtype))
     x[3] = bad
     histogram = MagnitudeHistogram.empty(3, dtype)
-    with pytest.raises(TealError, match="Layer 2, attn_out: 1 of 10 activations are not finite"):
+    with pytest.raises(TealError, match="layer 2, attn_out: 1 of 10 activations are not finite"):
         histogram.add(2, "attn_out", x)
     assert histogram.counts.sum() == 0
 
 
 def test_an_empty_histogram_has_no_thresholds() -> None:
-    with pytest.raises(TealError, match="Layer 0, mlp_in: the histogram is empty"):
+    with pytest.raises(TealError, match="layer 0, mlp_in: the histogram is empty"):
         MagnitudeHistogram.empty(1, "bfloat16").threshold(0, "mlp_in", 0.5)
 
 

@@ -100,7 +100,7 @@ def test_activations_that_are_not_finite_name_layer_and_site(tmp_path: Path) -> 
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TealError, match=r"Layer 1, mlp_mid: .* are not finite"):
+    with pytest.raises(TealError, match=r"layer 1, mlp_mid: .* are not finite"):
         run(path, tokens(), torch.float16)
 
 

@@ -84,7 +84,7 @@ def test_widths_of_the_model_it_was_made_from(original: Path) -> None:
 
 
 def test_widths_of_another_model(original: Path) -> None:
-    with pytest.raises(TealError, match=r"Layer 0 .* mlp_mid 11008"):
+    with pytest.raises(TealError, match=r"layer 0 .* mlp_mid 11008"):
         check_widths(read_histograms(original), {**WIDTHS, "mlp_mid": 11008})
 
 
@@ -138,7 +138,7 @@ def test_bins_that_make_no_histogram(folder: Path, change: object, says: str) ->
 
 
 def test_no_such_folder_and_a_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="There is no folder"):
+    with pytest.raises(NotFoundError, match="there is no folder"):
         read_histograms(tmp_path / "nowhere")
     with pytest.raises(NotFoundError, match="has no folders layer-0"):
         read_histograms(tmp_path)
