@@ -11,6 +11,20 @@ import pytest
 
 from teal_cli.app import main
 
+HEAVY = {
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "zarr",
+    "huggingface_hub",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "xarray",
+}
+"""What only computing needs: nothing that merely talks may import it."""
+
 
 class Result(NamedTuple):
     """What one run of the command line left behind."""

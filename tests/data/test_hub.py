@@ -65,7 +65,7 @@ def test_streaming_and_refusals(filled: Hub, hub_env: Env) -> None:
         )
     assert plain == {"split": "train", "documents": ["one", "two"]}
     assert held_out == {"split": "test", "documents": ["three"]}
-    assert (split["exit_code"], split["hint"]) == (3, "Its splits: train, test.")
+    assert (split["exit_code"], split["hint"]) == (3, "its splits: train, test")
     assert (two["exit_code"], two["hint"]) == (2, "Name one as acme/two:CONFIG; there are 'a', 'b'.")
     assert config["documents"] == ["one", "two"]
     assert column["message"] == "acme/two:a has no column 'text'; its columns are body."

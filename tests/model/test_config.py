@@ -11,8 +11,9 @@ import pytest
 from fixtures_tiny import TINY
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.model.config import SUPPORTED, ModelConfig, load_config
+from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.sites import PROJECTIONS, SITE_PROJECTIONS
+from teal_cli.registry.architectures import FAMILIES
 
 SIZES = {
     "hidden_size": 72,
@@ -51,7 +52,7 @@ def test_widths_of_every_site(tmp_path: Path) -> None:
 
 def test_every_tiny_model_is_of_a_supported_family(tiny: Callable[[str], Path]) -> None:
     families = {load_config(tiny(name)).family for name in TINY}
-    assert families == set(SUPPORTED)
+    assert families == set(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_sliding_windows(tmp_path: Path, fields: dict[str, Any], windows: tuple[
 
 def test_biases_and_norms_by_family(tmp_path: Path) -> None:
     found = {}
-    for family in SUPPORTED:
+    for family in FAMILIES:
         config = read(tmp_path, model_type=family)
         found[family] = (config.qkv_bias, config.o_bias, config.qk_norm)
     assert found == {
@@ -134,8 +135,8 @@ def test_dtype_the_checkpoint_asks_for(tmp_path: Path, fields: dict[str, Any], d
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["gpt2", "GPT2LMHeadModel", *SUPPORTED]),
-        ({"model_type": "not-even-in-transformers"}, ["not-even-in-transformers", *SUPPORTED]),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["gpt2", "GPT2LMHeadModel", *FAMILIES]),
+        ({"model_type": "not-even-in-transformers"}, ["not-even-in-transformers", *FAMILIES]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised", "gptq"]),
         ({"hidden_act": "gelu"}, ["gelu", "silu"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
