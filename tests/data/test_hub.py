@@ -66,11 +66,11 @@ def test_streaming_and_refusals(filled: Hub, hub_env: Env) -> None:
     assert plain == {"split": "train", "documents": ["one", "two"]}
     assert held_out == {"split": "test", "documents": ["three"]}
     assert (split["exit_code"], split["hint"]) == (3, "its splits: train, test")
-    assert (two["exit_code"], two["hint"]) == (2, "Name one as acme/two:CONFIG; there are 'a', 'b'.")
+    assert (two["exit_code"], two["hint"]) == (2, "name one as acme/two:CONFIG; there are 'a', 'b'")
     assert config["documents"] == ["one", "two"]
-    assert column["message"] == "acme/two:a has no column 'text'; its columns are body."
+    assert column["message"] == "acme/two:a has no column 'text'; its columns are body"
     assert (other["exit_code"], "'c' not found" in other["message"]) == (2, True)
-    assert (missing["exit_code"], missing["message"][:27]) == (3, "The hub has no dataset acme")
+    assert (missing["exit_code"], missing["message"][:27]) == (3, "the hub has no dataset acme")
     assert (gated["exit_code"], "gated" in gated["message"]) == (4, True)
 
 
