@@ -331,6 +331,8 @@ def test_refuses_what_it_cannot_trust() -> None:
         model.compiled(np.zeros((2, 7)))
     with pytest.raises(ValueError, match="thresholds"):
         model.compiled(np.full((2, 7), -1, np.float32))
+    with pytest.raises(ValueError, match="keys must be"):
+        replace(model, kv=model.kv[..., :8]).compiled()
     with pytest.raises(ValueError, match="attn_out"):
         step.step(0, 0, poisoned_rows(replace(SPEC, heads=7), torch.float32))
     with pytest.raises(ValueError, match="layer 1, down"):

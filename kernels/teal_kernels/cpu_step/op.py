@@ -79,7 +79,8 @@ class CpuStep:
         shared = step.shared_buffers(kind, size, shape)
         own = [step.own_buffers(thread, size, shape) for thread in range(size)]
         shared.thresholds[:] = self._table(thresholds)
-        self._max_tokens, self._row_bytes = keys.shape[2], spec.head_dim * self.dtype.itemsize
+        self._max_tokens = keys.shape[2] if keys.dim() == 4 else 0
+        self._row_bytes = spec.head_dim * self.dtype.itemsize
         self._rope = self._rope_addresses(rope)
         self._cache = self._cache_addresses(keys, values)
         self._kept_alive = (tuple(layers), embedding, final_norm, lm_head, rope, keys, values)
