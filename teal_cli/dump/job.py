@@ -48,13 +48,6 @@ class Progress:
     new_rows: int
     seconds: float
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimated from this run's own pace; None before it has one."""
-        if not self.new_rows:
-            return None
-        return (self.total_rows - self.rows) * self.seconds / self.new_rows
-
 
 def run_job(
     writer: StoreWriter,
