@@ -102,7 +102,7 @@ def test_convert(teal: Teal, store: Path, tmp_path: Path) -> None:
         (("--format", "hdf5"), 2, "npz, csr, mtx, pt"),
         (("--layers", "a"), 2, "names no layers"),
         (("--layers", "0:x"), 2, "no range"),
-        (("--layers", "9"), 2, "There is no layer 9"),
+        (("--layers", "9"), 2, "there is no layer 9"),
         (("--names", "qkv"), 2, "no site or projection 'qkv'"),
         (("--tokens", "7"), 2, "no range"),
         (("--tokens", "30:50"), 2, "40 tokens"),
