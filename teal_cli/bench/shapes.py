@@ -157,8 +157,7 @@ def model_shape(name: str) -> ModelShape:
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         raise UsageError(
             f"there is no shape called {name!r}",
-            hint=f"{meant}there are {', '.join(MODEL_SHAPES)}; --shapes "
-            "also takes all, or inputs x outputs such as 4096x11008",
+            hint=f"{meant}there are {', '.join(MODEL_SHAPES)}, and for --shapes sizes such as 4096x11008",
         )
     return MODEL_SHAPES[name]
 
