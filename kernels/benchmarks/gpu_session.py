@@ -110,7 +110,8 @@ def main() -> int:
     for result in sorted(out.glob("*-*.json")):
         command = [*TEAL, "plot", "bench", str(result), "-o", str(result.with_suffix(".png")), "--force"]
         run(Step(f"plot-{result.stem}", command, FINAL_S), out, FINAL_S)
-    return 0 if all(step["ended"] == 0 or step["may_stop"] for step in ended) else 1
+    cut_off = [step["may_stop"] and isinstance(step["ended"], str) for step in ended]
+    return 0 if all(step["ended"] == 0 or cut for step, cut in zip(ended, cut_off, strict=True)) else 1
 
 
 if __name__ == "__main__":

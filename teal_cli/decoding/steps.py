@@ -1,7 +1,7 @@
 """One decode step, in the ways this machine has: all take a token and a position and return logits.
 
 A step owns the choice of kernels and the count of what was kept; the key/value cache it writes is shared with the dense
-prefill. Which token comes next is not its business.
+prefill. It also says what chooses the next token, since a graph can do that on the device.
 """
 
 from __future__ import annotations
