@@ -11,7 +11,7 @@ import torch
 
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
-from teal_cli.sparsity.calibrate import Text, calibrate
+from teal_cli.runs.calibrate import Text, calibrate
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from teal_cli.dump.writer import LevelHeader, LevelWriter, StoreHeader, StoreWriter
-from teal_cli.model.sites import SITES
+from teal_cli.store.writer import LevelHeader, LevelWriter, StoreHeader, StoreWriter
+from teal_kernels.spec import SITES
 
 LAYERS = 3
 CHANNELS = {"attn_in": 63, "attn_out": 16, "mlp_in": 40, "mlp_mid": 100}  # odd, even, not a multiple of 8

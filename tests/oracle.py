@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from teal_cli.data.prompts import PromptSource
 from teal_cli.decoding.sampling import Sampling
-from teal_cli.dump.reader import Level, open_store
-from teal_cli.dumping import Dump, DumpRequest
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
-from teal_cli.session import open_session
+from teal_cli.runs.dump import Dump, DumpRequest
+from teal_cli.runs.session import open_session
+from teal_cli.store.reader import Level, open_store
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
 
 _MODULES = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in PROJECTIONS}
 

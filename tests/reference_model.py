@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from teal_cli.model.sites import SITE_PROJECTIONS
 from teal_cli.model.transformer import Transformer, dense
+from teal_kernels.spec import SITE_PROJECTIONS
 
 PROMPT, TOTAL = 13, 24  # both beyond the tiny models' sliding window of 8
 MODULES = {

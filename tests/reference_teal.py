@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from teal_cli.model.sites import SITES
+from teal_kernels.spec import SITES
 
 _ARCHIVE = Path(__file__).parent / "sparsity" / "teal_mistral_7b_layer_0.npz"
 _FILES = {"self_attn": ("attn_in", "attn_out"), "mlp": ("mlp_in", "mlp_mid")}

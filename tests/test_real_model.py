@@ -10,9 +10,9 @@ from fixtures_cli import Teal
 from oracle import assert_agrees, make_dump
 
 from teal_cli import open_store
-from teal_cli.dump.stats import statistics
 from teal_cli.registry.registry import Registry
-from teal_cli.sparsity.calibrate import Checked, Text, calibrate, check
+from teal_cli.runs.calibrate import Checked, Text, calibrate, check
+from teal_cli.store.stats import statistics
 
 pytestmark = pytest.mark.slow
 NAME = "smollm2-135m"

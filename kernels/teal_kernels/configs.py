@@ -80,7 +80,7 @@ def table_file(device: torch.device) -> Path:
 
     root = Path(os.environ.get("TEAL_KERNEL_CACHE") or Path.home() / ".cache" / "teal" / "kernels")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    source = (Path(__file__).parent / "sparse_gemv" / "kernel.py").read_bytes()
+    source = (Path(__file__).parent / "ops" / "sparse_gemv" / "kernel.py").read_bytes()
     version = f"triton{triton.__version__}-{hashlib.sha256(source).hexdigest()[:8]}"
     return root / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{version}.json"
 

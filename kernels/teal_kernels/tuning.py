@@ -22,9 +22,9 @@ from teal_kernels.configs import (
     table_file,
     tuned_configs,
 )
-from teal_kernels.kept.op import KeptList, launch_compact
-from teal_kernels.sparse_gemv.op import launch_gather, launch_reduce
-from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.ops.kept.op import KeptList, launch_compact
+from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce
+from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 from teal_kernels.timing import Launch, copies_beyond_cache, median, time_launches
 
 BAND_POINTS = dict(zip(BANDS, (0.25, 0.5, 0.7, 0.9), strict=True))

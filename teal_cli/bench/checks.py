@@ -16,7 +16,7 @@ from torch import Tensor
 
 from teal_cli.decoding.projector import Rows
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS
+from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS
 
 _ROWS = 512
 

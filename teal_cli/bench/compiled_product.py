@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.inputs import Vectors
-from teal_kernels.cpu_step.compiled import KINDS, load
-from teal_kernels.cpu_step.layout import DOWN, NONE, Shape, Weights
-from teal_kernels.cpu_step.op import default_threads
+from teal_kernels.steps.cpu.compiled import KINDS, load
+from teal_kernels.steps.cpu.layout import DOWN, NONE, Shape, Weights
+from teal_kernels.steps.cpu.op import default_threads
 
 _SITE, _THRESHOLD = 3, 6
 """Every matrix plays the part of `down`: one projection at a site of its own."""
@@ -76,7 +76,7 @@ def _batch(dtype: torch.dtype) -> Callable[..., None]:
     load(dtype)  # first, so that the step's modules are imported as it wants them
     from numba import njit
 
-    from teal_kernels.cpu_step.sites import multiply
+    from teal_kernels.steps.cpu.sites import multiply
 
     @njit(nogil=True, error_model="numpy")
     def batch(kind: Any, own: Any, x: Any, order: Any, weights: Any, shared: Any) -> None:

@@ -23,8 +23,8 @@ from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median
 from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.traffic import projection_inputs, step_bytes
 from teal_cli.errors import UsageError
-from teal_cli.model.sites import PROJECTIONS
 from teal_cli.model.transformer import dense
+from teal_kernels.spec import PROJECTIONS
 
 _CHECKED_STEPS = 3
 

@@ -21,10 +21,10 @@ from teal_cli.bench.subjects import Subject
 from teal_cli.decoding.decoder import Capture, Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import PlainStep, open_step
-from teal_cli.dump.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_cli.errors import HardwareError, NotFoundError, TealError
 from teal_cli.model.cache import KVCache
-from teal_cli.model.sites import SITES
+from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
+from teal_kernels.spec import SITES
 
 GREEDY = Sampling(temperature=0.0, top_k=0, seed=0)
 

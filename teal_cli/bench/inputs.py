@@ -14,9 +14,9 @@ from torch import Tensor
 
 from teal_cli.bench.machine import cache_bytes
 from teal_cli.bench.shapes import Matrix
-from teal_cli.dump.header import site_threshold
-from teal_cli.dump.reader import ActivationStore, open_store
 from teal_cli.errors import UsageError
+from teal_cli.store.header import site_threshold
+from teal_cli.store.reader import ActivationStore, open_store
 
 VECTORS = 8
 """Different input vectors per sparsity."""

@@ -19,8 +19,8 @@ from teal_cli.bench.inputs import Vectors
 from teal_cli.bench.shapes import Matrix
 from teal_cli.bench.timing import replayed, wall_clock
 from teal_kernels.backends import CPU, TRITON, backend_problem
-from teal_kernels.cpu_step.compiled import unavailable
-from teal_kernels.sparse_gemv.op import sparse_gemv
+from teal_kernels.ops.sparse_gemv.op import sparse_gemv
+from teal_kernels.steps.cpu.compiled import unavailable
 
 DENSE, SPARSE, PUBLISHED = "dense", "sparse", "published"
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from teal_cli.bench.machine import Machine
 from teal_cli.bench.rows import DecodeRow, KernelRow, Row
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.registry.files import disk_errors, write_json
+from teal_cli.files import disk_errors, write_json
 
 SCHEMA: Final = "teal-bench/1"
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from teal_cli.errors import UsageError
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.sites import SITES
+from teal_kernels.spec import SITES
 
 MATRIX_NAMES: Final = {"attn_in": "qkv", "attn_out": "o", "mlp_in": "gate_up", "mlp_mid": "down"}
 

@@ -23,11 +23,11 @@ from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.steps import PlainStep, choose_step
 from teal_cli.errors import HardwareError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import LayerWeights
-from teal_cli.session import Session
+from teal_cli.runs.session import Session
 from teal_kernels.backends import BackendError
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
 
 Thresholds = Mapping[float, NDArray[np.float32] | None]
 """Sparsity -> float32 [layers, 7]; None for the dense step."""

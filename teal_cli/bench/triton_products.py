@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.timing import replayed
+from teal_kernels.baselines.masked_splitk.op import CONFIGS, MaskedConfig, masked_splitk
 from teal_kernels.configs import gemv_config
-from teal_kernels.kept.op import KeptList, launch_compact
-from teal_kernels.masked_splitk.op import CONFIGS, MaskedConfig, masked_splitk
-from teal_kernels.sparse_gemv.op import launch_gather, launch_reduce
+from teal_kernels.ops.kept.op import KeptList, launch_compact
+from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce
 
 if TYPE_CHECKING:
     from teal_cli.bench.products import Operands

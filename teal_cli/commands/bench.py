@@ -88,7 +88,7 @@ def kernels(
     """
     from teal_cli.bench.inputs import Replay
     from teal_cli.bench.kernels import KernelRequest, bench_kernels
-    from teal_cli.session import DTYPES, choose_device
+    from teal_cli.runs.session import DTYPES, choose_device
 
     out = output(json, quiet)
     given = settings.load()
@@ -153,7 +153,7 @@ def decode(
     from teal_cli.bench.decode import DecodeRequest, bench_decode
     from teal_cli.bench.engines import check_gguf
     from teal_cli.bench.shapes import parse_stack
-    from teal_cli.session import choose_device
+    from teal_cli.runs.session import choose_device
 
     out = output(json, quiet)
     given = settings.load()
@@ -197,7 +197,7 @@ def _registered(
     chosen: dict[str, Any],
 ) -> Subject:
     from teal_cli.bench.subjects import registered
-    from teal_cli.session import open_session
+    from teal_cli.runs.session import open_session
 
     session = open_session(
         given.pick("model", model), device=device, calibration=given.pick("calibration", calibration), **chosen
@@ -217,7 +217,7 @@ def _stack(
     chosen: dict[str, Any],
 ) -> Subject:
     from teal_cli.bench.subjects import stack
-    from teal_cli.session import DTYPES
+    from teal_cli.runs.session import DTYPES
 
     name, shape, layers = parsed
     backend = None if chosen["backend"] in (None, "auto") else chosen["backend"]
@@ -262,7 +262,7 @@ def _dtypes(text: str) -> list[str]:
 
 def _levels(text: str | None, available: tuple[float, ...] | None) -> tuple[float, ...]:
     """The sparsities above 0 that were asked for; of a store, those that it has."""
-    from teal_cli.dump.levels import parse_levels
+    from teal_cli.runs.levels import parse_levels
 
     wanted = tuple(level for level in parse_levels(text) if level > 0) if text else available or ()
     if not wanted:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from teal_cli.sparsity.calibrate import Calibrated, Checked
+    from teal_cli.runs.calibrate import Calibrated, Checked
 
 _SHOWN = (0.25, 0.50, 0.75, 0.90)
 _FURTHEST = 3
@@ -84,8 +84,8 @@ def calibrate(
     given = settings.load()
 
     from teal_cli.registry.registry import Registry
-    from teal_cli.session import choose_device
-    from teal_cli.sparsity import calibrate as library
+    from teal_cli.runs import calibrate as library
+    from teal_cli.runs.session import choose_device
 
     registry, where = Registry(), choose_device(given.pick("device", device))
     model = given.pick("model", model)
@@ -143,7 +143,7 @@ def watch(out: Output, text: str, events: Iterator[Any]) -> Any:
 
 
 def _about(made: Calibrated) -> dict[str, Any]:
-    from teal_cli.sparsity.calibrate import mean_thresholds
+    from teal_cli.runs.calibrate import mean_thresholds
 
     means = {f"{level:.2f}": mean_thresholds(made.calibration, level) for level in _SHOWN}
     return {
@@ -174,8 +174,8 @@ def _show(console: Console, made: Calibrated | None, checked: Checked | None) ->
 def _show_calibration(console: Console, made: Calibrated) -> None:
     from rich.table import Table
 
-    from teal_cli.model.sites import SITES
-    from teal_cli.sparsity.calibrate import mean_thresholds
+    from teal_cli.runs.calibrate import mean_thresholds
+    from teal_kernels.spec import SITES
 
     table = Table(title="Thresholds, mean over the layers", title_justify="left")
     table.add_column("sparsity", justify="right")

@@ -12,7 +12,7 @@ from teal_cli.ui.output import output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.health import Finding
+    from teal_cli.commands.health import Finding
 
 _MARKS = {"ok": "[green]ok[/green]  ", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 
@@ -23,7 +23,7 @@ def doctor(offline: OfflineOption = False, json: JsonOption = False) -> None:
     Looks at versions, settings, storage, devices, kernels (each is run against exact arithmetic), models and
     the network. Exits 0 if everything essential works, 5 if a device or a kernel does not, 1 otherwise.
     """
-    from teal_cli.health import examine, summary
+    from teal_cli.commands.health import examine, summary
 
     out = output(json)
     findings: list[Finding] = []

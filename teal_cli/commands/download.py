@@ -112,7 +112,7 @@ def _plan_payload(found: DryRun) -> dict[str, Any]:
 
 
 def _show_plan(console: Console, found: DryRun) -> None:
-    from teal_cli.registry.files import readable_size
+    from teal_cli.files import readable_size
     from teal_cli.ui.table import show_table
 
     plan = found.plan
@@ -129,7 +129,7 @@ def _show_plan(console: Console, found: DryRun) -> None:
 
 
 def _show_done(console: Console, done: Done) -> None:
-    from teal_cli.registry.files import readable_size
+    from teal_cli.files import readable_size
 
     entry = done.entry
     what = f"{entry.family}, {entry.dtype}, {readable_size(entry.size_bytes)}"

@@ -10,8 +10,8 @@ import typer
 
 from teal_cli import settings
 from teal_cli.commands.opening import opened
-from teal_cli.dump.recipe import load_recipe
 from teal_cli.errors import UsageError
+from teal_cli.runs.recipe import load_recipe
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import amount, progress
@@ -19,7 +19,7 @@ from teal_cli.ui.progress import amount, progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.dumping import Dump
+    from teal_cli.runs.dump import Dump
 
 
 def dump(
@@ -99,9 +99,9 @@ def dump(
 
     from teal_cli.data.prompts import PromptSource
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.dump.levels import parse_levels
-    from teal_cli.dump.placing import check_target
-    from teal_cli.dumping import Dump, DumpRequest
+    from teal_cli.runs.dump import Dump, DumpRequest
+    from teal_cli.runs.levels import parse_levels
+    from teal_cli.store.placing import check_target
 
     source = (
         PromptSource(file=prompts, count=num_sequences)

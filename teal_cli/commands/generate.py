@@ -18,7 +18,7 @@ from teal_cli.ui.output import Output, output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.generation import Generation
+    from teal_cli.runs.generate import Generation
 
 
 def generate(
@@ -57,9 +57,9 @@ def generate(
     text = _prompt(prompt)
 
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.dump.placing import check_target
-    from teal_cli.generation import GenerateRequest, Generation
-    from teal_cli.generation import generate as run
+    from teal_cli.runs.generate import GenerateRequest, Generation
+    from teal_cli.runs.generate import generate as run
+    from teal_cli.store.placing import check_target
 
     chosen_seed = given.pick("seed", seed)
     sampling = Sampling(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal_cli.errors import UsageError
+from teal_cli.files import readable_size
 from teal_cli.registry.entry import ModelEntry
-from teal_cli.registry.files import readable_size
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
@@ -161,9 +161,9 @@ def entry_payload(entry: ModelEntry) -> dict[str, Any]:
 
 def _thresholds(folder: Any, sparsity: float) -> dict[str, list[float]]:
     """{"q": [one per layer], ...} of the uniform plan."""
-    from teal_cli.model.sites import PROJECTIONS
     from teal_cli.sparsity.calibration import Calibration
     from teal_cli.sparsity.plan import uniform_plan
+    from teal_kernels.spec import PROJECTIONS
 
     plan = uniform_plan(Calibration.load(folder), sparsity)
     return {name: plan.thresholds[:, i].tolist() for i, name in enumerate(PROJECTIONS)}

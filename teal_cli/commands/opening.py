@@ -9,7 +9,7 @@ from teal_cli.ui.output import Output
 from teal_cli.ui.progress import progress
 
 if TYPE_CHECKING:
-    from teal_cli.session import Session
+    from teal_cli.runs.session import Session
 
 
 def opened(
@@ -24,7 +24,7 @@ def opened(
 ) -> Session:
     """The session that these options ask for; what is None comes from the settings. Raises as `open_session`."""
     from teal_cli.decoding.steps import compile_step, must_compile
-    from teal_cli.session import open_session
+    from teal_cli.runs.session import open_session
 
     with progress(out) as bars:
         task = bars.task("Loading the model", unit="layers")

@@ -32,8 +32,8 @@ def bench(
 
     A result of `teal bench kernels` gives one panel per matrix and dtype, one of `teal bench decode` bars per model.
     """
-    from teal_cli.bench.plots import check_picture, draw
     from teal_cli.bench.results import check_target, load
+    from teal_cli.plots.bench import check_picture, draw
 
     out = output(json, quiet)
     loaded = load(result)
@@ -59,10 +59,10 @@ def store(
     quiet: QuietOption = False,
 ) -> None:
     """The activations of a site token by token, and the realised sparsity of every layer."""
-    from teal_cli.bench.plots import check_picture
     from teal_cli.bench.results import check_target
-    from teal_cli.dump.picture import draw
-    from teal_cli.dump.reader import open_store
+    from teal_cli.plots.bench import check_picture
+    from teal_cli.plots.store import draw
+    from teal_cli.store.reader import open_store
 
     out = output(json, quiet)
     opened = open_store(path)

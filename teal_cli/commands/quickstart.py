@@ -18,8 +18,8 @@ from teal_cli.ui.progress import progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.generation import Generation
     from teal_cli.registry.registry import ModelEntry, Registry
+    from teal_cli.runs.generate import Generation
 
 PROMPT = "Explain in a few sentences why the sea is salty."
 DATASET = "python-docs"
@@ -73,8 +73,8 @@ def _download(out: Output, registry: Registry, model: str | None) -> ModelEntry:
 
 
 def _calibrate(out: Output, registry: Registry, entry: ModelEntry) -> str:
-    from teal_cli.session import choose_device
-    from teal_cli.sparsity.calibrate import Text, calibrate
+    from teal_cli.runs.calibrate import Text, calibrate
+    from teal_cli.runs.session import choose_device
 
     text = Text(DATASET, num_sequences=SEQUENCES, seq_len=SEQ_LEN)
     made = watch(out, f"Calibrating on {DATASET}", calibrate(registry, entry.name, text, device=choose_device(None)))
@@ -88,7 +88,7 @@ def _generate(
     from teal_cli.commands.generate import show_figures
     from teal_cli.commands.opening import opened
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.generation import GenerateRequest, Generation, generate
+    from teal_cli.runs.generate import GenerateRequest, Generation, generate
 
     session = opened(out, settings.load(), model=entry.name, calibration=calibration)
     request = GenerateRequest(
@@ -106,8 +106,8 @@ def _generate(
 
 def _is_ours(path: Path) -> bool:
     """Whether an earlier quickstart wrote this store: only such a one is replaced without --force."""
-    from teal_cli.dump.reader import open_store
     from teal_cli.errors import TealError
+    from teal_cli.store.reader import open_store
 
     if not path.exists():
         return False
@@ -119,7 +119,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _verify(path: Path) -> list[str]:
-    from teal_cli.dump.verify import Problem, verify
+    from teal_cli.store.verify import Problem, verify
 
     return [str(event) for event in verify(path) if isinstance(event, Problem)]
 

@@ -16,9 +16,9 @@ from teal_cli.ui.progress import progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.dump.info import StoreInfo
-    from teal_cli.dump.stats import SiteStats
-    from teal_cli.dump.verify import Problem
+    from teal_cli.store.info import StoreInfo
+    from teal_cli.store.stats import SiteStats
+    from teal_cli.store.verify import Problem
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
@@ -41,8 +41,8 @@ def info(
     quiet: QuietOption = False,
 ) -> None:
     """Where a store comes from, its levels and its size."""
-    from teal_cli.dump.info import describe
-    from teal_cli.dump.reader import open_store
+    from teal_cli.store.info import describe
+    from teal_cli.store.reader import open_store
 
     out = output(json, quiet)
     found = describe(open_store(store), prompt)
@@ -59,8 +59,8 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Read every byte and hold it against what is known; exit 1 if anything is wrong."""
-    from teal_cli.dump.verify import Checked
-    from teal_cli.dump.verify import verify as check
+    from teal_cli.store.verify import Checked
+    from teal_cli.store.verify import verify as check
 
     out = output(json, quiet)
     problems: list[Problem] = []
@@ -84,9 +84,9 @@ def stats(
     store: StoreArgument, level: LevelOption = None, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
     """Size against other forms and the entropy bound, realised sparsity, structure of the masks."""
-    from teal_cli.dump.reader import open_store
-    from teal_cli.dump.stats import statistics
-    from teal_cli.model.sites import SITES
+    from teal_cli.store.reader import open_store
+    from teal_cli.store.stats import statistics
+    from teal_kernels.spec import SITES
 
     out = output(json, quiet)
     opened = open_store(store)
@@ -128,9 +128,9 @@ def convert(
     quiet: QuietOption = False,
 ) -> None:
     """Write levels, layers, sites or projections as npz, CSR, Matrix Market or one .pt per token."""
-    from teal_cli.dump.convert import convert as write
-    from teal_cli.dump.convert import select
-    from teal_cli.dump.reader import open_store
+    from teal_cli.store.export import convert as write
+    from teal_cli.store.export import select
+    from teal_cli.store.reader import open_store
 
     if tokens is not None and sequence is not None:
         raise UsageError("--tokens and --sequence exclude each other", hint="give one of them")
@@ -179,7 +179,7 @@ def _derived(site: SiteStats) -> dict[str, Any]:
     """A site's statistics with the ratios that the table shows."""
     from dataclasses import asdict
 
-    from teal_cli.dump.stats import QUANTILES
+    from teal_cli.store.stats import QUANTILES
 
     return {
         **asdict(site),

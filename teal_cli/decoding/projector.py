@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
 from teal_cli.model.transformer import dense
-from teal_kernels.sparse_gemv.op import sparse_gemv
-from teal_kernels.threshold.op import threshold
+from teal_kernels.ops.sparse_gemv.op import sparse_gemv
+from teal_kernels.ops.threshold.op import threshold
+from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
 
 Rows = Mapping[str, Tensor]
 """One token's input vectors, site -> [layers, K]; dropped entries are zero."""
@@ -35,7 +35,7 @@ class SparseProjector:
         config: the model's shape.
         thresholds: float32 [layers, 7] in projection order. A site is cut at the lowest threshold of its projections,
             and each projection then drops what its own threshold drops.
-        backend: a backend of `teal_kernels.sparse_gemv`.
+        backend: a backend of `teal_kernels.ops.sparse_gemv`.
         device: where weights and activations live.
 
     Attributes:

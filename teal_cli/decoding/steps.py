@@ -19,11 +19,11 @@ from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import Rotation
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError, choose_backend, triton_problem
-from teal_kernels.cpu_step.compiled import is_compiled, load, unavailable
-from teal_kernels.cpu_step.spec import StepSpec
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
+from teal_kernels.steps.cpu.compiled import is_compiled, load, unavailable
+from teal_kernels.steps.cpu.spec import StepSpec
 
 NUMBA: Final = "numba"
 TRITON_GRAPH: Final = "triton-graph"
@@ -68,7 +68,7 @@ class PlainStep:
         model: the weights.
         cache: keys and values; prefill has filled it up to the first position.
         thresholds: float32 [layers, 7]; None for the dense step.
-        backend: the `teal_kernels.sparse_gemv` backend; unused by the dense step.
+        backend: the `teal_kernels.ops.sparse_gemv` backend; unused by the dense step.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class PlainStep:
 
 
 class NumbaStep:
-    """The whole step compiled for this processor; see `teal_kernels.cpu_step`. Arguments as for `PlainStep`.
+    """The whole step compiled for this processor; see `teal_kernels.steps.cpu`. Arguments as for `PlainStep`.
 
     Raises:
         CpuStepUnavailableError: no numba, or a processor without the needed instructions.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None) -> None:
-        from teal_kernels.cpu_step.op import CpuStep
+        from teal_kernels.steps.cpu.op import CpuStep
 
         self.backend = NUMBA
         self._step = CpuStep(
@@ -133,7 +133,7 @@ class NumbaStep:
 
 
 class GraphStep:
-    """The whole step as one CUDA graph of Triton kernels; see `teal_kernels.gpu_step`. Arguments as for `PlainStep`.
+    """The whole step as one CUDA graph of Triton kernels; see `teal_kernels.steps.gpu`. Arguments as for `PlainStep`.
 
     Args:
         sparsity: about how much the thresholds drop; chooses among tuned configurations.
@@ -142,7 +142,7 @@ class GraphStep:
     def __init__(
         self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, sparsity: float
     ) -> None:
-        from teal_kernels.gpu_step.op import GpuStep
+        from teal_kernels.steps.gpu.op import GpuStep
 
         self.backend = TRITON_GRAPH
         self._step = GpuStep(
@@ -162,7 +162,7 @@ class GraphStep:
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         """Choose within the graph: reading one number a token leaves less time in which the GPU waits."""
-        from teal_kernels.sample.op import DeviceSampling
+        from teal_kernels.parts.sample.op import DeviceSampling
 
         step = self._step
         step.sample(DeviceSampling(sampling.temperature, sampling.top_k, sampling.stream(sequence)))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.sites import SITE_PROJECTIONS
+from teal_kernels.spec import SITE_PROJECTIONS
 
 
 def projection_widths(config: ModelConfig) -> NDArray[np.int64]:

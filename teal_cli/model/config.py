@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.model.sites import SITE_PROJECTIONS
 from teal_cli.registry.architectures import FAMILIES
+from teal_kernels.spec import SITE_PROJECTIONS
 
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")

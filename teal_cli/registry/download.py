@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from teal_cli.errors import UsageError
+from teal_cli.files import disk_errors, require_space
 from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.checkpoint import CONFIG, context_of, inspect_weights, read_json
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.registry.events import Done, Event, Note, Planned
-from teal_cli.registry.files import disk_errors, require_space
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options, Target, resolve
 from teal_cli.registry.sources.base import Fetched, Plan, Source, UnreachableError

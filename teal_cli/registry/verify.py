@@ -6,9 +6,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
+from teal_cli.files import readable_size, sha256_chunks
 from teal_cli.registry.entry import FileRecord, ModelEntry
 from teal_cli.registry.events import Progress
-from teal_cli.registry.files import readable_size, sha256_chunks
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.registry.files import disk_errors, write_json
+from teal_cli.files import disk_errors, write_json
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.teal_format import RULES, TealHistogram
 

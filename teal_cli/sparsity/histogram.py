@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import TealError
-from teal_cli.model.sites import SITE_INDEX, SITES
+from teal_kernels.spec import SITE_INDEX, SITES
 
 if TYPE_CHECKING:
     from torch import Tensor

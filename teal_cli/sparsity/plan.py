@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
-from teal_cli.registry.files import disk_errors, write_json
+from teal_cli.files import disk_errors, write_json
 from teal_cli.sparsity.calibration import Calibration
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
 
 
 @dataclass(frozen=True, slots=True, eq=False)

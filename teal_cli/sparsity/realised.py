@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.plan import Plan
+from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
 
 CHECKED: Final = (0.25, 0.40, 0.50, 0.65, 0.90)
 """The sparsity levels that `teal calibrate --check` looks at."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError
-from teal_cli.model.sites import SITE_INDEX, SITES
+from teal_kernels.spec import SITE_INDEX, SITES
 
 RULES: Final = ("teal", "abs")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import typer
 
-from teal_cli.model.sites import SITE_PROJECTIONS
 from teal_cli.settings import BACKENDS, DTYPES, configs, teal_home
+from teal_kernels.spec import SITE_PROJECTIONS
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 SPARSITIES = ("0", "0.25", "0.40", "0.50", "0.65", "0.75", "0.90")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from teal_cli.bench.machine import describe
-from teal_cli.bench.plots import draw
 from teal_cli.bench.results import Result, check_target, load, save
 from teal_cli.bench.rows import DecodeRow, KernelRow, Row
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.plots.bench import draw
 
 PNG = b"\x89PNG\r\n"
 

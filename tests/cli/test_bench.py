@@ -141,7 +141,7 @@ def test_llama_cpp(teal: Teal, tiny: Callable[[str], Path], tmp_path: Path, monk
     from teal_cli.bench.subjects import registered
     from teal_cli.decoding.decoder import Decoder
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.session import open_session
+    from teal_cli.runs.session import open_session
 
     session = open_session(backend="cpu")
     prompt = registered(session, (), 6).prompt
@@ -216,7 +216,7 @@ def test_ctrl_c_leaves_nothing_behind(
     folder.mkdir()
     monkeypatch.setattr(engines.tempfile, "tempdir", str(folder))
     monkeypatch.setattr(kernels, "interleave", interrupt)
-    monkeypatch.setattr("teal_cli.dump.writer.LevelWriter.end", interrupt)
+    monkeypatch.setattr("teal_cli.store.writer.LevelWriter.end", interrupt)
     file = tmp_path / "r.json"
     run = teal(*command, "--out", file)
     assert run.code == 130, run.err

@@ -16,10 +16,10 @@ from fixtures_cli import Teal
 from fixtures_tiny import make_tiny
 from reference_teal import expected, write_layer
 
+from teal_cli.passes.observe import LayerDone, observe
 from teal_cli.registry.registry import Registry
 from teal_cli.sparsity import calibrate as library
 from teal_cli.sparsity.calibration import Calibration
-from teal_cli.sparsity.observe import LayerDone, observe
 from teal_cli.sparsity.plan import uniform_plan
 
 SMALL = ("--num-sequences", 3, "--seq-len", 64)

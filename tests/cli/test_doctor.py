@@ -11,8 +11,8 @@ import pytest
 import torch
 from fixtures_cli import Teal
 
-from teal_cli import health
-from teal_cli.health import Finding, examine, summary
+from teal_cli.commands import health
+from teal_cli.commands.health import Finding, examine, summary
 from teal_kernels.backends import OPS
 
 
@@ -51,7 +51,7 @@ def test_every_op_says_what_it_uses_and_why_not_the_rest() -> None:
 
 @pytest.mark.parametrize("garbage", [float("nan"), 0.0, 1e9])
 def test_a_kernel_that_computes_garbage_is_found(monkeypatch: pytest.MonkeyPatch, garbage: float) -> None:
-    from teal_kernels.sparse_gemv import op
+    from teal_kernels.ops.sparse_gemv import op
 
     def broken(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
         return torch.full_like(weight[0], garbage)
@@ -63,7 +63,7 @@ def test_a_kernel_that_computes_garbage_is_found(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_kernel_that_does_not_compile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teal_kernels.sparse_gemv import op
+    from teal_kernels.ops.sparse_gemv import op
 
     def broken(*args: Any) -> torch.Tensor:
         raise RuntimeError("ptxas\n  says no")

@@ -18,8 +18,8 @@ import zarr
 from fixtures_cli import Teal
 
 from teal_cli import open_store
-from teal_cli.dump.levels import parse_levels
-from teal_cli.dump.recipe import KEYS, load_recipe, shipped_recipes
+from teal_cli.runs.levels import parse_levels
+from teal_cli.runs.recipe import KEYS, load_recipe, shipped_recipes
 
 pytestmark = pytest.mark.usefixtures("ready")
 
@@ -170,7 +170,7 @@ def test_a_recipe_gives_what_the_command_line_does_not(teal: Teal, tmp_path: Pat
 SMALL_BLOCKS = """
 import sys
 from teal_cli.app import main
-from teal_cli.dump import header
+from teal_cli.store import header
 header.block_tokens = lambda channels, itemsize: 16  # commits come often, as they do with a large model
 sys.exit(main(sys.argv[1:]))
 """

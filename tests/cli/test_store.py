@@ -9,7 +9,7 @@ import pytest
 from fixtures_cli import Teal
 from fixtures_store import feed, header, levels, write_store
 
-from teal_cli.dump.writer import StoreWriter
+from teal_cli.store.writer import StoreWriter
 
 
 @pytest.fixture(scope="module")

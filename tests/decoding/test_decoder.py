@@ -15,9 +15,9 @@ from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import NUMBA, TRITON_GRAPH, choose_step, open_step
 from teal_cli.decoding.traffic import projection_inputs, projection_widths, step_bytes
 from teal_cli.errors import UsageError
-from teal_cli.model.sites import PROJECTION_INDEX, SITE_PROJECTIONS
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError
+from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS
 
 GREEDY = Sampling(temperature=0)
 PROMPT = [5, 9, 17, 3]

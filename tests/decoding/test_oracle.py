@@ -12,7 +12,7 @@ from oracle import assert_agrees, make_dump
 
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
-from teal_cli.sparsity.calibrate import Text, calibrate
+from teal_cli.runs.calibrate import Text, calibrate
 
 LEVELS = (0.0, 0.25, 0.5, 0.9)
 

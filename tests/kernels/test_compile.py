@@ -15,17 +15,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernel_aot import POINTER_TYPES, Compiled, compile_kernel, wide_loads
 
-from teal_kernels.attention.kernel import attention_kernel, join_kernel
-from teal_kernels.attention.op import BLOCK_T
 from teal_kernels.configs import default_gemv_config
-from teal_kernels.kept.kernel import compact_kernel
-from teal_kernels.kept.op import chunk_for, chunk_warps
-from teal_kernels.rms_norm.kernel import rms_norm_kernel
-from teal_kernels.rope.kernel import qkv_kernel
-from teal_kernels.sample.kernel import sample_kernel
-from teal_kernels.sparse_gemv.kernel import gather_gemv_kernel, reduce_kernel
-from teal_kernels.swiglu.kernel import swiglu_kernel
-from teal_kernels.threshold.kernel import threshold_kernel
+from teal_kernels.ops.kept.kernel import compact_kernel
+from teal_kernels.ops.kept.op import chunk_for, chunk_warps
+from teal_kernels.ops.sparse_gemv.kernel import gather_gemv_kernel, reduce_kernel
+from teal_kernels.ops.threshold.kernel import threshold_kernel
+from teal_kernels.parts.attention.kernel import attention_kernel, join_kernel
+from teal_kernels.parts.attention.op import BLOCK_T
+from teal_kernels.parts.norm.kernel import rms_norm_kernel
+from teal_kernels.parts.rope.kernel import qkv_kernel
+from teal_kernels.parts.sample.kernel import sample_kernel
+from teal_kernels.parts.swiglu.kernel import swiglu_kernel
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 capabilities = pytest.mark.parametrize("capability", [80, 90])

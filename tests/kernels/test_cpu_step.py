@@ -21,9 +21,9 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from teal_kernels.cpu_step import compiled
-from teal_kernels.cpu_step.op import CpuStep, default_threads
-from teal_kernels.cpu_step.spec import OPTIONAL, SITES, StepSpec, layer_shapes
+from teal_kernels.steps.cpu import compiled
+from teal_kernels.steps.cpu.op import CpuStep, default_threads
+from teal_kernels.steps.cpu.spec import OPTIONAL, SITES, StepSpec, layer_shapes
 
 if compiled.unavailable() is not None:
     pytest.skip(str(compiled.unavailable()), allow_module_level=True)
@@ -348,10 +348,10 @@ def test_compiled_code_is_found_again() -> None:
     step = compiled.load(torch.bfloat16)
     assert compiled.is_compiled(torch.bfloat16)
     code = (
-        "import torch; from teal_kernels.cpu_step import compiled; step = compiled.load(torch.bfloat16);"
+        "import torch; from teal_kernels.steps.cpu import compiled; step = compiled.load(torch.bfloat16);"
         "print([sum(counts.values()) for counts in (step.run.stats.cache_hits, step.run.stats.cache_misses)])"
     )
-    package = Path(step.__file__).parents[2]
+    package = Path(step.__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(package)}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert ran.stdout.strip() == "[1, 0]"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
 
-from teal_kernels.sparse_gemv.op import sparse_gemv
-from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
-from teal_kernels.threshold.op import threshold
-from teal_kernels.threshold.reference import threshold_reference
+from teal_kernels.ops.sparse_gemv.op import sparse_gemv
+from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.ops.threshold.op import threshold
+from teal_kernels.ops.threshold.reference import threshold_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

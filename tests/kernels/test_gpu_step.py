@@ -21,8 +21,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_reference_and_the_graph_has_the_same_bits(shape, dtype, sparse):
-    from teal_kernels.gpu_step.op import GpuStep
-    from teal_kernels.gpu_step.reference import gpu_step_reference
+    from teal_kernels.steps.gpu.op import GpuStep
+    from teal_kernels.steps.gpu.reference import gpu_step_reference
 
     model = tiny_model(dtype, max_tokens=300, device="cuda", **SHAPES[shape])
     thresholds = plan(2) if sparse else None
@@ -44,8 +44,8 @@ def test_matches_the_reference_and_the_graph_has_the_same_bits(shape, dtype, spa
 
 
 def test_decodes_alone_as_it_does_step_by_step():
-    from teal_kernels.gpu_step.op import GpuStep
-    from teal_kernels.sample.op import DeviceSampling
+    from teal_kernels.parts.sample.op import DeviceSampling
+    from teal_kernels.steps.gpu.op import GpuStep
 
     model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
     alone = GpuStep(*model.arguments(), thresholds=plan(2))
@@ -61,8 +61,8 @@ def test_decodes_alone_as_it_does_step_by_step():
 
 
 def test_sampling_depends_on_seed_and_position_only():
-    from teal_kernels.gpu_step.op import GpuStep
-    from teal_kernels.sample.op import DeviceSampling
+    from teal_kernels.parts.sample.op import DeviceSampling
+    from teal_kernels.steps.gpu.op import GpuStep
 
     model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
     histories = []

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.files import disk_errors, require_space, write_json
 from teal_cli.registry import catalog
 from teal_cli.registry.architectures import ARCHITECTURES, FAMILIES
 from teal_cli.registry.download import download, fetch
 from teal_cli.registry.entry import ModelEntry
-from teal_cli.registry.files import disk_errors, require_space, write_json
 from teal_cli.registry.names import check_name, name_from
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options

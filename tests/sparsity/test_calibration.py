@@ -14,12 +14,12 @@ import torch
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.config import load_config
-from teal_cli.model.sites import SITES
 from teal_cli.model.weights import config_sha256
 from teal_cli.sparsity import calibration as module
 from teal_cli.sparsity.calibration import COUNTS, MANIFEST, Calibration, Provenance, check_fits
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.teal_format import TealHistogram
+from teal_kernels.spec import SITES
 
 PROVENANCE = Provenance(
     model="tiny",

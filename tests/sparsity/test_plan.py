@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.model.sites import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITES
 from teal_cli.sparsity.calibration import Calibration, Provenance
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
 from teal_cli.sparsity.realised import realised
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITES
 
 LAYERS = 3
 

@@ -12,10 +12,10 @@ import torch
 from reference_teal import expected, write_layer
 
 from teal_cli.errors import NotFoundError, TealError
-from teal_cli.model.sites import SITES
 from teal_cli.sparsity.calibration import Calibration, Provenance
 from teal_cli.sparsity.plan import uniform_plan
 from teal_cli.sparsity.teal_format import TealHistogram, check_widths, read_histograms
+from teal_kernels.spec import SITES
 
 WIDTHS = {"attn_in": 4096, "attn_out": 4096, "mlp_in": 4096, "mlp_mid": 14336}
 

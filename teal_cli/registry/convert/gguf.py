@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from teal_cli.files import write_json
 from teal_cli.registry.convert.config import generation_config, model_config
 from teal_cli.registry.convert.reader import GgufFile
 from teal_cli.registry.convert.tokenizer import write_tokenizer
 from teal_cli.registry.convert.weights import convert_weights
 from teal_cli.registry.events import Progress
-from teal_cli.registry.files import write_json
 
 
 def convert(gguf: GgufFile, folder: Path) -> Iterator[Progress]:

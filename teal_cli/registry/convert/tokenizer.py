@@ -14,8 +14,8 @@ from typing import Any, Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from teal_cli.errors import UsageError
+from teal_cli.files import write_json
 from teal_cli.registry.convert.reader import GgufFile, damaged
-from teal_cli.registry.files import write_json
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 _SPACE: Final = "▁"

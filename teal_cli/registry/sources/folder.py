@@ -7,11 +7,11 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from teal_cli.errors import NotFoundError
+from teal_cli.files import sha256_chunks
 from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, inspect_weights, read_json, select_files
 from teal_cli.registry.entry import FileRecord
 from teal_cli.registry.events import Note, Progress
-from teal_cli.registry.files import sha256_chunks
 from teal_cli.registry.names import name_from
 from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile
 

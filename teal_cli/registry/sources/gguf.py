@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teal_cli.errors import NotFoundError
+from teal_cli.files import disk_errors, require_space, sha256_chunks
 from teal_cli.registry.events import Note, Progress
-from teal_cli.registry.files import disk_errors, require_space, sha256_chunks
 from teal_cli.registry.names import name_from
 from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile
 from teal_cli.registry.sources.folder import hash_files

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.files import disk_errors, require_space, sha256_chunks
 from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, read_json, select_files
 from teal_cli.registry.entry import FileRecord
 from teal_cli.registry.events import Note, Progress
-from teal_cli.registry.files import disk_errors, require_space, sha256_chunks
 from teal_cli.registry.names import name_from
 from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile, UnreachableError
 from teal_cli.registry.sources.hub_errors import hub_errors

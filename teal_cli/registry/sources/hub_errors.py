@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
-from teal_cli.registry.files import is_disk_full
+from teal_cli.files import is_disk_full
 from teal_cli.registry.sources.base import UnreachableError
 
 

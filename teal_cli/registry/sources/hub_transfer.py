@@ -17,8 +17,8 @@ from threading import Event, Thread
 from typing import Any, Final
 
 from teal_cli.errors import TealError
+from teal_cli.files import sha256_chunks
 from teal_cli.registry.events import Progress
-from teal_cli.registry.files import sha256_chunks
 from teal_cli.registry.sources.base import Plan, PlannedFile
 
 _WORKERS: Final = 4

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.files import disk_errors, require_space, sizes_below
 from teal_cli.registry.events import Note, Progress
-from teal_cli.registry.files import disk_errors, require_space, sizes_below
 from teal_cli.registry.names import name_from
 from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile, UnreachableError
 from teal_cli.registry.sources.gguf import GgufSource

@@ -8,9 +8,9 @@ import torch
 from kernel_cases import relative_error
 from kernel_models import plan, tiny_model
 
-from teal_kernels.gpu_step.op import GpuStep
-from teal_kernels.gpu_step.reference import gpu_step_reference
-from teal_kernels.sample.op import DeviceSampling
+from teal_kernels.parts.sample.op import DeviceSampling
+from teal_kernels.steps.gpu.op import GpuStep
+from teal_kernels.steps.gpu.reference import gpu_step_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 

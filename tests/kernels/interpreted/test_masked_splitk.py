@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import operands, relative_error
 
-from teal_kernels.masked_splitk.op import MaskedConfig, masked_splitk
-from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.baselines.masked_splitk.op import MaskedConfig, masked_splitk
+from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

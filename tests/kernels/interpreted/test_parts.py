@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, TOLERANCE, relative_error
 
-from teal_kernels.attention.op import AttentionShares, launch_attention
-from teal_kernels.attention.reference import attention_reference
-from teal_kernels.kept.op import KeptList, Sink
-from teal_kernels.rms_norm.op import launch_rms_norm
-from teal_kernels.rms_norm.reference import add_partials_reference, rms_norm_reference
-from teal_kernels.sample.op import Chooser, DeviceSampling
-from teal_kernels.sample.reference import sample_reference
-from teal_kernels.swiglu.op import launch_swiglu
-from teal_kernels.swiglu.reference import swiglu_reference
-from teal_kernels.threshold.reference import keep_mask
+from teal_kernels.ops.kept.op import KeptList, Sink
+from teal_kernels.ops.threshold.reference import keep_mask
+from teal_kernels.parts.attention.op import AttentionShares, launch_attention
+from teal_kernels.parts.attention.reference import attention_reference
+from teal_kernels.parts.norm.op import launch_rms_norm
+from teal_kernels.parts.norm.reference import add_partials_reference, rms_norm_reference
+from teal_kernels.parts.sample.op import Chooser, DeviceSampling
+from teal_kernels.parts.sample.reference import sample_reference
+from teal_kernels.parts.swiglu.op import launch_swiglu
+from teal_kernels.parts.swiglu.reference import swiglu_reference
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
 
 from teal_kernels.configs import GemvConfig, default_gemv_config
-from teal_kernels.kept.op import KeptList, launch_compact
-from teal_kernels.sparse_gemv.op import launch_gather, launch_reduce, sparse_gemv
-from teal_kernels.sparse_gemv.reference import sparse_gemv_reference
-from teal_kernels.threshold.op import threshold
-from teal_kernels.threshold.reference import keep_mask, threshold_reference
+from teal_kernels.ops.kept.op import KeptList, launch_compact
+from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce, sparse_gemv
+from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.ops.threshold.op import threshold
+from teal_kernels.ops.threshold.reference import keep_mask, threshold_reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

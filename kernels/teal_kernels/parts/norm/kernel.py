@@ -1,0 +1,81 @@
+"""One launch from the shares of one product to the kept list of the next: sum, bias, residual, RMSNorm, threshold.
+
+The norm needs the whole vector, and no program may wait for another: each adds up all of it, which costs reads that hit
+the second-level cache, and then normalises, thresholds and compacts a chunk of its own. Device code only.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from teal_kernels.ops.kept.kernel import emit
+from teal_kernels.ops.sparse_gemv.kernel import sum_splits
+
+
+@triton.jit
+def rounded(x, like_ptr):
+    """Round to the dtype that `like_ptr` points to, and go on in float32: what storing and loading would do."""
+    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(sum_of_squares, SIZE: tl.constexpr, eps):
+    """1 / sqrt(mean + eps), correctly rounded at each step, as PyTorch on a CPU computes it."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(sum_of_squares, SIZE * 1.0) + eps))
+
+
+@triton.jit
+def rms_norm_kernel(
+    hidden_ptr,  # [H] the residual stream; EMBED: [vocab, H], row token[0] is taken
+    token_ptr,
+    partial_ptr,  # [SPLITS, H]
+    bias_ptr,
+    weight_ptr,
+    stream_ptr,  # [H] the residual stream after the addition; never the memory of hidden_ptr
+    eps,
+    thresholds_ptr,
+    index_ptr,
+    value_ptr,
+    count_ptr,
+    tally_ptr,
+    row_ptr,
+    ring_ptr,
+    slot_ptr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RING: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EMBED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """SPLITS = 0: nothing is added. Grid: (CHUNKS,)."""
+    own = tl.program_id(0)
+    offset = tl.arange(0, CHUNK)
+    if EMBED:
+        hidden_ptr += tl.load(token_ptr) * K
+    squares = tl.zeros([CHUNK], tl.float32)
+    mine = tl.zeros([CHUNK], tl.float32)
+    for chunk in range(CHUNKS):
+        channel = chunk * CHUNK + offset
+        inside = channel < K
+        hidden = tl.load(hidden_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        if SPLITS > 0:
+            product = rounded(sum_splits(partial_ptr, channel, inside, K, SPLITS), stream_ptr)
+            if BIAS:
+                bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+                product = rounded(product + bias, stream_ptr)
+            hidden = rounded(hidden + product, stream_ptr)
+        squares += hidden * hidden
+        mine = tl.where(chunk == own, hidden, mine)
+    scale = inverse_rms(tl.sum(squares, axis=0), K, eps)
+    channel = own * CHUNK + offset
+    inside = channel < K
+    tl.store(stream_ptr + channel, mine.to(stream_ptr.dtype.element_ty), mask=inside)
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    x = (rounded(mine * scale, stream_ptr) * weight).to(stream_ptr.dtype.element_ty)
+    emit(x, own, channel, inside, thresholds_ptr, index_ptr, value_ptr, count_ptr, tally_ptr, row_ptr, ring_ptr,
+         slot_ptr, K, P, CHUNKS, CHUNK, SPARSE, RING)  # fmt: skip

@@ -1,0 +1,40 @@
+"""Launches `qkv_kernel`."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from teal_kernels.configs import EXACT
+from teal_kernels.parts.rope.kernel import qkv_kernel
+
+
+def launch_qkv(
+    partial: Tensor,
+    rope: tuple[Tensor, Tensor],
+    position: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Queries go to `q`, the key and value to `position` of the cache.
+
+    Args:
+        partial: [splits, (heads + 2 kv_heads) head_dim], shares of the fused product.
+        rope: cos and sin, each [max_tokens, head_dim], the sign of the rotation folded into sin.
+        position: int64 [1] on the device.
+        q: [heads, head_dim], written; keys, values: [kv_heads, max_tokens, head_dim], one row of each head written.
+        bias: of the product; norms: weights [head_dim] of the q and k norm.
+    """
+    heads, head_dim = q.shape
+    kv_heads = len(keys)
+    q_norm, k_norm = norms if norms is not None else (None, None)
+    qkv_kernel[(heads + 2 * kv_heads,)](
+        partial, bias, q_norm, k_norm, *rope, position, q, keys, values, keys.stride(0), eps,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), SPLITS=len(partial),
+        BIAS=bias is not None, NORM=norms is not None, num_warps=1, **EXACT,
+    )  # fmt: skip

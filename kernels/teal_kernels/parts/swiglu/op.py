@@ -1,0 +1,23 @@
+"""Launches `swiglu_kernel`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from teal_kernels.configs import EXACT
+from teal_kernels.ops.kept.op import Sink, chunk_warps
+from teal_kernels.parts.swiglu.kernel import swiglu_kernel
+
+
+def launch_swiglu(partial: Tensor, like: Tensor, sink: Sink) -> None:
+    """SiLU(gate) * up goes to `sink`.
+
+    Args:
+        partial: [splits, 2 I], shares of the fused product, gate then up; a dense product is one share.
+        like: any tensor of the model's dtype.
+    """
+    size = partial.shape[1] // 2
+    arguments = sink.arguments(size)
+    swiglu_kernel[(arguments["CHUNKS"],)](
+        partial, like, **arguments, SPLITS=len(partial), num_warps=chunk_warps(sink.chunk), **EXACT
+    )

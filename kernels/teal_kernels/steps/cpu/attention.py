@@ -1,0 +1,200 @@
+"""Attention of one token over the cache, in work items that threads share: a key-value head and a part of its
+positions.
+
+A part keeps a running softmax (maximum, sum of exponentials, weighted sum of values, as in FlashDecoding), so
+that parts can be joined afterwards. Scores, probabilities and sums are float32; what enters the cache and
+what leaves is rounded.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from teal_kernels.steps.cpu.intrinsics import item_bytes, narrow, store
+from teal_kernels.steps.cpu.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
+from teal_kernels.steps.cpu.rows import add_rows, add_rows_4, ask, dot_rows, dot_rows_4
+from teal_kernels.steps.cpu.sites import collect
+from teal_kernels.steps.cpu.vectors import INNER, compiled, contracted, exp, reordered, rms_norm, rotate
+
+TILE = 256
+"""Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
+
+LEAST = 64
+"""Positions in a part, where there are that many."""
+
+TOGETHER = 4
+"""Query heads of one key-value head that read keys and values together."""
+
+ZERO, ONE, LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
+
+
+def parts_for(threads: int, kv_heads: int) -> int:
+    """Into how many parts each head's positions are cut, so that all threads get the same number of items."""
+    return threads // gcd(threads, kv_heads)
+
+
+@compiled
+def positions(weights: Any, layer: int, token: Any, parts: int, item: int) -> tuple[int, int, int]:
+    """Of a work item: the key-value head, and the range of positions, which may be empty."""
+    first = max(0, token.position + 1 - weights.windows[layer])
+    step = max(LEAST, (token.position + 1 - first + parts - 1) // parts)
+    start = first + item % parts * step
+    return item // parts, start, min(start + step, token.position + 1)
+
+
+@compiled
+def items_of(shape: Any, parts: int, own: Any) -> tuple[int, int]:
+    """The range of this thread's items."""
+    items = shape.kv_heads * parts
+    return items * own.thread // own.threads, items * (own.thread + 1) // own.threads
+
+
+@compiled
+def ask_for_keys(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, parts: int, own: Any) -> None:
+    """Asks for the first keys that this thread will read in `attend`, to be called while others are waited for."""
+    row = shape.head_dim * item_bytes(kind)
+    begin, end = items_of(shape, parts, own)
+    for item in range(begin, end):
+        head, start, stop = positions(weights, layer, token, parts, item)
+        keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
+        ask(keys + start * row, min(TILE, stop - start) * row)
+
+
+@compiled
+def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
+    """This thread's items: rotates queries, appends key and value to the cache, leaves partial sums in `shared`."""
+    parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
+    begin, end = items_of(shape, parts, own)
+    for item in range(begin, end):
+        head, start, stop = positions(weights, layer, token, parts, item)
+        if start >= stop:
+            shared.totals[head * group : (head + 1) * group, item % parts] = ZERO
+            continue
+        keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
+        values = cache.values + layer * cache.layer_stride + head * cache.head_stride
+        if stop == token.position + 1:
+            append(kind, shape, tensors, weights.eps, token, shared.qkv, head, keys, values, own)
+        for query in range(head * group, (head + 1) * group, TOGETHER):
+            count = min(TOGETHER, (head + 1) * group - query)
+            for i in range(count):
+                at = own.queries[i]
+                place(kind, shape, tensors, tensors[Q_NORM], weights.eps, token, shared.qkv, query + i, own, at)
+            attend_part(kind, shape, keys, values, start, stop, query, count, item % parts, shared, own)
+
+
+@compiled
+def place(
+    kind: Any, shape: Any, tensors: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any, out: Any
+) -> None:
+    """out = one head of the product, normalised if the model does that, turned to this token's position."""
+    collect(kind, qkv, head * shape.head_dim, shape.head_dim, tensors[QKV_BIAS], own.head)
+    if norm != NONE:
+        rms_norm(kind, own.head, shape.head_dim, norm, eps, own.normed)
+        rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, out)
+    else:
+        rotate(kind, own.head, shape.head_dim, token.cos, token.sin, out)
+
+
+@compiled
+def append(
+    kind: Any, shape: Any, tensors: Any, eps: Any, token: Any, qkv: Any, head: int, keys: int, values: int, own: Any
+) -> None:
+    """Writes this token's key and value of one head into the cache."""
+    first = token.position * shape.head_dim
+    place(kind, shape, tensors, tensors[K_NORM], eps, token, qkv, shape.heads + head, own, own.rotated)
+    for i in range(shape.head_dim):
+        store(kind, keys, first + i, own.rotated[i])
+    start = (shape.heads + shape.kv_heads + head) * shape.head_dim
+    collect(kind, qkv, start, shape.head_dim, tensors[QKV_BIAS], own.head)
+    for i in range(shape.head_dim):
+        store(kind, values, first + i, own.head[i])
+
+
+@njit(**INNER, fastmath={"nnan", "nsz"})
+def largest(x: Any, count: int) -> Any:
+    top = LOWEST
+    for i in range(count):
+        top = x[i] if x[i] > top else top
+    return top
+
+
+@compiled
+def attend_part(
+    kind: Any,
+    shape: Any,
+    keys: int,
+    values: int,
+    start: int,
+    stop: int,
+    first: int,
+    queries: int,
+    part: int,
+    shared: Any,
+    own: Any,
+) -> None:
+    """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
+    heads `first` and following. Two or three are reckoned as four, of which some mean nothing."""
+    row, width = shape.head_dim * item_bytes(kind), shape.head_dim
+    scale = ONE / np.sqrt(np.float32(width))
+    tops, totals = shared.tops[first : first + queries, part], shared.totals[first : first + queries, part]
+    tops[:] = LOWEST
+    totals[:] = ZERO
+    own.mixed[:] = ZERO
+    for tile in range(start, stop, TILE):
+        count = min(TILE, stop - tile)
+        here, there = keys + tile * row, values + tile * row
+        if queries == 1:
+            dot_rows(kind, here, row, count, own.queries[0], width, own.scores[0], there - here)
+        else:
+            dot_rows_4(kind, here, row, count, own.queries, width, own.scores, there - here)
+        for i in range(queries):
+            top = max(tops[i], largest(own.scores[i], count) * scale)
+            shrink = exp(tops[i] - top)
+            totals[i] = totals[i] * shrink + exponentials(own.scores[i], count, scale, top)
+            for j in range(width):
+                own.mixed[i, j] *= shrink
+            tops[i] = top
+        if queries == 1:
+            add_rows(kind, there, row, own.all, count, own.scores[0], width, own.mixed[0])
+        else:
+            add_rows_4(kind, there, row, count, own.scores, width, own.mixed, here + TILE * row - there)
+    for i in range(queries):
+        for j in range(width):
+            shared.mixed[first + i, part, j] = own.mixed[i, j]
+
+
+@reordered
+def exponentials(scores: Any, count: int, scale: Any, top: Any) -> Any:
+    """scores[:count] = exp(scores * scale - top), and their sum."""
+    for i in range(count):
+        scores[i] = exp(scores[i] * scale - top)
+    total = ZERO
+    for i in range(count):
+        total += scores[i]
+    return total
+
+
+@contracted
+def join_parts(kind: Any, shape: Any, shared: Any, out: Any) -> None:
+    """out = the attention's output of all heads, rounded: the parts weighed by their softmax sums."""
+    parts = shared.totals.shape[1]
+    for head in range(shape.heads):
+        top = LOWEST
+        for part in range(parts):
+            if shared.totals[head, part] > ZERO:
+                top = max(top, shared.tops[head, part])
+        mixed = out[head * shape.head_dim : (head + 1) * shape.head_dim]
+        mixed[:] = ZERO
+        total = ZERO
+        for part in range(parts):
+            if shared.totals[head, part] > ZERO:
+                weight = exp(shared.tops[head, part] - top)
+                total += weight * shared.totals[head, part]
+                for i in range(shape.head_dim):
+                    mixed[i] += weight * shared.mixed[head, part, i]
+        for i in range(shape.head_dim):
+            mixed[i] = narrow(kind, mixed[i] / total)

@@ -1,0 +1,113 @@
+"""Gets the compiled step: whether this machine can have it, and from a cache on disk once it was compiled.
+
+numba keeps compiled functions per signature and processor, but looks only at the file of the outermost
+function to see whether they are fresh. The folder here is therefore named after all of this package's sources
+and numba's version.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import numpy as np
+import platformdirs
+import torch
+
+KINDS: Final = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.float32}
+"""Dtype of the model -> dtype by which the compiler tells it; see intrinsics.py."""
+
+
+class CpuStepUnavailableError(RuntimeError):
+    """The compiled step cannot run here; the text says why."""
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the compiled step cannot run on this machine, as a clause for a sentence; None if it can."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed"
+    try:
+        llvm = importlib.import_module("llvmlite.binding")
+        importlib.import_module("numba")
+    except ImportError as error:
+        return f"numba cannot be loaded ({error})"
+    triple, features = llvm.get_default_triple(), llvm.get_host_cpu_features()
+    if triple.startswith("x86_64"):
+        lacking = [name for name in ("avx2", "fma", "f16c") if not features.get(name)]
+        return f"this processor lacks {', '.join(lacking)}" if lacking else None
+    return None if triple.startswith(("aarch64", "arm64")) else f"there is no such step for {triple}"
+
+
+def is_compiled(dtype: torch.dtype) -> bool:
+    """Whether `load` will find the step for this dtype on disk instead of compiling it for some seconds."""
+    return _marker(dtype).exists()
+
+
+@cache
+def load(dtype: torch.dtype) -> ModuleType:
+    """The module whose `run` is compiled for a dtype: from the cache on disk, or compiled now and put there.
+
+    Raises:
+        CpuStepUnavailableError: see `unavailable`.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise CpuStepUnavailableError(f"The compiled decode step cannot run: {reason}.")
+    module = _import_step()
+    module.run(*module.nothing(np.empty(0, KINDS[dtype])))
+    _marker(dtype).touch()
+    return module
+
+
+@cache
+def _import_step() -> ModuleType:
+    """Imports step.py while numba's cache points into our folder; numba looks at it when the decorator runs."""
+    from numba import config
+
+    before, config.CACHE_DIR = config.CACHE_DIR, str(_folder())
+    try:
+        return importlib.import_module("teal_kernels.steps.cpu.step")
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def _folder() -> Path:
+    import llvmlite
+    import numba
+
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_dir("teal", appauthor=False)
+    return writable(Path(root) / "cpu_step" / digest.hexdigest()[:16])
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be; one for this process only where that cannot be, which then compiles for itself."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="teal-cpu-step-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _marker(dtype: torch.dtype) -> Path:
+    """Lies in the folder once the step was compiled for this dtype and processor."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features().flatten()
+    processor = hashlib.sha256(f"{binding.get_host_cpu_name()} {features}".encode()).hexdigest()[:16]
+    return _folder() / f"{str(dtype).removeprefix('torch.')}-{processor}.compiled"

@@ -1,0 +1,207 @@
+"""CpuStep: one decode step of a whole model, compiled for this processor.
+
+Checks what it is given, turns tensors into addresses, and runs step.py on a team of threads. It does not load
+models, sample tokens or prefill: the caller shares the same weights and the same key-value cache with its own
+prefill.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teal_kernels.steps.cpu.compiled import KINDS, load
+from teal_kernels.steps.cpu.layout import ALL, NONE, Cache, Shape, Token, Weights
+from teal_kernels.steps.cpu.spec import OPTIONAL, PROJECTIONS, SITES, LayerTensors, StepSpec, layer_shapes
+from teal_kernels.steps.cpu.team import Team
+
+EVERYWHERE = 1 << 62
+"""The window of a layer that has none."""
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use, as torch counts them: more threads only wait for the same memory."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, torch.get_num_threads()))
+
+
+class CpuStep:
+    """A decode step of one model under one plan.
+
+    Args:
+        spec: its dimensions.
+        layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Nothing is copied.
+        embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding
+            itself.
+        rope: cos and sin [max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin:
+            rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum.
+        keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions
+            before the step's must be filled.
+        thresholds: float32 [layers, 7], q k v o gate up down, none negative: entries with |x| <= t are dropped. None
+            for the dense step.
+        threads: default `default_threads()`. Results are the same from run to run for the same number.
+
+    Raises:
+        CpuStepUnavailableError: no numba, or a processor without the needed instructions.
+        ValueError: a tensor has the wrong shape, dtype, layout or device; the message names it.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        layers: Sequence[LayerTensors],
+        embedding: Tensor,
+        final_norm: Tensor,
+        lm_head: Tensor,
+        rope: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        *,
+        thresholds: NDArray[np.float32] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.dtype = embedding.dtype
+        if self.dtype not in KINDS:
+            raise ValueError(f"a compiled decode step works in bfloat16, float16 or float32, not {self.dtype}")
+        if len(layers) != len(spec.windows):
+            raise ValueError(f"{len(layers)} layers were given, {len(spec.windows)} are described")
+        step = load(self.dtype)
+        size = threads or default_threads()
+        shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
+        kind = np.empty(0, KINDS[self.dtype])
+        weights = self._addresses(layers, embedding, final_norm, lm_head, step.site_edges(shape))
+        shared = step.shared_buffers(kind, size, shape)
+        own = [step.own_buffers(thread, size, shape) for thread in range(size)]
+        shared.thresholds[:] = self._table(thresholds)
+        self._max_tokens = keys.shape[2] if keys.dim() == 4 else 0
+        self._row_bytes = spec.head_dim * self.dtype.itemsize
+        self._rope = self._rope_addresses(rope)
+        self._cache = self._cache_addresses(keys, values)
+        self._kept_alive = (tuple(layers), embedding, final_norm, lm_head, rope, keys, values)
+        self._shared, self._captures = shared, False
+        self._logits = torch.from_numpy(shared.logits)
+        self._team = Team(size, shared.control, step.release, lambda i: step.run(kind, own[i], shape, weights, shared))
+
+    def step(
+        self,
+        token: int,
+        position: int,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Runs one token through the model; its key and value enter the cache at `position`.
+
+        Args:
+            rows: site -> [layers, K] in the model's dtype, any stride between layers: receives what entered each site's
+                product, thresholded at the lowest threshold of its projections.
+
+        Returns:
+            float32 [vocab], in memory that the next step overwrites.
+
+        Raises:
+            ValueError: token or position out of range, rows of another shape or dtype.
+        """
+        if not 0 <= token < self.spec.vocab:
+            raise ValueError(f"token {token} is not in a vocabulary of {self.spec.vocab}")
+        if not 0 <= position < self._max_tokens:
+            raise ValueError(f"position {position} is outside the cache of {self._max_tokens}")
+        if rows is not None or self._captures:
+            self._point_to(rows)
+        cos, sin = (table + position * self._row_bytes for table in self._rope)
+        self._shared.order[:] = (*Token(token, position, cos, sin), *self._cache)
+        self._team.run()
+        return self._logits
+
+    def kept(self) -> NDArray[np.int64]:
+        """How many entries of each projection's input were kept, summed over all steps so far: [layers, 7]."""
+        return self._shared.kept.copy()
+
+    @property
+    def threads(self) -> int:
+        """How many threads run a step."""
+        return self._team.size
+
+    def close(self) -> None:
+        """Ends the threads. Done by itself when the object is no longer referenced."""
+        self._team.close()
+
+    def _addresses(
+        self,
+        layers: Sequence[LayerTensors],
+        embedding: Tensor,
+        final_norm: Tensor,
+        lm_head: Tensor,
+        edges: NDArray[np.int64],
+    ) -> Weights:
+        spec, shapes = self.spec, layer_shapes(self.spec)
+        table = np.full((len(layers), len(shapes)), NONE, np.int64)
+        for i, layer in enumerate(layers):
+            for j, (name, shape) in enumerate(shapes.items()):
+                tensor = getattr(layer, name)
+                if tensor is not None or name not in OPTIONAL:
+                    self._check(f"layer {i}, {name}", tensor, shape)
+                    table[i, j] = tensor.data_ptr()
+        self._check("embedding", embedding, (spec.vocab, spec.hidden))
+        self._check("final_norm", final_norm, (spec.hidden,))
+        self._check("lm_head", lm_head, (spec.vocab, spec.hidden))
+        return Weights(
+            table,
+            np.array([EVERYWHERE if window is None else window for window in spec.windows], np.int64),
+            edges,
+            np.float32(spec.norm_eps),
+            embedding.data_ptr(),
+            final_norm.data_ptr(),
+            lm_head.data_ptr(),
+        )
+
+    def _table(self, thresholds: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        shape = (len(self.spec.windows), PROJECTIONS)
+        if thresholds is None:
+            return np.full(shape, ALL)
+        if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
+            raise ValueError(f"thresholds must be float32 {list(shape)} and not negative")
+        return thresholds
+
+    def _rope_addresses(self, rope: tuple[Tensor, Tensor]) -> tuple[int, int]:
+        for name, table in zip(("cos", "sin"), rope, strict=True):
+            self._check(name, table, (self._max_tokens, self.spec.head_dim))
+        return rope[0].data_ptr(), rope[1].data_ptr()
+
+    def _cache_addresses(self, keys: Tensor, values: Tensor) -> Cache:
+        spec, size = self.spec, self.dtype.itemsize
+        shape = (len(spec.windows), spec.kv_heads, self._max_tokens, spec.head_dim)
+        for name, tensor in (("keys", keys), ("values", values)):
+            self._check(name, tensor, shape, contiguous=False)
+            if tensor.stride()[2:] != (spec.head_dim, 1):
+                raise ValueError(f"{name}: positions of one head must lie together")
+        if keys.stride() != values.stride():
+            raise ValueError("keys and values must have the same strides")
+        return Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0) * size, keys.stride(1) * size)
+
+    def _point_to(self, rows: Mapping[str, Tensor] | None) -> None:
+        """Notes where the step writes captured rows, if anywhere."""
+        table = self._shared.rows
+        table.fill(NONE)
+        self._captures = rows is not None
+        if rows is not None:
+            for i, (site, channels) in enumerate(zip(SITES, self.spec.channels(), strict=True)):
+                tensor = rows[site]
+                self._check(f"rows[{site!r}]", tensor, (len(self.spec.windows), channels), contiguous=False)
+                if tensor.stride(1) != 1:
+                    raise ValueError(f"rows[{site!r}]: the channels of a layer must lie together")
+                table[i] = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
+
+    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], *, contiguous: bool = True) -> None:
+        """The compiled code trusts addresses, so nothing may reach it unchecked."""
+        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be {self.dtype} {list(shape)} on the CPU, not {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+        if contiguous and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")

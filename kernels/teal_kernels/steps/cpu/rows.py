@@ -1,0 +1,147 @@
+"""The two ways in which a step reads rows from memory: weighted sums of rows, and dot products with each row.
+
+Both serve two masters. Sums of rows are the sparse projections (rows of an input-major matrix, weighted by
+the kept entries) and the values in attention (weighted by probabilities); dot products are the output head
+(rows of the embedding) and the scores in attention. Nearly all the time of a step is spent here, waiting for
+memory. Query heads that share a key-value head go four at a time: widening an element is dearer than using it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, prefetch, put
+from teal_kernels.steps.cpu.vectors import compiled, contracted, reordered
+
+ZERO = np.float32(0.0)
+LINE = 64
+"""Bytes of a cache line."""
+CHUNK, LONG_CHUNK = 128, 512
+"""Columns between two requests for what comes next: in picked rows, and in rows that follow each other."""
+STREAM = 8192
+"""How many bytes in advance the latter are asked for, where nothing else comes next."""
+
+
+@compiled
+def ask(address: int, size: int) -> None:
+    """Asks for `size` bytes in advance, since the processor's own prefetcher starts anew at each row. In larger lots,
+    they would fill the core's few places for lines under way, and work would wait for reading instead of going on.
+    """
+    for byte in range(0, size, LINE):
+        prefetch(address + byte)
+
+
+@compiled
+def row_at(base: int, stride: int, index: Any, k: int, kept: int) -> int:
+    """Address of picked row k, or of the last one."""
+    return base + index[min(k, kept - 1)] * stride
+
+
+@contracted
+def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, width: int, out: Any) -> None:
+    """out[:width] += sum over k of x[index[k]] * row index[k], in the order of k.
+
+    Args:
+        base: address of the first wanted element of row 0; rows are `stride` bytes apart.
+        index: int64, `kept` of them.
+        out: float32; its first `width` elements stay in the first-level cache while eight rows at a time pass by, and
+            eight more are under way.
+    """
+    size = item_bytes(kind)
+    for k in range(min(8, kept)):
+        ask(base + index[k] * stride, min(width, 4 * CHUNK) * size)
+    k = 0
+    while k + 8 <= kept:
+        r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
+        r2, r3 = base + index[k + 2] * stride, base + index[k + 3] * stride
+        r4, r5 = base + index[k + 4] * stride, base + index[k + 5] * stride
+        r6, r7 = base + index[k + 6] * stride, base + index[k + 7] * stride
+        v0, v1, v2, v3 = x[index[k]], x[index[k + 1]], x[index[k + 2]], x[index[k + 3]]
+        v4, v5, v6, v7 = x[index[k + 4]], x[index[k + 5]], x[index[k + 6]], x[index[k + 7]]
+        k += 8
+        n0, n1 = row_at(base, stride, index, k, kept), row_at(base, stride, index, k + 1, kept)
+        n2, n3 = row_at(base, stride, index, k + 2, kept), row_at(base, stride, index, k + 3, kept)
+        n4, n5 = row_at(base, stride, index, k + 4, kept), row_at(base, stride, index, k + 5, kept)
+        n6, n7 = row_at(base, stride, index, k + 6, kept), row_at(base, stride, index, k + 7, kept)
+        for first in range(0, width, CHUNK):
+            part, count, at = out[first : first + CHUNK], min(CHUNK, width - first), first * size
+            for row in (n0, n1, n2, n3, n4, n5, n6, n7):
+                ask(row + at, count * size)
+            for i in range(count):
+                total = get(part, i) + v0 * fetch(kind, r0 + at, i)
+                total += v1 * fetch(kind, r1 + at, i)
+                total += v2 * fetch(kind, r2 + at, i)
+                total += v3 * fetch(kind, r3 + at, i)
+                total += v4 * fetch(kind, r4 + at, i)
+                total += v5 * fetch(kind, r5 + at, i)
+                total += v6 * fetch(kind, r6 + at, i)
+                total += v7 * fetch(kind, r7 + at, i)
+                put(part, i, total)
+    while k < kept:
+        r0, v0 = base + index[k] * stride, x[index[k]]
+        for i in range(width):
+            put(out, i, get(out, i) + v0 * fetch(kind, r0, i))
+        k += 1
+
+
+@reordered
+def dot_rows(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
+    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`. Rows lie one after the other, and are read
+    that way: with four in turn, memory gives a third. What lies `ahead` bytes from a row is asked for meanwhile."""
+    size = item_bytes(kind)
+    for i in range(count):
+        row, total = base + i * stride, ZERO
+        for first in range(0, width, LONG_CHUNK):
+            part, at = x[first : min(first + LONG_CHUNK, width)], row + first * size
+            ask(at + ahead, len(part) * size)
+            for j in range(len(part)):
+                total += part[j] * fetch(kind, at, j)
+        out[i] = total
+
+
+@reordered
+def dot_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
+    """`dot_rows` for four vectors: x [4, width], out [4, >= count]."""
+    size = item_bytes(kind)
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    for i in range(count):
+        row = base + i * stride
+        ask(row + ahead, width * size)
+        t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
+        for j in range(width):
+            element = fetch(kind, row, j)
+            t0 += get(x0, j) * element
+            t1 += get(x1, j) * element
+            t2 += get(x2, j) * element
+            t3 += get(x3, j) * element
+        out[0, i], out[1, i], out[2, i], out[3, i] = t0, t1, t2, t3
+
+
+@contracted
+def add_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
+    """out[v, :width] += sum over i < count of x[v, i] * row i, for four v; rows that follow each other, two at a time.
+    What lies `ahead` bytes from a row is asked for meanwhile."""
+    size = item_bytes(kind)
+    o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
+    for i in range(0, count - 1, 2):
+        r0, r1 = base + i * stride, base + (i + 1) * stride
+        ask(r0 + ahead, 2 * width * size)
+        a0, a1, b0, b1 = x[0, i], x[0, i + 1], x[1, i], x[1, i + 1]
+        c0, c1, d0, d1 = x[2, i], x[2, i + 1], x[3, i], x[3, i + 1]
+        for j in range(width):
+            e0, e1 = fetch(kind, r0, j), fetch(kind, r1, j)
+            put(o0, j, get(o0, j) + a0 * e0 + a1 * e1)
+            put(o1, j, get(o1, j) + b0 * e0 + b1 * e1)
+            put(o2, j, get(o2, j) + c0 * e0 + c1 * e1)
+            put(o3, j, get(o3, j) + d0 * e0 + d1 * e1)
+    if count % 2:
+        last = base + (count - 1) * stride
+        a0, b0, c0, d0 = x[0, count - 1], x[1, count - 1], x[2, count - 1], x[3, count - 1]
+        for j in range(width):
+            e0 = fetch(kind, last, j)
+            put(o0, j, get(o0, j) + a0 * e0)
+            put(o1, j, get(o1, j) + b0 * e0)
+            put(o2, j, get(o2, j) + c0 * e0)
+            put(o3, j, get(o3, j) + d0 * e0)

@@ -1,0 +1,129 @@
+"""The four products of a layer, split over threads: captured input, list of kept entries, parts of the sum.
+
+Memory decides how a product is split. It wants long runs: threads that read half of every 1 KB row each get half
+of the bandwidth that they get from half of the rows, whole. So threads first share the columns, as long as each still
+has PIECE bytes of a row; beyond that they share the kept rows, and leave partial sums that are added in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, narrow, put
+from teal_kernels.steps.cpu.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, UNIT
+from teal_kernels.steps.cpu.rows import add_rows
+from teal_kernels.steps.cpu.vectors import compact, compiled, record, record_all, swish
+
+PIECE = 4096
+"""Bytes of a row that one thread reads at least, where a row has them."""
+
+ZERO = np.float32(0.0)
+SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = range(4)
+FIRST, LAST = (0, 3, 4, 6), (3, 4, 6, 7)
+"""Per site: the range of its projections among q k v o gate up down."""
+MATRIX = (QKV, ATTN_OUT, GATE_UP, DOWN)
+"""Per site: its column in `Weights.tensors`."""
+
+
+def row_groups(threads: int, row_bytes: int) -> int:
+    """Among how many threads the kept rows of a matrix are shared; as many times fewer share its columns."""
+    columns = [n for n in range(1, threads + 1) if threads % n == 0 and (n == 1 or row_bytes >= n * PIECE)]
+    return threads // max(columns)
+
+
+@compiled
+def multiply(
+    kind: Any, site: int, layer: int, x: Any, count: int, weights: Any, shared: Any, parts: Any, own: Any
+) -> None:
+    """This thread's part of (x where |x| > threshold) @ weight, and its share of the captured row.
+
+    Neighbouring projections with equal thresholds are walked as one.
+
+    Args:
+        x: float32, `count` channels.
+        parts: float32 [row groups, columns of the fused matrix].
+    """
+    thresholds = shared.thresholds[layer, FIRST[site] : LAST[site]]
+    edges = weights.edges[site]
+    weight, width, size = weights.tensors[layer, MATRIX[site]], edges[len(thresholds)], item_bytes(kind)
+    groups = len(parts)
+    group, column, columns = own.thread % groups, own.thread // groups, own.threads // groups
+    if shared.rows[site, 0] != NONE:
+        capture(kind, shared.rows[site, 0] + layer * shared.rows[site, 1], x, count, thresholds, own)
+    segment, listed, kept, places = 0, np.float32(np.nan), count, own.all
+    while segment < len(thresholds):
+        following = segment + 1
+        while following < len(thresholds) and thresholds[following] == thresholds[segment]:
+            following += 1
+        if thresholds[segment] >= ZERO and thresholds[segment] != listed:
+            listed = thresholds[segment]
+            kept, places = compact(x, count, listed, own.index), own.index
+        if own.thread == 0:
+            for projection in range(FIRST[site] + segment, FIRST[site] + following):
+                shared.kept[layer, projection] += kept
+        first, last = share(edges[following] - edges[segment], column, columns)
+        first, last = edges[segment] + first, edges[segment] + last
+        out = parts[group, first : max(first, last)]
+        out[:] = ZERO
+        begin, end = kept * group // groups, kept * (group + 1) // groups
+        base, index = weight + first * size, places[begin:end]
+        add_rows(kind, base, width * size, index, end - begin, x, last - first, out)
+        segment = following
+
+
+@compiled
+def share(count: int, thread: int, threads: int) -> tuple[int, int]:
+    """The range of `count` outputs or channels that one of `threads` has."""
+    units = (count + UNIT - 1) // UNIT
+    return units * thread // threads * UNIT, min(count, units * (thread + 1) // threads * UNIT)
+
+
+@compiled
+def capture(kind: Any, row: int, x: Any, count: int, thresholds: Any, own: Any) -> None:
+    """Writes this thread's share of x to a row (an address), thresholded at the lowest threshold."""
+    first, last = share(count, own.thread, own.threads)
+    lowest = thresholds[0]
+    for threshold in thresholds[1:]:
+        lowest = min(lowest, threshold)
+    if lowest < ZERO:
+        record_all(kind, x, first, last, row)
+    else:
+        record(kind, x, first, last, lowest, row)
+
+
+@compiled
+def collect(kind: Any, parts: Any, first: int, count: int, bias: int, out: Any) -> None:
+    """out[:count] = columns first.. of a product: its parts added and rounded; plus bias, if any, rounded again."""
+    part = parts[0, first : first + count]
+    for i in range(count):
+        out[i] = part[i]
+    for group in range(1, len(parts)):
+        part = parts[group, first : first + count]
+        for i in range(count):
+            out[i] += part[i]
+    if bias == NONE:
+        for i in range(count):
+            out[i] = narrow(kind, out[i])
+    else:
+        for i in range(count):
+            put(out, i, narrow(kind, narrow(kind, get(out, i)) + fetch(kind, bias, first + i)))
+
+
+@compiled
+def add_product(kind: Any, hidden: Any, count: int, parts: Any, bias: int, own: Any) -> None:
+    """The residual connection: hidden += the product, rounded."""
+    collect(kind, parts, 0, count, bias, own.out)
+    for i in range(count):
+        hidden[i] = narrow(kind, hidden[i] + own.out[i])
+
+
+@compiled
+def activate(kind: Any, count: int, parts: Any, own: Any) -> None:
+    """own.mid = SiLU(gate) * up."""
+    collect(kind, parts, 0, count, NONE, own.mid)
+    collect(kind, parts, count, count, NONE, own.out)
+    for i in range(count):
+        own.mid[i] = swish(kind, own.mid[i], own.out[i])

@@ -1,0 +1,176 @@
+"""The decode step that every thread runs: all layers and the head for one token, with no Python in between.
+
+Each thread reads its share of every matrix. What is cheap and needed whole (the residual stream, norms, thresholds,
+lists of kept entries) every thread computes for itself, which saves a barrier each; five barriers a layer remain,
+where the product of one matrix becomes the input of the next. Results do not depend on timing: every sum has a fixed
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from teal_kernels.steps.cpu.attention import TILE, TOGETHER, ask_for_keys, attend, join_parts, parts_for
+from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, put
+from teal_kernels.steps.cpu.layout import (
+    ATTN_NORM,
+    DONE,
+    MEMBERS,
+    MLP_NORM,
+    NONE,
+    O_BIAS,
+    PLACES,
+    RELEASED,
+    Cache,
+    Own,
+    Shape,
+    Shared,
+    Token,
+    Weights,
+)
+from teal_kernels.steps.cpu.meeting import await_release, meet
+from teal_kernels.steps.cpu.meeting import release as release
+from teal_kernels.steps.cpu.rows import STREAM, dot_rows
+from teal_kernels.steps.cpu.sites import (
+    SITE_ATTN_IN,
+    SITE_ATTN_OUT,
+    SITE_MLP_IN,
+    SITE_MLP_MID,
+    activate,
+    add_product,
+    multiply,
+    row_groups,
+    share,
+)
+from teal_kernels.steps.cpu.vectors import compiled, rms_norm
+
+BARRIERS, BARRIERS_PER_LAYER = 1, 5
+"""How often the threads meet in a step, besides and in each layer."""
+
+
+@njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
+def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
+    """For the caller's thread, 0: its part of the step just released, which ends when all parts have. For a member:
+    its part of every step that is released, until none came for a while.
+
+    A step leaves logits in shared.logits, the new keys and values in the cache, rows where asked. Arguments: layout.py.
+    """
+    control, threads = shared.control, own.threads
+    while own.thread == 0 or await_release(control, own.thread):
+        order = shared.order
+        token, cache = Token(order[0], order[1], order[2], order[3]), Cache(order[4], order[5], order[6], order[7])
+        rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
+        embed(kind, weights.embedding, token.token, shape.hidden, own.hidden)
+        for layer in range(shape.layers):
+            tensors = weights.tensors[layer]
+            rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
+            multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
+            ask_for_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
+            rounds = meet(control, threads, rounds)
+            attend(kind, shape, weights, cache, layer, token, shared, own)
+            rounds = meet(control, threads, rounds)
+            join_parts(kind, shape, shared, own.x)
+            multiply(
+                kind, SITE_ATTN_OUT, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own
+            )
+            rounds = meet(control, threads, rounds)
+            add_product(kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], own)
+            rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.eps, own.x)
+            multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
+            rounds = meet(control, threads, rounds)
+            activate(kind, shape.intermediate, shared.gate_up, own)
+            multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
+            rounds = meet(control, threads, rounds)
+            add_product(kind, own.hidden, shape.hidden, shared.down, NONE, own)
+        rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.eps, own.x)
+        head(kind, shape, weights.lm_head, own, shared.logits)
+        control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
+        meet(control, threads, rounds)
+        if own.thread == 0:
+            return
+
+
+@compiled
+def embed(kind: Any, embedding: int, token: int, count: int, hidden: Any) -> None:
+    """hidden = the token's row."""
+    for i in range(count):
+        put(hidden, i, fetch(kind, embedding, token * count + i))
+
+
+@compiled
+def head(kind: Any, shape: Any, lm_head: int, own: Any, logits: Any) -> None:
+    """This thread's share of logits = lm_head @ own.x, not rounded."""
+    first, last = share(shape.vocab, own.thread, own.threads)
+    row = shape.hidden * item_bytes(kind)
+    dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
+
+
+def site_edges(shape: Shape) -> NDArray[np.int64]:
+    """int64 [4, 4]: per site, where the columns of each of its projections begin, and where the last end."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return np.array(
+        [
+            (0, q, q + kv, q + 2 * kv),
+            (0, shape.hidden, 0, 0),
+            (0, shape.intermediate, 2 * shape.intermediate, 0),
+            (0, shape.hidden, 0, 0),
+        ],
+        np.int64,
+    )
+
+
+def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
+    """The record that all threads of a team share."""
+
+    def parts(columns: int) -> NDArray[np.float32]:
+        return np.zeros((row_groups(threads, columns * kind.itemsize), columns), np.float32)
+
+    heads = shape.heads, parts_for(threads, shape.kv_heads)
+    return Shared(
+        order=np.zeros(len(Token._fields) + len(Cache._fields), np.int64),
+        thresholds=np.zeros((shape.layers, 7), np.float32),
+        rows=np.zeros((4, 2), np.int64),
+        qkv=parts((shape.heads + 2 * shape.kv_heads) * shape.head_dim),
+        tops=np.zeros(heads, np.float32),
+        totals=np.zeros(heads, np.float32),
+        mixed=np.zeros((*heads, shape.head_dim), np.float32),
+        attn_out=parts(shape.hidden),
+        gate_up=parts(2 * shape.intermediate),
+        down=parts(shape.hidden),
+        logits=np.zeros(shape.vocab, np.float32),
+        kept=np.zeros((shape.layers, 7), np.int64),
+        control=np.zeros(MEMBERS + PLACES * threads, np.int64),
+    )
+
+
+def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
+    """One thread's record."""
+    longest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    return Own(
+        thread,
+        threads,
+        hidden=np.zeros(shape.hidden, np.float32),
+        x=np.zeros(longest, np.float32),
+        index=np.zeros(longest, np.int64),
+        all=np.arange(max(longest, TILE)),
+        mid=np.zeros(shape.intermediate, np.float32),
+        out=np.zeros(longest, np.float32),
+        head=np.zeros(shape.head_dim, np.float32),
+        normed=np.zeros(shape.head_dim, np.float32),
+        rotated=np.zeros(shape.head_dim, np.float32),
+        queries=np.zeros((TOGETHER, shape.head_dim), np.float32),
+        scores=np.zeros((TOGETHER, TILE), np.float32),
+        mixed=np.zeros((TOGETHER, shape.head_dim), np.float32),
+    )
+
+
+def nothing(kind: Any) -> tuple[Any, ...]:
+    """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
+    shape = Shape(0, 0, 0, 1, 1, 0, 0)
+    tensors, windows = np.empty((0, 10), np.int64), np.empty(0, np.int64)
+    weights = Weights(tensors, windows, site_edges(shape), np.float32(1.0), NONE, NONE, NONE)
+    return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(kind, 1, shape)

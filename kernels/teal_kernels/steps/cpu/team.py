@@ -1,0 +1,111 @@
+"""Python threads that wait for decode steps and run them together.
+
+They leave the interpreter's lock while they compute and while they wait for a step that follows soon; when none
+does, they sleep. Neither numba's nor torch's thread pool is involved. This module does not know what a step
+computes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teal_kernels.steps.cpu.layout import ABANDON, DONE, MEMBERS, PARKED, PLACES, RELEASED
+
+
+class Team:
+    """The calling thread and `size - 1` members.
+
+    Args:
+        control: int64 [MEMBERS + PLACES * size], zeros; see `layout.Shared`.
+        release: lets members begin a step, and tells whether any must be woken (meeting.release).
+        work: of a thread by its number; see step.run. It must not refer to the owner of this team.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        control: NDArray[np.int64],
+        release: Callable[[NDArray[np.int64]], bool],
+        work: Callable[[int], None],
+    ) -> None:
+        self.size = size
+        self._control, self._release, self._work = control, release, work
+        control[MEMBERS + PARKED :: PLACES] = 1
+        self._members = [_Member(thread, work) for thread in range(1, size)]
+        self._finalizer = weakref.finalize(self, _dismiss, self._members)
+
+    def run(self) -> None:
+        """Runs one step on all threads; returns when all have ended it.
+
+        Ctrl-C is only noticed before or after it. What arrives between the release of the members and the work of this
+        thread, for which they would wait, makes them abandon the step; its results are then garbage.
+
+        Raises:
+            RuntimeError: the team was closed.
+        """
+        if not self._finalizer.alive:
+            raise RuntimeError("the threads of this decode step were ended by close()")
+        if self._control[ABANDON]:  # a second Ctrl-C cut the tidying short
+            self._abandon()
+        try:
+            if self._release(self._control):
+                for member in self._members:
+                    if self._control[MEMBERS + PLACES * member.thread + PARKED]:
+                        member.wake()
+            self._work(0)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def close(self) -> None:
+        """Ends the threads; also done when the team is no longer referenced."""
+        self._finalizer()
+
+    def _abandon(self) -> None:
+        control = self._control
+        control[ABANDON] = 1
+        for member in self._members:
+            member.wake()
+        # Done is not enough: a member may still look at the last barrier, whose count is about to be taken back.
+        done, parked = control[MEMBERS + PLACES + DONE :: PLACES], control[MEMBERS + PLACES + PARKED :: PLACES]
+        while (done != control[RELEASED]).any() or not parked.all():
+            time.sleep(0.001)
+        control[:MEMBERS] = 0
+        control[MEMBERS + DONE :: PLACES] = 0
+
+
+class _Member:
+    """One waiting thread."""
+
+    def __init__(self, thread: int, work: Callable[[int], None]) -> None:
+        self.thread = thread
+        self._work = work
+        self._calls: SimpleQueue[bool] = SimpleQueue()
+        self._python_thread = threading.Thread(target=self._serve, name=f"teal-step-{thread}", daemon=True)
+        self._python_thread.start()
+
+    def wake(self) -> None:
+        """Ends its sleep; one that does not sleep merely looks twice before it does."""
+        self._calls.put(True)
+
+    def stop(self) -> None:
+        """Ends the thread and waits for that: one that still runs when the interpreter ends would abort the process."""
+        self._calls.put(False)
+        if threading.current_thread() is not self._python_thread:
+            self._python_thread.join()
+
+    def _serve(self) -> None:
+        while self._calls.get():
+            self._work(self.thread)
+
+
+def _dismiss(members: list[_Member]) -> None:
+    for member in members:
+        member.stop()

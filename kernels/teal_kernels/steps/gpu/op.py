@@ -1,0 +1,252 @@
+"""GpuStep: one decode step of a whole model on a GPU.
+
+Token, position and thresholds live in device tensors, nothing is read back, and every buffer is allocated once: the
+step is captured as one CUDA graph at its second run and replayed from then on, whatever the position or the
+number of kept entries. On a CPU under Triton's interpreter it runs the same launches without a graph.
+
+It does not load models, prefill, or write stores: the caller shares weights and key-value cache with its own prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teal_kernels.configs import gemv_config
+from teal_kernels.ops.kept.op import CHUNK, Capture, Sink, chunk_for
+from teal_kernels.parts.attention.op import AttentionShares, launch_attention
+from teal_kernels.parts.norm.op import launch_rms_norm
+from teal_kernels.parts.rope.op import launch_qkv
+from teal_kernels.parts.sample.op import Chooser, DeviceSampling
+from teal_kernels.parts.swiglu.op import launch_swiglu
+from teal_kernels.steps.cpu.spec import OPTIONAL, SITES, LayerTensors, StepSpec, layer_shapes
+from teal_kernels.steps.gpu.products import DenseProduct, Product, SparseProduct
+
+COLUMNS: Final = {"attn_in": (0, 3), "attn_out": (3, 4), "mlp_in": (4, 6), "mlp_mid": (6, 7)}
+"""Which of the seven projections (q k v o gate up down) read a site."""
+
+_HEADS_CHUNK: Final = 512
+"""Entries per program that joins the shares of attention: there may be 32 of them to read for each entry."""
+
+_PROGRAMS: Final = 264
+"""Programs that attention is shared among: two per multiprocessor of an H100."""
+
+
+class GpuStep:
+    """A decode step of one model under one plan.
+
+    Args:
+        spec: the model's dimensions.
+        layers: its layers; bfloat16, float16 or float32, contiguous, all on one device. Nothing is copied.
+        embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding.
+        rope: cos and sin [max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin.
+        keys, values: the cache, [layers, kv_heads, max_tokens, head_dim]; the last two axes contiguous.
+        thresholds: float32 [layers, 7], q k v o gate up down; None for the dense step.
+        ring_slots: length of the capture ring; 0 captures nothing.
+        sparsity: about how much the thresholds drop; chooses among tuned configurations.
+
+    Attributes:
+        token, position: int64 [1], what the next step is fed; after `sample`, a step leaves its successor's there.
+        logits: [vocab] of the last step, in the model's dtype.
+        ring: site -> [layers, ring_slots, K], what the products consumed.
+        slot: int64 [1], the ring slot that the next step fills; it advances by itself.
+
+    Raises:
+        ValueError: a tensor has the wrong shape, dtype, layout or device; the message names it.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        layers: Sequence[LayerTensors],
+        embedding: Tensor,
+        final_norm: Tensor,
+        lm_head: Tensor,
+        rope: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        *,
+        thresholds: NDArray[np.float32] | None = None,
+        ring_slots: int = 0,
+        sparsity: float = 0.5,
+    ) -> None:
+        self.spec, self._layers = spec, tuple(layers)
+        self.dtype, self.device = embedding.dtype, embedding.device
+        self._ends = (embedding, final_norm, lm_head)
+        self._rope, self._keys, self._values = rope, keys, values
+        self._check()
+        self.token, self.position, self.slot = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
+        self.logits = self._buffer(spec.vocab)
+        self.ring = {
+            site: self._buffer(len(layers), ring_slots, size)
+            for site, size in zip(SITES, spec.channels(), strict=True)
+            if ring_slots
+        }
+        self._chooser: Chooser | None = None
+        self._products = self._make_products(thresholds, sparsity)
+        self._streams = self._buffer(2, spec.hidden)
+        self._q = self._buffer(spec.heads, spec.head_dim)
+        self._last = self._buffer(spec.hidden)
+        shares = max(1, min(32, _PROGRAMS // spec.kv_heads, -(-keys.shape[2] // 64)))
+        self._attention = AttentionShares.empty(spec.heads, spec.head_dim, shares, self.device)
+        self._ran = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.inference_mode()
+    def step(self, token: int, position: int) -> Tensor:
+        """Feed one token and return the logits after it.
+
+        Returns:
+            [vocab] in the model's dtype: the buffer `logits`, overwritten by the next step.
+
+        Raises:
+            ValueError: the position is outside the cache, or the token outside the vocabulary.
+        """
+        if not 0 <= position < self._keys.shape[2]:
+            raise ValueError(f"position {position} is outside the cache of {self._keys.shape[2]}")
+        if not 0 <= token < self.spec.vocab:
+            raise ValueError(f"token {token} is not in a vocabulary of {self.spec.vocab}")
+        self.token.fill_(token)
+        self.position.fill_(position)
+        self.run()
+        return self.logits
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Run the step for what `token` and `position` hold, without waiting for it.
+
+        The first run launches kernel by kernel, which compiles them; the second records the graph.
+        """
+        if self.device.type == "cuda" and self._ran and self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # A store's writer may be copying rows on a stream and thread of its own meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._launch()
+            self._graph = graph
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._launch()
+        self._ran = True
+
+    @torch.inference_mode()
+    def sample(self, sampling: DeviceSampling) -> None:
+        """From the next step on, choose the token after it on the device, too."""
+        if self._chooser is None or not self._chooser.adopt(sampling):
+            self._chooser = Chooser(sampling, self.device)
+            self._graph, self._ran = None, False
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, position: int) -> None:
+        """Choose from logits [vocab] that a prefill left after the token at `position`, as a step would."""
+        assert self._chooser is not None, "call sample() first"
+        self.position.fill_(position)
+        self._chooser(logits, self.position)
+
+    def chosen(self) -> int | None:
+        """The token that the last step, or `choose`, chose; None if the logits held NaN. Waits for the device."""
+        assert self._chooser is not None, "call sample() first"
+        token, broken = self._chooser.choice.tolist()
+        return None if broken else token
+
+    def kept(self) -> NDArray[np.int64] | None:
+        """Kept entries summed over all steps so far, int64 [layers, 7]; None for a dense step. Waits for the device."""
+        tallies = [p.tally.sum(-1) for p in self._products.values() if isinstance(p, SparseProduct)]
+        return torch.cat(tallies, dim=1).cpu().numpy() if tallies else None
+
+    def _launch(self) -> None:
+        """The whole step: ten launches per layer, and the head."""
+        embedding, final_norm, lm_head = self._ends
+        first, second = self._streams
+        eps, position, products = self.spec.norm_eps, self.position, self._products
+        hidden, down = embedding, None
+        for i, w in enumerate(self._layers):
+            sinks = {site: product.sink(i, self._capture(site, i)) for site, product in products.items()}
+            token = self.token if i == 0 else None
+            launch_rms_norm(hidden, first, w.attn_norm, eps, sinks["attn_in"], partial=down, token=token)
+            qkv = products["attn_in"](i, w.qkv)
+            norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
+            keys, values = self._keys[i], self._values[i]
+            launch_qkv(qkv, self._rope, position, self._q, keys, values, eps, bias=w.qkv_bias, norms=norms)
+            window = self.spec.windows[i]
+            launch_attention(self._q, keys, values, position, window, self._attention, sinks["attn_out"])
+            out = products["attn_out"](i, w.attn_out)
+            launch_rms_norm(first, second, w.mlp_norm, eps, sinks["mlp_in"], partial=out, bias=w.o_bias)
+            launch_swiglu(products["mlp_in"](i, w.gate_up), first, sinks["mlp_mid"])
+            down = products["mlp_mid"](i, w.down)
+            hidden = second
+        end = Sink(chunk_for(self.spec.hidden), None, None, None, self._last, None)
+        launch_rms_norm(hidden, first, final_norm, eps, end, partial=down)
+        torch.mv(lm_head, self._last, out=self.logits)
+        self._advance()
+
+    def _advance(self) -> None:
+        if self.ring:
+            self.slot.add_(1).remainder_(self.ring[SITES[0]].shape[1])
+        if self._chooser is not None:
+            self._chooser(self.logits, self.position)
+            self.token.copy_(self._chooser.choice[:1])
+            self.position.add_(1)
+
+    def _capture(self, site: str, layer: int) -> Capture | None:
+        return Capture(self.ring[site][layer], self.slot) if self.ring else None
+
+    def _buffer(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _make_products(self, thresholds: NDArray[np.float32] | None, sparsity: float) -> dict[str, Product]:
+        spec = self.spec
+        q, kv = spec.query_width, spec.kv_heads * spec.head_dim
+        segments = ((q, kv, kv), (spec.hidden,), (spec.intermediate,) * 2, (spec.hidden,))
+        chunks = (CHUNK, _HEADS_CHUNK, CHUNK, CHUNK)
+        table = None if thresholds is None else self._table(thresholds)
+        products: dict[str, Product] = {}
+        for site, size, widths, chunk in zip(SITES, spec.channels(), segments, chunks, strict=True):
+            if table is None:
+                products[site] = DenseProduct(size, sum(widths), chunk, self.dtype, self.device)
+                continue
+            own = table[:, slice(*COLUMNS[site])].contiguous().to(self.device)
+            config = gemv_config(size, sum(widths), self.dtype.itemsize, sparsity, self.device)
+            products[site] = SparseProduct(size, widths, own, config, chunk, self.dtype)
+        return products
+
+    def _table(self, thresholds: NDArray[np.float32]) -> Tensor:
+        shape = (len(self._layers), COLUMNS[SITES[-1]][1])
+        if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
+            raise ValueError(f"thresholds must be float32 {list(shape)} and not negative")
+        return torch.tensor(thresholds)
+
+    def _check(self) -> None:
+        """Kernels trust pointers, so nothing may reach them unchecked."""
+        spec, count = self.spec, len(self._layers)
+        if len(spec.windows) != count:
+            raise ValueError(f"{count} layers were given, {len(spec.windows)} are described")
+        for i, layer in enumerate(self._layers):
+            for name, shape in layer_shapes(spec).items():
+                tensor = getattr(layer, name)
+                if tensor is not None or name not in OPTIONAL:
+                    self._check_tensor(f"layer {i}, {name}", tensor, shape)
+        ends = ((spec.vocab, spec.hidden), (spec.hidden,), (spec.vocab, spec.hidden))
+        for name, tensor, shape in zip(("embedding", "final_norm", "lm_head"), self._ends, ends, strict=True):
+            self._check_tensor(name, tensor, shape)
+        room = self._keys.shape[2]
+        for name, tensor in zip(("cos", "sin"), self._rope, strict=True):
+            self._check_tensor(name, tensor, (room, spec.head_dim))
+        for name, tensor in (("keys", self._keys), ("values", self._values)):
+            self._check_tensor(name, tensor[0, 0], (room, spec.head_dim))
+            if tensor.shape != (count, spec.kv_heads, room, spec.head_dim) or tensor.stride() != self._keys.stride():
+                raise ValueError(f"{name} must be [layers, kv_heads, max_tokens, head_dim], not {list(tensor.shape)}")
+
+    def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype or tensor.device != self.device:
+            raise ValueError(
+                f"{name} must be {self.dtype} {list(shape)} on {self.device}, "
+                f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")

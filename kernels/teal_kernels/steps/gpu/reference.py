@@ -1,0 +1,62 @@
+"""The decode step in plain PyTorch, put together from the references of its parts: what `GpuStep` must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.ops.threshold.reference import threshold_reference
+from teal_kernels.parts.attention.reference import attention_reference
+from teal_kernels.parts.norm.reference import add_partials_reference, rms_norm_reference
+from teal_kernels.parts.rope.reference import qkv_reference
+from teal_kernels.parts.swiglu.reference import swiglu_reference
+from teal_kernels.steps.cpu.spec import SITES, LayerTensors, StepSpec
+
+
+def gpu_step_reference(
+    spec: StepSpec,
+    layers: Sequence[LayerTensors],
+    ends: tuple[Tensor, Tensor, Tensor],
+    rope: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    thresholds: Tensor | None,
+    token: int,
+    position: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [vocab] of one step, and per site the vectors [layers, K] that its products consumed.
+
+    Arguments as for `GpuStep`; `ends` are embedding, final norm and head, `thresholds` a tensor. The cache is written.
+    """
+    rows: dict[str, list[Tensor]] = {site: [] for site in SITES}
+
+    def product(i: int, site: str, x: Tensor, weight: Tensor, segments: tuple[int, ...], columns: slice) -> Tensor:
+        if thresholds is None:
+            rows[site].append(x)
+            return (x.float() @ weight.float()).to(x.dtype)[None]
+        own = thresholds[i, columns]
+        rows[site].append(threshold_reference(x, own.min()))
+        return sparse_gemv_reference(x, weight, own, segments)[None]
+
+    q_width, kv = spec.query_width, spec.kv_heads * spec.head_dim
+    cos, sin = rope[0][position], rope[1][position]
+    hidden = ends[0][token]
+    for i, w in enumerate(layers):
+        x = rms_norm_reference(hidden, w.attn_norm, spec.norm_eps)
+        qkv = product(i, "attn_in", x, w.qkv, (q_width, kv, kv), slice(0, 3))
+        norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
+        q, k, v = qkv_reference(qkv, spec.heads, spec.kv_heads, cos, sin, w.qkv_bias, norms, spec.norm_eps)
+        keys[i, :, position], values[i, :, position] = k, v
+        x = attention_reference(q, keys[i], values[i], position + 1, spec.windows[i])
+        out = product(i, "attn_out", x, w.attn_out, (spec.hidden,), slice(3, 4))
+        hidden = add_partials_reference(hidden, out, w.o_bias)
+        x = rms_norm_reference(hidden, w.mlp_norm, spec.norm_eps)
+        gate_up = product(i, "mlp_in", x, w.gate_up, (spec.intermediate,) * 2, slice(4, 6))
+        x = swiglu_reference(gate_up, hidden.dtype)
+        hidden = add_partials_reference(hidden, product(i, "mlp_mid", x, w.down, (spec.hidden,), slice(6, 7)), None)
+    last = rms_norm_reference(hidden, ends[1], spec.norm_eps)
+    return F.linear(last, ends[2]), {site: torch.stack(vectors) for site, vectors in rows.items()}

@@ -1,0 +1,160 @@
+"""`teal dump` as a library call: prompts and levels in, one store out, with an estimate before and progress during.
+
+Puts a session, decoders, a job and a store together; printing is the command's business.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import log2
+from pathlib import Path
+
+from teal_cli.data.prompts import PromptSource
+from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.errors import UsageError
+from teal_cli.runs.job import Progress, Prompt, run_job
+from teal_cli.runs.session import Session
+from teal_cli.sparsity.plan import Plan
+from teal_cli.store.schema import VALUE_DTYPES, level_name
+from teal_kernels.spec import SITES
+
+# Bytes on disk per byte of kept values, after byte shuffle and zstd-1: SmolLM2-135M at 50%, 2026-11-23.
+_VALUE_RATIO = {"bfloat16": 0.65, "float16": 0.78, "float32": 0.84}
+_PACE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class DumpRequest:
+    """What to dump.
+
+    Attributes:
+        levels: sparsity targets, each in [0, 1).
+        prompts: where the prompts come from.
+        max_new_tokens: N tokens a prompt, N-1 rows.
+        sampling: how tokens are drawn; each sequence has its own random stream.
+        ignore_eos: go on past the end-of-sequence token, so that every sequence has all its rows.
+    """
+
+    levels: tuple[float, ...]
+    prompts: PromptSource
+    max_new_tokens: int
+    sampling: Sampling
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a dump will take.
+
+    Attributes:
+        rows: tokens over all levels, at most (a sequence may end early).
+        store_bytes: expected size on disk.
+        free_bytes: what the disk has left.
+        seconds: expected time, from a few steps of each level on this machine.
+    """
+
+    rows: int
+    store_bytes: int
+    free_bytes: int
+    seconds: float
+
+
+class Dump:
+    """A dump that is ready to run.
+
+    Args:
+        session: the opened model.
+        request: what to dump.
+
+    Raises:
+        UsageError: too few tokens asked for, or a prompt that does not fit the context.
+        NotFoundError: no calibration, dataset or file of prompts.
+    """
+
+    def __init__(self, session: Session, request: DumpRequest) -> None:
+        if request.max_new_tokens < 2:
+            raise UsageError(
+                "a dump needs at least 2 new tokens a prompt: the first one comes from the prefill",
+                hint="raise --max-new-tokens",
+            )
+        self.session, self.request = session, request
+        self.prompts = [Prompt(text, tuple(ids)) for text, ids in request.prompts.read(session.encode, session.decode)]
+        self._plans = {level_name(level): session.plan(level) for level in request.levels}
+        self._stop = () if request.ignore_eos else session.config.eos_ids
+        for decoder in self._decoders.values():
+            for prompt in self.prompts:
+                decoder.check(prompt.token_ids, request.max_new_tokens)
+
+    @cached_property
+    def _decoders(self) -> dict[str, Decoder]:
+        longest = max(len(prompt.token_ids) for prompt in self.prompts)
+        cache = self.session.cache(longest + self.request.max_new_tokens)
+        return {name: self.session.decoder(plan, cache) for name, plan in self._plans.items()}
+
+    @property
+    def rows(self) -> int:
+        """Rows over all levels, at most."""
+        return len(self._plans) * len(self.prompts) * (self.request.max_new_tokens - 1)
+
+    def estimate(self, path: Path) -> Estimate:
+        """Rows, bytes and time, without writing anything; decodes a few tokens at each level to find the pace.
+
+        Args:
+            path: where the store will be, for the free space there.
+        """
+        steps = min(_PACE_STEPS, self.request.max_new_tokens - 1)
+        per_sequence = self.request.max_new_tokens - 1
+        seconds = 0.0
+        for plan in self._plans.values():
+            decoder = self.session.decoder(plan, next(iter(self._decoders.values())).cache)
+            for _ in decoder.generate(
+                self.prompts[0].token_ids, max_new_tokens=steps + 1, sampling=self.request.sampling
+            ):
+                pass
+            pace = decoder.tally
+            seconds += len(self.prompts) * (pace.prefill_s + per_sequence * pace.decode_s / max(pace.steps, 1))
+        per_level = self.rows // len(self._plans)
+        size = sum(per_level * row_bytes(self.session, plan) for plan in self._plans.values())
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        return Estimate(self.rows, round(size), shutil.disk_usage(there).free, seconds)
+
+    def run(self, path: Path, *, force: bool = False, resume: bool = False) -> Iterator[Progress]:
+        """Write the store, yielding after every sequence; left by an exception, it can be resumed.
+
+        Raises:
+            UsageError: something is at `path` and neither `force` nor `resume` is given, or the settings differ.
+            TealError: the disk is full.
+        """
+        request = self.request
+        writer = self.session.create_store(
+            path,
+            self.prompts,
+            list(self._plans.values()),
+            request.max_new_tokens,
+            request.sampling,
+            source=request.prompts.name,
+            stop=self._stop,
+            force=force,
+            resume=resume,
+        )
+        yield from run_job(
+            writer,
+            self._decoders,
+            self.prompts,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            stop=self._stop,
+        )
+
+
+def row_bytes(session: Session, plan: Plan) -> float:
+    """Expected bytes on disk of one token's rows: the mask at its entropy, the kept values as they compress."""
+    density = 1.0 - plan.target
+    mask_bits = -sum(p * log2(p) for p in (density, plan.target) if p > 0)
+    value_bytes = density * VALUE_DTYPES[session.dtype].itemsize * _VALUE_RATIO[session.dtype]
+    entries = session.config.layers * sum(session.config.channels(site) for site in SITES)
+    return entries * (mask_bits / 8 + value_bytes)

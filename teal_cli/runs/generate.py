@@ -1,0 +1,180 @@
+"""`teal generate` as a library call: text in, tokens out as they come, and at the end one object with every figure.
+
+Puts a session, a decoder and, for a dump, a store together. Printing is the command's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.detokenize import TextStream
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.runs.job import Prompt
+from teal_cli.runs.session import Session
+from teal_kernels.spec import PROJECTIONS
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to generate.
+
+    Attributes:
+        prompt: the text.
+        sparsity: uniform target in [0, 1); 0 is the dense path.
+        max_new_tokens: N; one prefill and N-1 steps.
+        sampling: how tokens are drawn.
+        chat: wrap the prompt in the model's chat template.
+        ignore_eos: go on past the end-of-sequence token.
+        dump: where to write a store of what flowed into each projection; None writes none.
+        force: replace a store that is there.
+    """
+
+    prompt: str
+    sparsity: float
+    max_new_tokens: int
+    sampling: Sampling
+    chat: bool = False
+    ignore_eos: bool = False
+    dump: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One new token, and the text that is complete with it (often empty: a token may end inside a character)."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The whole result; `as_dict` is what `--json` prints.
+
+    Attributes:
+        realised: share of dropped input entries, weighted by the size of each projection's matrix.
+        per_projection: the same for each projection, mean over the layers.
+        effective_gbps: bytes that the steps had to read (kept weight rows, lm_head, key/value cache) per second, in
+            GB/s.
+    """
+
+    model: str
+    prompt: str
+    text: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    target: float
+    realised: float
+    per_projection: dict[str, float]
+    backend: str
+    device: str
+    dtype: str
+    seed: int
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float
+    effective_gbps: float
+    store: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": self.prompt,
+            "text": self.text,
+            "prompt_ids": list(self.prompt_ids),
+            "token_ids": list(self.token_ids),
+            "sparsity": {"target": self.target, "realised": self.realised, "per_projection": self.per_projection},
+            "backend": self.backend,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "timings": {
+                "load_s": self.load_s,
+                "prefill_s": self.prefill_s,
+                "decode_s": self.decode_s,
+                "tokens_per_s": self.tokens_per_s,
+                "effective_gbps": self.effective_gbps,
+            },
+            "store": self.store,
+        }
+
+
+def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Generation]:
+    """Yield a `Piece` for every token as it comes, and last the `Generation`.
+
+    A dump never changes a token. Left by an exception, Ctrl-C included, the store holds every step that was complete.
+
+    Raises:
+        UsageError: an empty or too long prompt, or a store that is there already without `force`.
+        NotFoundError: a sparsity above 0 and no calibration.
+        TealError: the disk is full.
+    """
+    prompt = Prompt(request.prompt, tuple(session.encode(request.prompt, chat=request.chat)))
+    plan = session.plan(request.sparsity)
+    decoder = session.decoder(plan, session.cache(len(prompt.token_ids) + request.max_new_tokens))
+    decoder.check(prompt.token_ids, request.max_new_tokens)
+    stop = () if request.ignore_eos else session.config.eos_ids
+    writer = None
+    if request.dump is not None:
+        writer = session.create_store(
+            request.dump,
+            [prompt],
+            [plan],
+            request.max_new_tokens,
+            request.sampling,
+            stop=stop,
+            source="--prompt",
+            force=request.force,
+        )
+    token_ids, pieces, text = [], TextStream(session.tokenizer), []
+    with writer or nullcontext():
+        capture = None if writer is None else writer.level(plan.target)
+        for token in decoder.generate(
+            prompt.token_ids,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            stop=stop,
+            capture=capture,
+        ):
+            token_ids.append(token)
+            text.append(pieces.push(token))
+            yield Piece(token, text[-1])
+        if writer is not None and capture is not None:
+            capture.finish()
+            writer.complete()
+    yield _result(session, request, decoder, prompt, token_ids, "".join(text))
+
+
+def _result(
+    session: Session, request: GenerateRequest, decoder: Decoder, prompt: Prompt, token_ids: list[int], text: str
+) -> Generation:
+    dropped, tally = decoder.realised(), decoder.tally
+    sizes = session.config.projection_sizes()
+    return Generation(
+        model=session.entry.name,
+        prompt=request.prompt,
+        text=text,
+        prompt_ids=prompt.token_ids,
+        token_ids=tuple(token_ids),
+        target=request.sparsity,
+        realised=float(np.average(dropped.mean(0), weights=[sizes[p] for p in PROJECTIONS])),
+        per_projection={p: float(share) for p, share in zip(PROJECTIONS, dropped.mean(0), strict=True)},
+        backend=decoder.step.backend,
+        device=str(session.model.device),
+        dtype=session.dtype,
+        seed=request.sampling.seed,
+        load_s=session.load_s,
+        prefill_s=tally.prefill_s,
+        decode_s=tally.decode_s,
+        tokens_per_s=tally.tokens_per_s,
+        effective_gbps=decoder.effective_gbps(),
+        store=None if request.dump is None else str(request.dump),
+    )

@@ -1,0 +1,251 @@
+"""Everything a command needs to decode, opened as one thing: model, tokenizer, calibration, device, kernels.
+
+A session is opened once and gives a decoder for each plan that is asked of it; all share the weights and one key/value
+cache. Commands stay free of the question of where things come from, and tests open the same sessions as commands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teal_cli.data.tokenizer import load_tokenizer
+from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.decoding.steps import choose_step, open_step
+from teal_cli.errors import HardwareError, UsageError
+from teal_cli.model.cache import KVCache
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.transformer import Transformer
+from teal_cli.model.weights import config_sha256
+from teal_cli.registry.registry import ModelEntry, Registry
+from teal_cli.runs.job import Prompt
+from teal_cli.sparsity.calibration import Calibration, check_fits
+from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
+from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
+from teal_kernels.backends import BackendError
+from teal_kernels.spec import SITES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Session:
+    """An opened model; make one with `open_session`.
+
+    Attributes:
+        entry: the model in the registry.
+        model: its weights on the device.
+        backend: what runs the sparse products.
+        calibration_name: which calibration to take thresholds from; None takes the model's newest.
+        load_s: seconds that opening took.
+        notes: remarks for the user, e.g. a calibration made in another dtype.
+    """
+
+    entry: ModelEntry
+    model: Transformer
+    backend: str
+    calibration_name: str | None
+    load_s: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer, loaded on first use."""
+        return load_tokenizer(self.entry.path)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The calibration, loaded on first use and checked against the model.
+
+        Raises:
+            NotFoundError: there is none, or none of that name.
+            UsageError: it belongs to another model.
+        """
+        calibration = Calibration.load(Registry().find_calibration(self.entry.name, self.calibration_name))
+        self.notes += check_fits(calibration, self.config, self.entry.path, self.dtype)
+        return calibration
+
+    def plan(self, sparsity: float) -> Plan:
+        """The uniform plan for a target; at 0 no calibration is needed."""
+        if sparsity == 0:
+            return dense_plan(self.config.layers)
+        return uniform_plan(self.calibration, sparsity)
+
+    def thresholds(self, plan: Plan) -> NDArray[np.float32] | None:
+        """What a decoder applies, [layers, 7]; None for the dense path.
+
+        A negative threshold, which an imported calibration of TEAL can give, drops nothing; 0 drops zeros only, which
+        is the same product.
+        """
+        return None if plan.target == 0 else np.maximum(plan.thresholds, 0)
+
+    def cache(self, tokens: int) -> KVCache:
+        """A key/value cache for that many tokens, but never more than the context."""
+        return self.model.cache(min(tokens, self.config.context))
+
+    def decoder(self, plan: Plan, cache: KVCache) -> Decoder:
+        """A decoder under a plan; decoders of one session may share a cache, one sequence at a time."""
+        step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
+        return Decoder(self.model, cache, step)
+
+    def store_headers(
+        self,
+        prompts: Sequence[Prompt],
+        plans: Sequence[Plan],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        source: str,
+        stop: Sequence[int],
+    ) -> tuple[StoreHeader, list[LevelHeader]]:
+        """What a store of these prompts under these plans says of itself; equal headers mean equal contents.
+
+        Args:
+            prompts: sequence i starts from prompt i.
+            plans: one level each.
+            max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
+            source: where the prompts come from, for people.
+        """
+        header = StoreHeader(
+            model=self.entry.name,
+            model_revision=self.entry.revision,
+            config_sha256=config_sha256(self.entry.path),
+            calibration=self.calibration.id if any(plan.target > 0 for plan in plans) else None,
+            dtype=self.dtype,
+            prompts={
+                "source": source,
+                "count": len(prompts),
+                "texts": [prompt.text for prompt in prompts],
+                "token_ids": [list(prompt.token_ids) for prompt in prompts],
+            },
+            seed=sampling.seed,
+            sampling={
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "max_new_tokens": max_new_tokens,
+                "stop_ids": list(stop),
+            },
+            backend=self.backend,
+            layers=self.config.layers,
+            channels={site: self.config.channels(site) for site in SITES},
+        )
+        rows = len(prompts) * (max_new_tokens - 1)
+        return header, [LevelHeader(p.target, p.allocation, np.maximum(p.thresholds, 0), rows) for p in plans]
+
+    def create_store(
+        self,
+        path: Path,
+        prompts: Sequence[Prompt],
+        plans: Sequence[Plan],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        source: str,
+        stop: Sequence[int] = (),
+        force: bool = False,
+        resume: bool = False,
+    ) -> StoreWriter:
+        """Open a store for these prompts and plans, a new one or one that an earlier run left.
+
+        Raises:
+            UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
+            settings. NotFoundError: nothing to resume.
+        """
+        header, levels = self.store_headers(prompts, plans, max_new_tokens, sampling, source=source, stop=stop)
+        if resume:
+            return StoreWriter.resume(path, header, levels, str(self.model.device))
+        return StoreWriter.create(path, header, levels, device=str(self.model.device), force=force)
+
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt; with `chat`, as a user's message in the model's chat template.
+
+        Raises:
+            UsageError: the model has no chat template.
+        """
+        if not chat:
+            return list(self.tokenizer(text).input_ids)
+        if not self.tokenizer.chat_template:
+            raise UsageError(f"{self.entry.name} has no chat template", hint="leave out --chat")
+        message = [{"role": "user", "content": text}]
+        encoded: Any = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return str(self.tokenizer.decode(token_ids))
+
+
+def open_session(
+    model: str | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    calibration: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Session:
+    """Open a model of the registry.
+
+    Args:
+        model: a name as `Registry.get` takes it; None is the default model.
+        dtype: bfloat16, float16 or float32; None takes the checkpoint's own.
+        device: "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU where there is one.
+        backend: as `choose_step` takes it; None or "auto" takes the fastest that works on the device.
+        calibration: id or folder; None takes the model's newest.
+        progress: called with (layers loaded, layers).
+
+    Raises:
+        NotFoundError: no such model.
+        HardwareError: the device is not there, or the backend cannot run on it.
+        TealError: the checkpoint is damaged or of an architecture that teal does not run.
+    """
+    start = time.perf_counter()
+    entry = Registry().get(model)
+    where = choose_device(device)
+    try:
+        chosen, slower = choose_step(where, None if backend in (None, "auto") else backend)
+    except BackendError as error:
+        hint = "`teal doctor` shows what this machine can run; --backend auto takes what works"
+        raise HardwareError(str(error), hint=hint) from None
+    notes = [f"decoding with the {chosen} backend, which is slower: {slower}"] if slower else []
+    weights = Transformer.from_checkpoint(entry.path, DTYPES[dtype] if dtype else None, where, progress)
+    return Session(entry, weights, chosen, calibration, time.perf_counter() - start, notes)
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device to run on; None and "auto" take the first GPU, or else the CPU.
+
+    Raises:
+        HardwareError: a GPU was asked for and is not there.
+    """
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.device(device)
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (where.index or 0) >= count:
+            raise HardwareError(
+                f"there is no device {device}: PyTorch sees {count} GPU{'s' * (count != 1)} here",
+                hint="leave out --device, or see `teal doctor`",
+            )
+    return where

@@ -1,0 +1,304 @@
+"""One site of one level as blocks, and the lazy array over them that users index.
+
+Knows the schema and how blocks are checked; nothing of levels and tokens, no file beyond its group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from teal_cli.errors import TealError
+from teal_cli.store import layout
+from teal_cli.store.packing import exceeds, magnitude_bits, to_float, unpack, unpack_mask
+from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
+
+_CACHED_BLOCKS: Final = 4  # row after row of one layer, or one row of a few layers, decodes each block once
+
+Form = Literal["number", "raw", "mask"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one layer in one block of tokens, as stored and checked.
+
+    Attributes:
+        start: index of the first token.
+        values: stored data type [nnz], kept values in (token, channel) order.
+        kept: bool [tokens, K].
+        row_nnz: uint32 [tokens].
+    """
+
+    start: int
+    values: np.ndarray
+    kept: np.ndarray
+    row_nnz: np.ndarray
+
+    def above(self, threshold: float) -> Block:
+        """The block thresholded again: what a projection with a higher threshold consumed."""
+        stays = exceeds(self.values, threshold)
+        if stays.all():
+            return self
+        kept = self.kept.copy()
+        kept[self.kept] = stays
+        return Block(self.start, self.values[stays], kept, np.count_nonzero(kept, axis=1).astype(np.uint32))
+
+    def dense(self) -> np.ndarray:
+        """Rows [tokens, K] in the stored data type, zeros where dropped."""
+        return unpack(self.values, self.kept)
+
+    def rows(self, start: int, stop: int) -> Block:
+        """Part of the block, by indices of tokens in the level."""
+        a, b = start - self.start, stop - self.start
+        first = int(self.row_nnz[:a].sum())
+        last = first + int(self.row_nnz[a:b].sum())
+        return Block(start, self.values[first:last], self.kept[a:b], self.row_nnz[a:b])
+
+
+@dataclass(frozen=True)
+class CsrRows:
+    """Rows in compressed sparse row form.
+
+    Attributes:
+        data: kept values, bfloat16 as float32.
+        indices: int32 channels, ascending within a row.
+        indptr: int64 [rows + 1].
+        shape: (rows, K).
+    """
+
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    shape: tuple[int, int]
+
+
+class SiteReader:
+    """The arrays of a site of a level, read block by block with every check that needs no other block."""
+
+    def __init__(self, path: Path, site: str, *, channels: int, block: int, tokens: int, where: str) -> None:
+        self.channels, self.block, self.tokens, self.where = channels, block, tokens, where
+        self._path, self._site = path, site
+        self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
+
+    @cached_property
+    def _arrays(self) -> tuple[layout.Array, layout.Array, layout.Array]:
+        site = self._site
+        return (
+            layout.open_array(self._path, f"{site}/values"),
+            layout.open_array(self._path, f"{site}/mask"),
+            layout.open_array(self._path, f"{site}/row_nnz"),
+        )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Data type of the values as stored."""
+        return self._arrays[0].dtype
+
+    @property
+    def blocks(self) -> int:
+        """Blocks with committed tokens, the last one perhaps partial."""
+        return blocks_of(self.tokens, self.block)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """First token of a block and the one after its last."""
+        return block * self.block, min(self.tokens, (block + 1) * self.block)
+
+    def _read(self, layer: int, block: int) -> Block:
+        """One layer of one block.
+
+        Raises:
+            TealError: a checksum, the bitmap or the values disagree; the message says where.
+        """
+        values, mask, row_nnz = self._load(layer, block)
+        return self._checked(layer, block, values, mask, row_nnz)
+
+    def read_layers(self, block: int) -> list[Block]:
+        """All layers of one block at once, which is far quicker than one by one; not cached.
+
+        Raises:
+            TealError: as for one layer.
+        """
+        parts = self._load(slice(None), block)
+        return [self._checked(layer, block, *part) for layer, part in enumerate(zip(*parts, strict=True))]
+
+    def _load(self, layer: int | slice, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        start, stop = self.span(block)
+        try:
+            values, mask, row_nnz = self._arrays
+            return (
+                layout.as_numpy(values[layer, block]),
+                layout.as_numpy(mask[layer, start:stop]),
+                layout.as_numpy(row_nnz[layer, start:stop]),
+            )
+        except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
+            which = f"layer {layer}, " if isinstance(layer, int) else ""
+            raise TealError(
+                f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}",
+                hint=layout.VERIFY_HINT,
+            ) from error
+
+    def _checked(self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray) -> Block:
+        start, stop = self.span(block)
+        kept = unpack_mask(mask, self.channels)
+        problem = _problem(values, kept, row_nnz)
+        if problem:
+            raise TealError(
+                f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=layout.VERIFY_HINT
+            )
+        values = values[: int(row_nnz.sum())]
+        for array in (values, kept, row_nnz):
+            array.flags.writeable = False  # blocks are cached and shared
+        return Block(start, values, kept, row_nnz)
+
+    def row_nnz(self, layer: int) -> np.ndarray:
+        """uint32 [tokens], kept entries of every row of a layer.
+
+        Raises:
+            TealError: unreadable, or a row was never written.
+        """
+        try:
+            counts = layout.as_numpy(self._arrays[2][layer, : self.tokens])
+        except Exception as error:  # as in _read
+            raise TealError(f"{self.where}, layer {layer}: row_nnz is unreadable: {error}") from error
+        if (counts == NEVER_WRITTEN).any():
+            raise TealError(f"{self.where}, layer {layer}: a committed row was never written")
+        return counts
+
+
+def _problem(packed: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> str | None:
+    if (counts == NEVER_WRITTEN).any():
+        return "a committed row was never written"
+    if (np.count_nonzero(kept, axis=1) != counts).any():
+        return "the bitmap disagrees with row_nnz"
+    if np.count_nonzero(magnitude_bits(packed[: int(counts.sum())])) != counts.sum():
+        return "a kept value is zero, so values are missing"
+    return None
+
+
+class ActivationArray:
+    """Rows [token, channel] of one layer, read when indexed. bfloat16 comes as float32, exactly.
+
+    Indexing is NumPy's for integers, slices and at most one list or array (of integers or booleans).
+    `np.asarray(rows)` reads all of it.
+    """
+
+    ndim = 2
+
+    def __init__(
+        self, reader: SiteReader, layer: int, *, threshold: float | None = None, form: Form = "number"
+    ) -> None:
+        self._reader, self._layer, self._threshold, self._form = reader, layer, threshold, form
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(committed tokens, K)."""
+        return self._reader.tokens, self._reader.channels
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What indexing returns: float32 for bfloat16 and float32, float16; `mask` bool; `raw` as stored."""
+        return self._convert(np.empty(0, self._reader.dtype)).dtype
+
+    @property
+    def raw(self) -> ActivationArray:
+        """The same rows as stored: bfloat16 as its bits in uint16."""
+        return ActivationArray(self._reader, self._layer, threshold=self._threshold, form="raw")
+
+    @property
+    def mask(self) -> ActivationArray:
+        """Which entries were kept, bool."""
+        return ActivationArray(self._reader, self._layer, threshold=self._threshold, form="mask")
+
+    @property
+    def row_nnz(self) -> np.ndarray:
+        """uint32 [token], number of kept entries of each row."""
+        if self._threshold is None:
+            return self._reader.row_nnz(self._layer)
+        return np.concatenate([np.empty(0, np.uint32), *(block.row_nnz for block in self.blocks())])
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """The rows from token `start` to `stop` as checked blocks, in order: for streaming over a large store."""
+        stop = self.shape[0] if stop is None else stop
+        size = self._reader.block
+        for index in range(start // size, blocks_of(stop, size)):
+            first, last = self._reader.span(index)
+            block = self._block(index)
+            yield block.rows(max(first, start), min(last, stop))
+
+    def csr(self, tokens: slice = slice(None)) -> CsrRows:
+        """Rows of a contiguous range of tokens in compressed sparse row form."""
+        start, stop, step = tokens.indices(self.shape[0])
+        if step != 1:
+            raise IndexError("csr() takes a contiguous range of tokens")
+        stop = max(start, stop)
+        blocks = list(self.blocks(start, stop)) if stop > start else []
+        data = [np.empty(0, self._reader.dtype), *(b.values for b in blocks)]
+        indices = [np.empty(0, np.int32), *(np.nonzero(b.kept)[1].astype(np.int32) for b in blocks)]
+        counts = [np.zeros(1, np.int64), *(b.row_nnz for b in blocks)]
+        return CsrRows(
+            data=to_float(np.concatenate(data)),
+            indices=np.concatenate(indices),
+            indptr=np.cumsum(np.concatenate(counts), dtype=np.int64),
+            shape=(stop - start, self.shape[1]),
+        )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        tokens, channels = _two_keys(key)
+        wanted = np.arange(self.shape[0])[tokens]
+        flat = np.atleast_1d(wanted)
+        out = np.empty((len(flat), self.shape[1]), self.dtype)
+        which = flat // self._reader.block
+        for index in np.unique(which):
+            places = which == index
+            rows = flat[places]
+            first = int(rows.min())
+            out[places] = self._dense(self._block(int(index)).rows(first, int(rows.max()) + 1))[rows - first]
+        result: np.ndarray = out[0][channels] if np.ndim(wanted) == 0 else out[:, channels]
+        return result
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("rows are decoded when read: there is no array to share")
+        return self[:] if dtype is None else self[:].astype(dtype, copy=False)
+
+    def _block(self, index: int) -> Block:
+        block = self._reader.read(self._layer, index)
+        return block if self._threshold is None else block.above(self._threshold)
+
+    def _dense(self, block: Block) -> np.ndarray:
+        if self._form == "mask":
+            return block.kept
+        return self._convert(block.dense())
+
+    def _convert(self, values: np.ndarray) -> np.ndarray:
+        if self._form == "mask":
+            return values.astype(bool)
+        return values if self._form == "raw" else to_float(values)
+
+    def __repr__(self) -> str:
+        return f"<ActivationArray {self._reader.where}, layer {self._layer}: {self.shape} {self.dtype}>"
+
+
+def _two_keys(key: Any) -> tuple[Any, Any]:
+    """An index of [token, channel] as two keys."""
+    keys = key if isinstance(key, tuple) else (key,)
+    if any(k is None for k in keys):
+        raise IndexError("rows take no new axes")
+    if sum(k is Ellipsis for k in keys) == 1:
+        at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+        keys = keys[:at] + (slice(None),) * (3 - len(keys)) + keys[at + 1 :]
+    if len(keys) > 2:
+        raise IndexError(f"rows have 2 axes, token and channel, but {len(keys)} indices were given")
+    full = (*keys, slice(None), slice(None))
+    tokens, channels = full[0], full[1]
+    if np.ndim(tokens) and np.ndim(channels):
+        raise IndexError("give a list of tokens or of channels, not both: index twice")
+    return tokens, channels

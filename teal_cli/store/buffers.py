@@ -1,0 +1,80 @@
+"""The memory a decode step writes rows into, one block of tokens at a time.
+
+Torch tensors on the device that decodes; a block is read back on the writer thread. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from teal_cli.store.header import StoreHeader
+from teal_cli.store.schema import PHASES, TOKEN_COLUMNS
+from teal_kernels.spec import SITES
+
+
+class BlockBuffer:
+    """Rows of all layers and sites for up to T tokens.
+
+    Every row is NaN until it is filled: no kept value is ever NaN (|NaN| > t is false), so a row that a step
+    forgot to fill, or filled without thresholding, is found when the block is packed.
+
+    Args:
+        header: gives L, T, K per site and the data type.
+        device: where the decode step runs.
+    """
+
+    def __init__(self, header: StoreHeader, device: torch.device) -> None:
+        shape = (header.layers, header.block_tokens)
+        self._dtype = getattr(torch, header.value_dtype)
+        # [layers, T, K]: a layer's rows of a block are contiguous, which is the order they are packed in.
+        # Not inference tensors, whatever mode the caller is in: the writer thread, in no such mode, clears
+        # them.
+        with torch.inference_mode(False):
+            self._rows = {
+                site: torch.empty((*shape, header.channels[site]), dtype=self._dtype, device=device) for site in SITES
+            }
+            for rows in self._rows.values():
+                rows.fill_(float("nan"))
+        self.tokens = {name: np.zeros(header.block_tokens, dtype) for name, dtype in TOKEN_COLUMNS.items()}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._filled: torch.cuda.Event | None = None
+
+    def row(self, index: int) -> dict[str, torch.Tensor]:
+        """Views [layers, K] per site of the row with this index in the block."""
+        return {site: rows[:, index] for site, rows in self._rows.items()}
+
+    def set_token(self, index: int, token_id: int, position: int, sequence: int, phase: str) -> None:
+        """Says which token that row belongs to."""
+        self.tokens["token_id"][index] = token_id
+        self.tokens["position"][index] = position
+        self.tokens["sequence"][index] = sequence
+        self.tokens["phase"][index] = PHASES[phase]
+
+    def seal(self) -> None:
+        """Marks, on the decoding stream, the point after which the rows are complete."""
+        if self._stream is not None:
+            self._filled = torch.cuda.current_stream(self._stream.device).record_event()
+
+    def to_host(self, site: str, count: int) -> np.ndarray:
+        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits; for the writer thread."""
+        rows = self._rows[site][:, :count]
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                assert self._filled is not None
+                self._stream.wait_event(self._filled)
+                rows = rows.to("cpu")  # pageable, hence synchronous: only this thread waits for it
+        if self._dtype is torch.bfloat16:
+            return rows.view(torch.int16).numpy().view(np.uint16)
+        return rows.numpy()
+
+    def clear(self) -> None:
+        """Makes every row unfilled again; called on the writer thread."""
+        if self._stream is None:
+            for rows in self._rows.values():
+                rows.fill_(float("nan"))
+            return
+        with torch.cuda.stream(self._stream):
+            for rows in self._rows.values():
+                rows.fill_(float("nan"))
+        self._stream.synchronize()

@@ -1,0 +1,140 @@
+"""Bringing a store into being and back to a sound state: skeleton, force, resume.
+
+Everything here works on folders and Zarr arrays; it starts no thread and knows no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from teal_cli import __version__
+from teal_cli.errors import TealError, UsageError
+from teal_cli.store import layout
+from teal_cli.store.header import LevelHeader, StoreHeader, differing_fields, differing_level_fields
+from teal_cli.store.lock import StoreLock
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a refusal of the disk into a TealError; one about space names what is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise TealError(f"cannot write to {path}: {error.strerror or error}") from error
+        anchor = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(anchor).free
+        raise TealError(
+            f"the disk refused more data for {path}: {error.strerror}; {free / 1e6:,.0f} MB are free there",
+            hint="what was committed is safe: make room and run again with --resume",
+        ) from error
+
+
+def check_target(path: Path, *, force: bool) -> bool:
+    """Whether something is where a new store should go; cheap, so that it can be asked before a model is loaded.
+
+    Raises:
+        UsageError: something is there and force is not given, or it is no teal store.
+    """
+    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if occupied and layout.schema_of(path) is None:
+        raise UsageError(f"{path} exists and is not a teal store", hint="choose another output; teal leaves it alone")
+    if occupied and not force:
+        raise UsageError(f"{path} exists", hint="go on with --resume, or replace it with --force")
+    return occupied
+
+
+def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
+    """Builds the skeleton beside the target, locks it and renames it in.
+
+    Raises:
+        UsageError: as `StoreWriter.create`.
+    """
+    names = [level.name for level in levels]
+    if len(set(names)) < len(names):
+        raise UsageError(f"a level is named twice: {', '.join(names)}", hint="give each sparsity once")
+    occupied = check_target(path, force=force)
+    old_lock = StoreLock(path) if occupied else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    skeleton = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    lock = None
+    try:
+        layout.create_skeleton(skeleton, header, list(levels), teal_version=__version__)
+        lock = StoreLock(skeleton)
+        if occupied:
+            _swap(skeleton, path)
+        else:
+            _rename_to_new(skeleton, path)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        shutil.rmtree(skeleton, ignore_errors=True)
+        raise
+    finally:
+        if old_lock is not None:
+            old_lock.release()
+    return lock
+
+
+def _rename_to_new(skeleton: Path, path: Path) -> None:
+    try:
+        skeleton.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UsageError(f"another process made {path} meanwhile", hint="write to another folder") from error
+
+
+def _swap(skeleton: Path, path: Path) -> None:
+    """Puts the skeleton in place of an old store; deletes the old one only afterwards."""
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.replaced")
+    path.rename(old)
+    try:
+        skeleton.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader]) -> None:
+    """Checks that a store is the one this run would write, and brings it back to its last committed block.
+
+    Raises:
+        UsageError: it was made with other settings.
+    """
+    root = layout.open_root(path, use_consolidated=False)
+    found = layout.read_header(root)
+    differing = differing_fields(header, found)
+    if {level.name for level in levels} != set(root.group_keys()):
+        differing.append("levels")
+    else:
+        for level in levels:
+            thresholds = layout.as_numpy(layout.open_for_writing(path, f"{level.name}/thresholds")[...])
+            differing += differing_level_fields(level, layout.level_attributes(path, level.name), thresholds)
+    if differing:
+        raise UsageError(
+            f"{path} was made with other settings; what differs: {', '.join(differing)}",
+            hint="resume with the settings it was made with, or write to another folder",
+        )
+    for partial in path.rglob("*.partial"):
+        partial.unlink()
+    for level in levels:
+        _rewind(path, level, header.block_tokens)
+
+
+def _rewind(path: Path, level: LevelHeader, block: int) -> None:
+    attributes = layout.level_attributes(path, level.name)
+    if attributes["complete"]:
+        return
+    keep = attributes["tokens_committed"] // block * block
+    # First the promise is taken back, then the rows: a reader, or a kill between the two, never sees a hole.
+    layout.set_attributes(path, level.name, {"tokens_committed": keep})
+    layout.drop_rows(path, level.name, keep=keep, rows=layout.capacity(level.max_tokens, block), block=block)

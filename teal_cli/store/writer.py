@@ -1,0 +1,326 @@
+"""Writing a store while a model decodes: rows in, committed blocks out.
+
+    with StoreWriter.create(path, header, levels) as writer:
+        level = writer.level("s0.50")
+        rows = level.begin(token_id, position, sequence)   # views to fill, one [layers, K] per site
+        ...                                                # the decode step
+        level.end()
+        level.finish()
+        writer.complete()
+
+The decoding thread only writes into the block buffers; one background thread packs, compresses, writes and
+commits. Commit order per block: values, mask, row_nnz, token columns, and `tokens_committed` last, each file
+replaced atomically. So after kill -9 at any moment everything up to `tokens_committed` is whole, and `resume`
+drops the rest. That is a promise about the process, not about the machine: nothing waits for the disk (an
+fsync per file was most of the time of a short dump), so after a loss of power run `teal store verify`.
+
+Knows nothing of models, prompts or sampling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from teal_cli.errors import NotFoundError
+from teal_cli.store import layout, placing
+from teal_cli.store.buffers import BlockBuffer
+from teal_cli.store.header import LevelHeader, StoreHeader
+from teal_cli.store.lock import StoreLock
+from teal_cli.store.schema import TOKEN_COLUMNS, parse_level
+from teal_cli.store.shards import SiteFiles, compression_threads
+from teal_kernels.spec import SITES
+
+__all__ = ["LevelHeader", "LevelWriter", "StoreHeader", "StoreWriter"]
+
+_BUFFERS = 2  # one being filled, one being written
+
+
+class LevelWriter:
+    """Takes the rows of one level in order. Made by `StoreWriter.level`, never directly."""
+
+    def __init__(self, store: StoreWriter, header: LevelHeader, committed: int, *, complete: bool) -> None:
+        self.header = header
+        self.name = header.name
+        self.committed = committed
+        """Rows that were there when the store was opened: 0, or on resume a whole number of blocks."""
+        self.complete = complete
+        self._store = store
+        self._columns = {n: layout.open_for_writing(store.path, f"{self.name}/{n}") for n in TOKEN_COLUMNS}
+        self._files = store.site_files(self.name)
+        self._block = store.header.block_tokens
+        self._base = committed  # rows before the block being filled
+        self._count = 0  # rows ended in the block being filled
+        self._open = False
+        self._filling: BlockBuffer | None = None
+        self._free: list[BlockBuffer] = []
+        self._pending: deque[tuple[Future[None], BlockBuffer]] = deque()
+
+    @property
+    def rows(self) -> int:
+        """Rows ended so far, those found on resume included."""
+        return self._base + self._count
+
+    def committed_tokens(self) -> dict[str, np.ndarray]:
+        """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
+        return {name: layout.as_numpy(column[: self.committed]) for name, column in self._columns.items()}
+
+    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> dict[str, torch.Tensor]:
+        """Opens the next row. Waits only when the disk is two blocks behind.
+
+        Args:
+            token_id: the token whose step this is.
+            position: its place in its sequence, counted from 0 over prompt and answer.
+            sequence: index of the prompt.
+            phase: a key of `schema.PHASES`.
+
+        Returns:
+            Per site a view [layers, K] of the block buffer in the store's data type. The step must write
+            every row of it, after thresholding; the views are valid until `end`.
+
+        Raises:
+            TealError: an earlier block could not be written.
+            ValueError: the level is full or finished, or a row is open.
+        """
+        if self._open or self.complete or self.rows >= self.header.max_tokens:
+            state = "a row is open" if self._open else "it is complete" if self.complete else "it is full"
+            raise ValueError(f"level {self.name} takes no new row: {state}")
+        if self._filling is None:
+            self._filling = self._acquire()
+        self._filling.set_token(self._count, token_id, position, sequence, phase)
+        self._open = True
+        return self._filling.row(self._count)
+
+    def end(self) -> None:
+        """Closes the row that `begin` opened: it is complete and will be stored.
+
+        Raises:
+            TealError: an earlier block could not be written.
+        """
+        if not self._open:
+            raise ValueError(f"level {self.name} has no open row")
+        self._open = False
+        self._count += 1
+        if self._count == self._block:
+            self._submit()
+        elif self._pending and self._pending[0][0].done():
+            self._retire()
+
+    def flush(self) -> None:
+        """Commits every ended row, a partial block too, and waits for it. An open row is given up.
+
+        Raises:
+            TealError: a block could not be written.
+        """
+        self._open = False
+        if self._count:
+            self._submit()
+        while self._pending:
+            self._retire()
+
+    def finish(self) -> None:
+        """Commits every ended row, cuts the arrays to length and marks the level complete. Does nothing the
+        second time.
+
+        Raises:
+            TealError: it could not be written.
+        """
+        if self.complete:
+            return
+        self.flush()
+        with self._store.disk_errors():
+            layout.resize_rows(self._store.path, self.name, tokens=self._base, block=self._block)
+            layout.set_attributes(self._store.path, self.name, {"complete": True})
+        self.complete = True
+        self._free.clear()
+
+    def _acquire(self) -> BlockBuffer:
+        if not self._free and len(self._pending) < _BUFFERS:
+            return BlockBuffer(self._store.header, self._store.device)
+        if not self._free:
+            self._retire()
+        return self._free.pop()
+
+    def _retire(self) -> None:
+        """Waits for the oldest block under way; its error, if any, is raised here."""
+        future, buffer = self._pending.popleft()
+        future.result()
+        self._free.append(buffer)
+
+    def _submit(self) -> None:
+        buffer, base, count = self._filling, self._base, self._count
+        assert buffer is not None
+        buffer.seal()
+        self._filling, self._base, self._count = None, base + count, 0
+        self._pending.append((self._store.submit(self._write, buffer, base, count), buffer))
+
+    def _write(self, buffer: BlockBuffer, base: int, count: int) -> None:
+        """On the writer thread: one block to disk, then the commit."""
+        for site, files in self._files.items():
+            try:
+                files.write(base // self._block, buffer.to_host(site, count))
+            except ValueError as error:
+                raise RuntimeError(f"{self.name}/{site}, tokens {base} to {base + count}: {error}") from error
+        for name, column in buffer.tokens.items():
+            self._columns[name][base : base + count] = column[:count]
+        layout.set_attributes(self._store.path, self.name, {"tokens_committed": base + count})
+        buffer.clear()
+
+
+class StoreWriter:
+    """A store open for writing, by this process alone. Use it in a `with` statement.
+
+    Leaving the `with` before `complete`, by an exception or not, commits the rows ended so far and leaves a
+    store that reads and resumes, with `complete: false`.
+    """
+
+    def __init__(
+        self, path: Path, header: StoreHeader, levels: Sequence[LevelHeader], device: str, lock: StoreLock
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.device = torch.device(device)
+        self._lock = lock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
+        threads = compression_threads()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="teal-store-pack") if threads > 1 else None
+        self._failure: BaseException | None = None
+        self._levels = {level.name: self._open_level(level) for level in levels}
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        header: StoreHeader,
+        levels: Sequence[LevelHeader],
+        *,
+        device: str = "cpu",
+        force: bool = False,
+    ) -> StoreWriter:
+        """Makes an empty store and opens it.
+
+        Args:
+            path: where; a folder that does not exist yet, or is empty.
+            header: provenance and shape.
+            levels: every level that will be written.
+            device: where the decode step runs ("cpu", "cuda", "cuda:1").
+            force: replace a teal store that is there; it is deleted only once the new one stands in its
+                place.
+
+        Raises:
+            UsageError: something is there and force is not given, or it is no teal store, or another process
+                writes it; two levels of one name.
+            TealError: the disk refuses.
+        """
+        target = Path(path).absolute()
+        with placing.disk_errors(target):
+            lock = placing.place_new_store(target, header, levels, force=force)
+        return cls(target, header, levels, device, lock)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        header: StoreHeader,
+        levels: Sequence[LevelHeader],
+        device: str = "cpu",
+    ) -> StoreWriter:
+        """Opens a store that an earlier run left, to go on after its last committed block.
+
+        Raises:
+            NotFoundError: no store there.
+            UsageError: not a store of this schema, made with other settings (they are named), or being
+                written.
+            TealError: the store is damaged, or the disk refuses.
+        """
+        target = Path(path).absolute()
+        layout.require_store(target)
+        lock = StoreLock(target)
+        try:
+            with placing.disk_errors(target):
+                placing.prepare_resume(target, header, levels)
+            return cls(target, header, levels, device, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def _open_level(self, header: LevelHeader) -> LevelWriter:
+        attributes = layout.level_attributes(self.path, header.name)
+        return LevelWriter(self, header, attributes["tokens_committed"], complete=attributes["complete"])
+
+    def level(self, name: str | float) -> LevelWriter:
+        """The level of this name or target.
+
+        Raises:
+            NotFoundError: the store has no such level.
+        """
+        target = parse_level(name)
+        for level in self._levels.values():
+            if level.header.target == target:
+                return level
+        raise NotFoundError(f"the store has no level {name}", hint=f"it has {', '.join(self._levels)}")
+
+    def complete(self) -> None:
+        """Declares the store whole: `complete: true`, then metadata consolidated.
+
+        Raises:
+            ValueError: a level is not finished.
+            TealError: the disk refuses.
+        """
+        unfinished = [name for name, level in self._levels.items() if not level.complete]
+        if unfinished:
+            raise ValueError(f"levels not finished: {', '.join(unfinished)}")
+        with self.disk_errors():
+            layout.set_attributes(self.path, "", {"complete": True})
+            layout.consolidate(self.path)
+
+    def site_files(self, level: str) -> dict[str, SiteFiles]:
+        """Where the blocks of a level go; for LevelWriter."""
+        channels = self.header.channels
+        return {site: SiteFiles(self.path / level / site, self.header, channels[site], self._pool) for site in SITES}
+
+    def submit(self, write: Callable[..., None], *arguments: object) -> Future[None]:
+        """Queues a block for the writer thread; for LevelWriter."""
+        return self._thread.submit(self._guarded, write, *arguments)
+
+    def _guarded(self, write: Callable[..., None], *arguments: object) -> None:
+        # After one failure nothing more is written: a later block would move tokens_committed over the hole.
+        if self._failure is not None:
+            raise self._failure
+        try:
+            with self.disk_errors():
+                write(*arguments)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def disk_errors(self) -> AbstractContextManager[None]:
+        """Context in which a refusal of the disk becomes a TealError that names the free space."""
+        return placing.disk_errors(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if self._failure is not None and kind is None:
+                raise self._failure  # not yet seen by the caller
+            if self._failure is None:
+                for level in self._levels.values():
+                    level.flush()
+        finally:
+            self._thread.shutdown(wait=True)
+            if self._pool is not None:
+                self._pool.shutdown(wait=True)
+            self._lock.release()
