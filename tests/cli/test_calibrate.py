@@ -18,7 +18,7 @@ from reference_teal import expected, write_layer
 
 from teal_cli.passes.observe import LayerDone, observe
 from teal_cli.registry.registry import Registry
-from teal_cli.sparsity import calibrate as library
+from teal_cli.runs import calibrate as library
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.plan import uniform_plan
 
