@@ -7,7 +7,7 @@ projection the same sparsity; other allocations make the same object.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import disk_errors, write_json
 from teal_cli.sparsity.calibration import Calibration
+from teal_cli.sparsity.criterion import Scoring
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
 
 
@@ -28,9 +29,10 @@ class Plan:
         target: the sparsity asked for, over the model.
         allocation: how it is spread, e.g. `uniform`.
         sparsity: float64 [layers, 7], the target of each projection, in the order of `PROJECTIONS`.
-        thresholds: float32 [layers, 7]; |x| <= t is dropped. 0.0 drops zeros only; a negative one, which an
-            imported calibration of TEAL can give at low sparsity, drops nothing.
+        thresholds: float32 [layers, 7]; an entry whose score is at most t is dropped. 0.0 drops zeros only; a negative
+            one, which an imported calibration of TEAL can give at low sparsity, drops nothing.
         calibration: id of the calibration that the thresholds come from; None for a plan that needs none.
+        scoring: how entries are scored; by default by their magnitude.
     """
 
     target: float
@@ -38,6 +40,7 @@ class Plan:
     sparsity: NDArray[np.float64]
     thresholds: NDArray[np.float32]
     calibration: str | None
+    scoring: Scoring = field(default_factory=Scoring)
 
     def __post_init__(self) -> None:
         shape = self.thresholds.shape
