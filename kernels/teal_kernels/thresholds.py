@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from teal_kernels.spec import PROJECTIONS, SITES, columns
+from teal_kernels.spec import PROJECTIONS, columns
 
 
 def channel_thresholds(t: NDArray[np.float32] | float, scale: NDArray[np.float32]) -> NDArray[np.float32]:
