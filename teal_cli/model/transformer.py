@@ -89,11 +89,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return out[0].transpose(0, 1).reshape(count, heads * head_dim)
 
 
-def attend_alone(config: ModelConfig) -> Attend:
-    """Attention within one whole sequence, position 0 first, without a cache: what calibration uses."""
+def attend_alone(config: ModelConfig, prefix: Tensor | None = None) -> Attend:
+    """Attention within one whole sequence, without a cache: what a pass uses.
+
+    Args:
+        prefix: keys and values of the positions before the first query, [P, 2, kv_heads, head_dim]; None where the
+            queries begin at position 0.
+    """
 
     def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        k, v = kv.permute(1, 2, 0, 3)
+        k, v = (kv if prefix is None else torch.cat((prefix, kv))).permute(1, 2, 0, 3)
         return attention(q, k, v, config.sliding_windows[layer])
 
     return attend

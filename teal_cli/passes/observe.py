@@ -1,10 +1,8 @@
-"""One dense pass over a model that counts the magnitudes at every site, with one transformer layer in memory
-at a time.
+"""The dense pass that counts the magnitudes at every site, with one transformer layer in memory at a time.
 
-The hidden states of all sequences are kept; a layer is loaded, run over them and freed. Peak memory is
-therefore a layer, the hidden states and the histograms, whatever the size of the model: `expected_peak`
-computes it, and a calibration records what was measured. This module does not know where tokens come from or
-where histograms go.
+Peak memory is a layer, the hidden states of all sequences and the histograms, whatever the size of the model:
+`expected_peak` computes it, and a calibration records what was measured. This module does not know where tokens come
+from or where histograms go.
 """
 
 from __future__ import annotations
@@ -16,15 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teal_cli.errors import TealError, UsageError
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.rope import RopeTable
-from teal_cli.model.transformer import attend_alone, block, dense
 from teal_cli.model.weights import Checkpoint
+from teal_cli.passes.forward import Where, forward
+from teal_cli.passes.layers import StreamedLayers
 from teal_cli.sparsity.histogram import MAGNITUDES, MagnitudeHistogram
 from teal_kernels.spec import SITES
 
@@ -79,50 +75,20 @@ def observe(
         TealError: an activation is not finite, a token is not in the vocabulary, or the checkpoint is
             damaged.
     """
-    config = checkpoint.config
-    _check(config, tokens)
+    layers = StreamedLayers(checkpoint, dtype, device)
     start = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    histogram = MagnitudeHistogram.empty(config.layers, str(dtype).removeprefix("torch."))
+    histogram = MagnitudeHistogram.empty(layers.config.layers, str(dtype).removeprefix("torch."))
 
-    def count(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
-        histogram.add(layer, site, x)
-        return dense(layer, site, x, weight)
+    def count(where: Where, x: Tensor, kept: Tensor) -> None:
+        histogram.add(where.layer, where.site, x)
 
-    rope = RopeTable(config, dtype, device).at(0, tokens.shape[1])
-    attend = attend_alone(config)
-    hidden = _embed(checkpoint, tokens, dtype, device)
-    for index in range(config.layers):
-        with torch.inference_mode():
-            weights = checkpoint.layer(index, dtype, device)
-            for sequence, states in enumerate(hidden):
-                hidden[sequence] = block(config, index, weights, states, rope, attend, count)
-            del weights, states  # the next layer must not be loaded beside this one
-        yield LayerDone(index + 1, config.layers, time.perf_counter() - start)
+    for event in forward(layers, tokens, visit=count):
+        if event.done % len(tokens) == 0:
+            yield LayerDone(event.done // len(tokens), event.layers, event.seconds)
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     yield Observed(histogram, time.perf_counter() - start, peak_resident_bytes(), on_device)
-
-
-def _check(config: ModelConfig, tokens: NDArray[np.int64]) -> None:
-    if tokens.shape[1] > config.context:
-        raise UsageError(
-            f"sequences of {tokens.shape[1]} tokens are longer than the model's context of {config.context}",
-            hint=f"use --seq-len {config.context} or less",
-        )
-    # On a GPU an index that is out of range ends the process without a word about it.
-    if tokens.max() >= config.vocab:
-        raise TealError(
-            f"the tokenizer gave the token {tokens.max()}, but the model knows {config.vocab}",
-            hint="the tokenizer is another model's; check the checkpoint with `teal models verify`",
-        )
-
-
-def _embed(checkpoint: Checkpoint, tokens: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The first hidden states, one [seq_len, hidden] per sequence; the embedding is freed again."""
-    with torch.inference_mode():
-        embedding = checkpoint.embedding(dtype, device)
-        return [F.embedding(torch.tensor(row, device=device), embedding) for row in tokens]
 
 
 def peak_resident_bytes() -> int | None:

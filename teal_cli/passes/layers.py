@@ -1,0 +1,108 @@
+"""Where a pass takes its layers from: a checkpoint, one layer in memory at a time, or a model that is in memory.
+
+Both give the same bits. A pass over a checkpoint holds the hidden states of every sequence and one layer; a pass over a
+model holds all layers and one sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.rope import RopeTable
+from teal_cli.model.transformer import Transformer, rms_norm
+from teal_cli.model.weights import Checkpoint, LayerWeights
+
+
+class Layers(Protocol):
+    """A model as a pass sees it.
+
+    Attributes:
+        config, dtype, device: what it is and where it runs.
+        rope: the rotary table.
+        resident: all layers are in memory, so that sequences may go through one by one.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    rope: RopeTable
+    resident: bool
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of one layer; from a checkpoint they are loaded anew at every call."""
+        ...
+
+    def embed(self, tokens: list[Tensor]) -> list[Tensor]:
+        """Token ids int64 [S] of each sequence -> hidden states [S, hidden] before the first layer."""
+        ...
+
+    def open_head(self) -> Head:
+        """Final norm and output head."""
+        ...
+
+
+class Head:
+    """Final norm and output head of a model.
+
+    Args:
+        norm: [hidden]; weight: [vocab, hidden].
+    """
+
+    def __init__(self, config: ModelConfig, norm: Tensor, weight: Tensor) -> None:
+        self._config, self._norm, self._weight = config, norm, weight
+
+    @torch.inference_mode()
+    def __call__(self, states: Tensor) -> Tensor:
+        """Hidden states [S, hidden] after the last layer -> logits float32 [S, vocab]."""
+        return F.linear(rms_norm(states, self._norm, self._config.norm_eps), self._weight).float()
+
+
+class ResidentLayers:
+    """The layers of a model in memory."""
+
+    resident = True
+
+    def __init__(self, model: Transformer) -> None:
+        self.config, self.dtype, self.device, self.rope = model.config, model.dtype, model.device, model.rope
+        self._model = model
+
+    def layer(self, index: int) -> LayerWeights:
+        return self._model.layers[index]
+
+    def embed(self, tokens: list[Tensor]) -> list[Tensor]:
+        return [F.embedding(row, self._model.embedding) for row in tokens]
+
+    def open_head(self) -> Head:
+        return Head(self.config, self._model.final_norm, self._model.lm_head)
+
+
+class StreamedLayers:
+    """The layers of a checkpoint, each loaded when it is asked for; nothing of it is kept here.
+
+    Raises:
+        TealError: as `Checkpoint.layer`, from any method.
+    """
+
+    resident = False
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = checkpoint.config, dtype, device
+        self.rope = RopeTable(checkpoint.config, dtype, device)
+        self._checkpoint = checkpoint
+
+    def layer(self, index: int) -> LayerWeights:
+        return self._checkpoint.layer(index, self.dtype, self.device)
+
+    def embed(self, tokens: list[Tensor]) -> list[Tensor]:
+        embedding = self._checkpoint.embedding(self.dtype, self.device)
+        return [F.embedding(row, embedding) for row in tokens]
+
+    def open_head(self) -> Head:
+        checkpoint = self._checkpoint
+        read = checkpoint.embedding if checkpoint.tied() else checkpoint.lm_head
+        return Head(self.config, checkpoint.final_norm(self.dtype, self.device), read(self.dtype, self.device))
