@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.registry.architectures import FAMILIES
+from teal_cli.model.families import FAMILIES
 from teal_kernels.spec import SITE_PROJECTIONS
 
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
@@ -107,7 +107,7 @@ def load_config(path: str | Path) -> ModelConfig:
     _refuse_unsupported_parts(hf)
     heads: int = hf.num_attention_heads
     head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    biased = hf.model_type in ("llama", "qwen3") and bool(hf.attention_bias)
+    family = FAMILIES[hf.model_type]
     config = ModelConfig(
         family=hf.model_type,
         layers=hf.num_hidden_layers,
@@ -119,10 +119,10 @@ def load_config(path: str | Path) -> ModelConfig:
         vocab=hf.vocab_size,
         context=hf.max_position_embeddings,
         norm_eps=hf.rms_norm_eps,
-        sliding_windows=_sliding_windows(hf),
-        qkv_bias=hf.model_type == "qwen2" or biased,
-        o_bias=biased,
-        qk_norm=hf.model_type == "qwen3",
+        sliding_windows=family.windows(hf),
+        qkv_bias=family.qkv_bias(hf),
+        o_bias=family.o_bias(hf),
+        qk_norm="q_norm" in family.layer,
         tied=bool(hf.tie_word_embeddings),
         eos_ids=_eos_ids(hf, _read_json(folder / "generation_config.json") or {}),
         bos_id=hf.bos_token_id,
@@ -182,7 +182,7 @@ def _refuse_unsupported_parts(hf: Any) -> None:
             f"the activation {hf.hidden_act!r} is not supported; teal runs models whose MLP uses silu",
             hint="choose a model with hidden_act silu",
         )
-    if hf.model_type == "llama" and hf.mlp_bias:
+    if getattr(hf, "mlp_bias", False):
         raise UsageError(
             "the checkpoint has biases in its MLP (mlp_bias), which teal does not support",
             hint="choose a model without mlp_bias",
@@ -199,16 +199,6 @@ def _refuse_unsupported_parts(hf: Any) -> None:
             f"a partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported",
             hint="choose a model that rotates whole heads",
         )
-
-
-def _sliding_windows(hf: Any) -> tuple[int | None, ...]:
-    """Llama has none; Mistral has one for all layers or none; Qwen says it layer by layer."""
-    layers: int = hf.num_hidden_layers
-    if hf.model_type == "llama":
-        return (None,) * layers
-    if hf.model_type == "mistral":
-        return (hf.sliding_window,) * layers
-    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
 
 
 def _eos_ids(hf: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
+from teal_cli.model.families import FAMILIES, TOP
+from teal_kernels.spec import SITE_PROJECTIONS
 
 Device: TypeAlias = torch.device | str
 
@@ -28,16 +30,20 @@ _TURNED_ROWS = 256
 _INDEX = "model.safetensors.index.json"
 _STORED: Final = ("BF16", "F16", "F32")
 _HINT = "check the files with `teal models verify NAME`, or fetch them again with `teal download --force`"
-_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+_EMBEDDING, _NORM, _HEAD = (TOP[part][0] for part in ("embedding", "final_norm", "lm_head"))
 
-# Our field -> the tensors of one layer whose rows become its columns, in the order of SITE_PROJECTIONS.
-_MATRICES: Final = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
+_MATRICES: Final = {"qkv": "attn_in", "attn_out": "attn_out", "gate_up": "mlp_in", "down": "mlp_mid"}
+"""Our field -> the site that is multiplied by it."""
+
+_VECTORS: Final = {
+    "attn_norm": ("attn_norm",),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "q_norm": ("q_norm",),
+    "k_norm": ("k_norm",),
+    "o_bias": ("o_bias",),
+    "mlp_norm": ("mlp_norm",),
 }
-_MATRIX_SITES: Final = {"qkv": "attn_in", "attn_out": "attn_out", "gate_up": "mlp_in", "down": "mlp_mid"}
+"""Our field -> the parts of a layer, as `families` calls them, that lie in it one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,8 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config: ModelConfig = load_config(self.path)
+        family = FAMILIES[self.config.family]
+        self._names = {part: family.layer[part][0] for part in family.parts(self.config.hf)}
         self._files: dict[str, Path] = _index(self.path)
         self._check()
 
@@ -92,16 +100,15 @@ class Checkpoint:
         fields: dict[str, Tensor | None] = {}
         prefix = _layer(index)
         with self._reading() as read:
-            for field, tensors in _MATRICES.items():
-                site = _MATRIX_SITES[field]
+            for field, site in _MATRICES.items():
                 widths = self.config.segments(site)
                 fused = empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
-                for name, columns in zip(tensors, fused.split(widths, dim=1), strict=True):
-                    _transpose_into(columns, read(f"{prefix}{name}.weight"))
+                for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
+                    _transpose_into(columns, read(prefix + self._names[part]))
                 fields[field] = fused
-            for field, names in self._vectors().items():
-                parts = [read(prefix + name).to(device, dtype) for name in names]
-                fields[field] = torch.cat(parts) if parts else None
+            for field, parts in _VECTORS.items():
+                vectors = [read(prefix + self._names[part]).to(device, dtype) for part in parts if part in self._names]
+                fields[field] = torch.cat(vectors) if vectors else None
         return LayerWeights(**fields)  # type: ignore[arg-type]
 
     def embedding(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
@@ -130,34 +137,19 @@ class Checkpoint:
         with self._reading() as read:
             return read(name).to(device, dtype, copy=True)
 
-    def _vectors(self) -> dict[str, tuple[str, ...]]:
-        """Our field -> the one-dimensional tensors of a layer that make it; none where the model lacks it."""
-        config = self.config
-        return {
-            "attn_norm": ("input_layernorm.weight",),
-            "mlp_norm": ("post_attention_layernorm.weight",),
-            "qkv_bias": tuple(f"{name}.bias" for name in _MATRICES["qkv"]) if config.qkv_bias else (),
-            "o_bias": ("self_attn.o_proj.bias",) if config.o_bias else (),
-            "q_norm": ("self_attn.q_norm.weight",) if config.qk_norm else (),
-            "k_norm": ("self_attn.k_norm.weight",) if config.qk_norm else (),
-        }
-
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that will be read, with its shape as stored."""
         config = self.config
-        widths: dict[str, tuple[int, ...]] = {}
-        for field, tensors in _MATRICES.items():
-            site = _MATRIX_SITES[field]
-            for name, width in zip(tensors, config.segments(site), strict=True):
-                widths[f"{name}.weight"] = (width, config.channels(site))
-                widths[f"{name}.bias"] = (width,)
-        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            widths[name] = (config.hidden,)
-        for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            widths[name] = (config.head_dim,)
-        of_layer = [f"{name}.weight" for names in _MATRICES.values() for name in names]
-        of_layer += [name for names in self._vectors().values() for name in names]
-        expected = {f"{_layer(i)}{name}": widths[name] for i in range(config.layers) for name in of_layer}
+        shapes: dict[str, tuple[int, ...]] = {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+        for site, projections in SITE_PROJECTIONS.items():
+            for part, width in zip(projections, config.segments(site), strict=True):
+                shapes[part] = (width, config.channels(site))
+                shapes[f"{part}_bias"] = (width,)
+        expected = {
+            f"{_layer(i)}{name}": shapes.get(part, (config.hidden,))  # what is left is a norm over the hidden size
+            for i in range(config.layers)
+            for part, name in self._names.items()
+        }
         expected |= {_EMBEDDING: (config.vocab, config.hidden), _NORM: (config.hidden,)}
         if not config.tied or _HEAD in self._files:
             expected[_HEAD] = (config.vocab, config.hidden)

@@ -9,21 +9,18 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from teal_cli.errors import UsageError
+from teal_cli.model.families import FAMILIES
 
-ARCHITECTURES: Final[dict[str, str]] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-FAMILIES: Final[tuple[str, ...]] = tuple(ARCHITECTURES.values())
+ARCHITECTURES: Final[dict[str, str]] = {row.architecture: family for family, row in FAMILIES.items()}
+"""The class that config.json names -> the family."""
 
 
 def unsupported(architecture: str, where: str) -> UsageError:
     """The one refusal of a model that teal cannot decode, naming it and those that it can."""
+    titles = ", ".join(row.title for row in FAMILIES.values())
     return UsageError(
         f"{where} has the architecture {architecture}, which teal does not support",
-        hint=f"supported are {', '.join(ARCHITECTURES)}: dense Llama 2/3, Mistral, Qwen2/2.5 and Qwen3",
+        hint=f"supported are {', '.join(ARCHITECTURES)}: dense {titles}",
     )
 
 

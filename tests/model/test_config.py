@@ -12,7 +12,7 @@ from fixtures_tiny import TINY
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
-from teal_cli.registry.architectures import FAMILIES
+from teal_cli.model.families import FAMILIES
 from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS
 
 SIZES = {

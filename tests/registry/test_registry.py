@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, require_space, write_json
+from teal_cli.model.families import FAMILIES
 from teal_cli.registry import catalog
-from teal_cli.registry.architectures import ARCHITECTURES, FAMILIES
+from teal_cli.registry.architectures import ARCHITECTURES
 from teal_cli.registry.download import download, fetch
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.registry.names import check_name, name_from
@@ -233,5 +234,5 @@ def test_the_catalog_is_consistent(model: catalog.CatalogModel) -> None:
 
 
 def test_families_and_architectures_match() -> None:
-    assert FAMILIES == ("llama", "mistral", "qwen2", "qwen3")
+    assert tuple(FAMILIES) == ("llama", "mistral", "qwen2", "qwen3")
     assert len(ARCHITECTURES) == len(FAMILIES)

@@ -13,15 +13,12 @@ from typing import Any, Final
 import numpy as np
 
 from teal_cli.errors import UsageError
+from teal_cli.model.families import FAMILIES
 from teal_cli.registry.architectures import unsupported
 from teal_cli.registry.convert.reader import GgufFile, damaged
 
 # llama.cpp writes Mistral as "llama": the two compute the same where no sliding window is set.
-_ARCHITECTURES: Final[dict[str, tuple[str, str]]] = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
+_FAMILIES: Final[dict[str, str]] = {row.gguf: family for family, row in FAMILIES.items() if row.gguf}
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192  # every released Llama 3.1, 3.2 and 3.3
 
 
@@ -37,19 +34,19 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
         UsageError: an architecture, a mixture of experts or a RoPE scaling that teal does not decode.
         TealError: a key that decoding needs is missing.
     """
-    if gguf.architecture not in _ARCHITECTURES:
+    if gguf.architecture not in _FAMILIES:
         raise unsupported(gguf.architecture, gguf.path.name)
     if gguf.get("expert_count", 0):
         raise unsupported(f"{gguf.architecture} with a mixture of experts", gguf.path.name)
-    architecture, model_type = _ARCHITECTURES[gguf.architecture]
+    family = _FAMILIES[gguf.architecture]
     hidden, heads = int(gguf.require("embedding_length")), int(gguf.require("attention.head_count"))
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
         raise damaged(gguf.path, "the tensor token_embd.weight is missing")
     head_dim = gguf.get("attention.key_length") or gguf.get("rope.dimension_count") or hidden // heads
     config = {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
         "vocab_size": int(embedding.shape[1]),  # GGUF lists dimensions fastest first: [hidden, vocab]
         "hidden_size": hidden,
         "intermediate_size": int(gguf.require("feed_forward_length")),

@@ -10,38 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
 from gguf import ReaderTensor, dequantize
 
 from teal_cli.errors import UsageError
+from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.registry.convert.reader import GgufFile, damaged
 from teal_cli.registry.events import Progress
 
 _SLAB: Final = 64 << 20  # bytes of float32 dequantised at once
 
-_TOP: Final[dict[str, str]] = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER: Final[dict[str, str]] = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_LAYER_EXTRA: Final[dict[str, dict[str, str]]] = {
-    "llama": {},
-    "qwen2": {f"attn_{p}.bias": f"self_attn.{p}_proj.bias" for p in "qkv"},
-    "qwen3": {f"attn_{p}_norm.weight": f"self_attn.{p}_norm.weight" for p in "qk"},
-}
 _METADATA_TENSORS: Final = frozenset({"rope_freqs.weight"})  # became part of config.json
 
 
@@ -68,7 +49,7 @@ def convert_weights(gguf: GgufFile, config: dict[str, Any], target: Path) -> Ite
     with target.open("wb") as file:
         file.write(header)
         for name, hf in names.items():
-            heads = _permuted_heads(gguf.architecture, config, hf)
+            heads = _permuted_heads(config, hf)
             for slab in _bfloat16_slabs(gguf, gguf.tensors[name], heads):
                 file.write(slab.data)
                 done += slab.nbytes
@@ -77,10 +58,12 @@ def convert_weights(gguf: GgufFile, config: dict[str, Any], target: Path) -> Ite
 
 def _names(gguf: GgufFile, config: dict[str, Any]) -> dict[str, str]:
     """GGUF name -> Hugging Face name of every tensor, in the file's order; anything unknown is refused."""
-    per_layer = _LAYER | _LAYER_EXTRA[gguf.architecture]
-    wanted = {name: hf for name, hf in _TOP.items() if name != "output.weight" or name in gguf.tensors}
+    family = FAMILIES[config["model_type"]]
+    parts = family.parts(SimpleNamespace(attention_bias=False))
+    wanted = {name: hf for hf, name in TOP.values() if name != "output.weight" or name in gguf.tensors}
     for i in range(config["num_hidden_layers"]):
-        wanted |= {f"blk.{i}.{name}": f"model.layers.{i}.{hf}" for name, hf in per_layer.items()}
+        for hf, name in (family.layer[part] for part in parts):
+            wanted[f"blk.{i}.{name}"] = f"model.layers.{i}.{hf}"
     missing = [name for name in wanted if name not in gguf.tensors]
     if missing:
         raise damaged(gguf.path, f"{len(missing)} tensors are missing, the first is {missing[0]}")
@@ -124,9 +107,9 @@ def _header(shapes: dict[str, list[int]]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, offset
 
 
-def _permuted_heads(architecture: str, config: dict[str, Any], hf_name: str) -> int | None:
+def _permuted_heads(config: dict[str, Any], hf_name: str) -> int | None:
     """Number of heads whose rows llama.cpp has interleaved for its RoPE, None for an untouched tensor."""
-    if architecture != "llama":
+    if not FAMILIES[config["model_type"]].gguf_interleaved:
         return None
     if hf_name.endswith("q_proj.weight"):
         return int(config["num_attention_heads"])

@@ -1,0 +1,167 @@
+"""The families of models that teal runs: a row each, of what makes one differ from Llama.
+
+A row says two kinds of things: what its checkpoints call their tensors, and how the model computes what lies between
+the matrices. What a model's own config decides is a function of transformers' config object. Nothing is imported here,
+so that the registry reads the same table without loading torch; `config` turns a row and a config into numbers.
+
+Mixture-of-experts families have no place yet: `layer` would gain one part per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+Hf: TypeAlias = Any
+"""A config object of transformers."""
+
+Name: TypeAlias = tuple[str, str]
+"""What a tensor is called in safetensors, and in a GGUF."""
+
+Windows: TypeAlias = tuple[int | None, ...]
+"""Per layer, how many positions a token attends to, itself included; None means all."""
+
+
+def _one(hf: Hf) -> float:
+    return 1.0
+
+
+def _nothing(hf: Hf) -> None:
+    return None
+
+
+def _never(hf: Hf) -> bool:
+    return False
+
+
+def _always(hf: Hf) -> bool:
+    return True
+
+
+def _attention_bias(hf: Hf) -> bool:
+    return bool(hf.attention_bias)
+
+
+def _no_windows(hf: Hf) -> Windows:
+    return (None,) * int(hf.num_hidden_layers)
+
+
+def _same_windows(hf: Hf) -> Windows:
+    return (hf.sliding_window,) * int(hf.num_hidden_layers)
+
+
+def _windows_by_layer_type(hf: Hf) -> Windows:
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
+
+
+TOP: Final[Mapping[str, Name]] = {
+    "embedding": ("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm": ("model.norm.weight", "output_norm.weight"),
+    "lm_head": ("lm_head.weight", "output.weight"),
+}
+"""Part of a model -> its tensor, the same in every family."""
+
+_LLAMA: Final[dict[str, Name]] = {
+    "attn_norm": ("input_layernorm.weight", "attn_norm.weight"),
+    "q": ("self_attn.q_proj.weight", "attn_q.weight"),
+    "k": ("self_attn.k_proj.weight", "attn_k.weight"),
+    "v": ("self_attn.v_proj.weight", "attn_v.weight"),
+    "o": ("self_attn.o_proj.weight", "attn_output.weight"),
+    "mlp_norm": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "gate": ("mlp.gate_proj.weight", "ffn_gate.weight"),
+    "up": ("mlp.up_proj.weight", "ffn_up.weight"),
+    "down": ("mlp.down_proj.weight", "ffn_down.weight"),
+}
+_BIASES: Final[dict[str, Name]] = {
+    "q_bias": ("self_attn.q_proj.bias", "attn_q.bias"),
+    "k_bias": ("self_attn.k_proj.bias", "attn_k.bias"),
+    "v_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
+    "o_bias": ("self_attn.o_proj.bias", "attn_output.bias"),
+}
+"""Where a config asks for biases; Llama's GGUF have none."""
+_HEAD_NORMS: Final[dict[str, Name]] = {
+    "q_norm": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
+    "k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row. The defaults are Llama's.
+
+    Attributes:
+        title: the models' names, for people.
+        architecture: the class that config.json names.
+        gguf: the architecture that a GGUF's metadata names; None where llama.cpp has no name of its own for it.
+        gguf_norm_offset: what llama.cpp's converter added to every norm's weight.
+        gguf_interleaved: its converter reordered the rows of q and k for its rotation.
+        layer: part of a layer -> its tensor. Parts `attn_norm`, `mlp_norm` are norms before the half layer,
+            `attn_post_norm`, `mlp_post_norm` after it; what the row lacks, the family lacks. Biases are read where
+            `qkv_bias` and `o_bias` say so.
+        qkv_bias, o_bias: q, k and v have a bias; o has one.
+        windows: the window of every layer.
+        norm_offset: added to the weight of every norm, those of q and k too.
+        norm_rounds_once: a norm is multiplied by its weight in float32 and then rounded, not rounded before it, too.
+        activation: of the gate, as transformers calls it.
+        attention_scale: factor on the scores; None is 1 / sqrt(head size).
+        embedding_scale: factor on the embedding, rounded to the model's dtype.
+    """
+
+    title: str
+    architecture: str
+    gguf: str | None = None
+    gguf_norm_offset: float = 0.0
+    gguf_interleaved: bool = False
+    layer: Mapping[str, Name]
+    qkv_bias: Callable[[Hf], bool] = _never
+    o_bias: Callable[[Hf], bool] = _never
+    windows: Callable[[Hf], Windows] = _no_windows
+    norm_offset: float = 0.0
+    norm_rounds_once: bool = False
+    activation: Callable[[Hf], str] = lambda hf: str(hf.hidden_act)
+    attention_scale: Callable[[Hf], float | None] = _nothing
+    embedding_scale: Callable[[Hf], float] = _one
+
+    def parts(self, hf: Hf) -> tuple[str, ...]:
+        """The parts of a layer that a checkpoint with this config has."""
+        absent = set() if self.qkv_bias(hf) else {"q_bias", "k_bias", "v_bias"}
+        absent |= set() if self.o_bias(hf) else {"o_bias"}
+        return tuple(part for part in self.layer if part not in absent)
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "llama": Family(
+        title="Llama 2/3",
+        architecture="LlamaForCausalLM",
+        gguf="llama",
+        gguf_interleaved=True,
+        layer=_LLAMA | _BIASES,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+    ),
+    "mistral": Family(
+        title="Mistral",
+        architecture="MistralForCausalLM",
+        layer=_LLAMA,
+        windows=_same_windows,
+    ),
+    "qwen2": Family(
+        title="Qwen2/2.5",
+        architecture="Qwen2ForCausalLM",
+        gguf="qwen2",
+        layer=_LLAMA | _BIASES,
+        qkv_bias=_always,
+        windows=_windows_by_layer_type,
+    ),
+    "qwen3": Family(
+        title="Qwen3",
+        architecture="Qwen3ForCausalLM",
+        gguf="qwen3",
+        layer=_LLAMA | _BIASES | _HEAD_NORMS,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        windows=_windows_by_layer_type,
+    ),
+}
+"""`model_type` of config.json -> its row."""
