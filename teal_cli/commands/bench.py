@@ -262,7 +262,7 @@ def _dtypes(text: str) -> list[str]:
 
 def _levels(text: str | None, available: tuple[float, ...] | None) -> tuple[float, ...]:
     """The sparsities above 0 that were asked for; of a store, those that it has."""
-    from teal_cli.runs.levels import parse_levels
+    from teal_cli.store.schema import parse_levels
 
     wanted = tuple(level for level in parse_levels(text) if level > 0) if text else available or ()
     if not wanted:

@@ -100,8 +100,8 @@ def dump(
     from teal_cli.data.prompts import PromptSource
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.dump import Dump, DumpRequest
-    from teal_cli.runs.levels import parse_levels
     from teal_cli.store.placing import check_target
+    from teal_cli.store.schema import parse_levels
 
     source = (
         PromptSource(file=prompts, count=num_sequences)

@@ -16,7 +16,7 @@ from teal_cli.ui.progress import progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.store.info import StoreInfo
+    from teal_cli.store.reader import StoreInfo
     from teal_cli.store.stats import SiteStats
     from teal_cli.store.verify import Problem
 
@@ -41,8 +41,7 @@ def info(
     quiet: QuietOption = False,
 ) -> None:
     """Where a store comes from, its levels and its size."""
-    from teal_cli.store.info import describe
-    from teal_cli.store.reader import open_store
+    from teal_cli.store.reader import describe, open_store
 
     out = output(json, quiet)
     found = describe(open_store(store), prompt)

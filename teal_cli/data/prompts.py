@@ -20,6 +20,14 @@ _KEYS = ("prompt", "text")
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as the token ids that are fed."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PromptSource:
     """Where prompts come from: give a dataset or a file.
 
@@ -44,8 +52,8 @@ class PromptSource:
             return str(self.file)
         return f"{self.dataset}:{self.split}" if self.split else str(self.dataset)
 
-    def read(self, encode: Encode, decode: Decode) -> list[tuple[str, list[int]]]:
-        """The prompts as (text, token ids), in order.
+    def read(self, encode: Encode, decode: Decode) -> list[Prompt]:
+        """The prompts, in order.
 
         Args:
             encode: text to token ids.  decode: the way back, for documents that are cut.
@@ -55,8 +63,8 @@ class PromptSource:
             UsageError: no prompts, fewer than `count`, an empty prompt, or a line that is not JSON.
         """
         if self.file is not None:
-            return [(text, _encoded(text, encode)) for text in self._from_file(self.file)]
-        return [(decode(ids), ids) for ids in self._from_dataset(str(self.dataset), encode)]
+            return [Prompt(text, _encoded(text, encode)) for text in self._from_file(self.file)]
+        return [Prompt(decode(ids), tuple(ids)) for ids in self._from_dataset(str(self.dataset), encode)]
 
     def _from_file(self, file: Path) -> list[str]:
         try:
@@ -99,8 +107,8 @@ def _long_enough(documents: Iterator[str], encode: Encode, tokens: int) -> Itera
             yield ids[:tokens]
 
 
-def _encoded(text: str, encode: Encode) -> list[int]:
-    ids = list(encode(text))
+def _encoded(text: str, encode: Encode) -> tuple[int, ...]:
+    ids = tuple(encode(text))
     if not ids:
         raise UsageError(f"the prompt {text!r} has no tokens")
     return ids

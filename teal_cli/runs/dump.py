@@ -6,20 +6,24 @@ Puts a session, decoders, a job and a store together; printing is the command's 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import log2
 from pathlib import Path
 
-from teal_cli.data.prompts import PromptSource
+import numpy as np
+
+from teal_cli.data.prompts import Prompt, PromptSource
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
-from teal_cli.runs.job import Progress, Prompt, run_job
+from teal_cli.model.weights import config_sha256
+from teal_cli.runs.job import Progress, run_job
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.plan import Plan
 from teal_cli.store.schema import VALUE_DTYPES, level_name
+from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import SITES
 
 # Bytes on disk per byte of kept values, after byte shuffle and zstd-1: SmolLM2-135M at 50%, 2026-11-23.
@@ -82,7 +86,7 @@ class Dump:
                 hint="raise --max-new-tokens",
             )
         self.session, self.request = session, request
-        self.prompts = [Prompt(text, tuple(ids)) for text, ids in request.prompts.read(session.encode, session.decode)]
+        self.prompts = request.prompts.read(session.encode, session.decode)
         self._plans = {level_name(level): session.plan(level) for level in request.levels}
         self._stop = () if request.ignore_eos else session.config.eos_ids
         for decoder in self._decoders.values():
@@ -130,7 +134,8 @@ class Dump:
             TealError: the disk is full.
         """
         request = self.request
-        writer = self.session.create_store(
+        writer = create_store(
+            self.session,
             path,
             self.prompts,
             list(self._plans.values()),
@@ -149,6 +154,76 @@ class Dump:
             sampling=request.sampling,
             stop=self._stop,
         )
+
+
+def store_headers(
+    session: Session,
+    prompts: Sequence[Prompt],
+    plans: Sequence[Plan],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    source: str,
+    stop: Sequence[int],
+) -> tuple[StoreHeader, list[LevelHeader]]:
+    """What a store of these prompts under these plans says of itself; equal headers mean equal contents.
+
+    Args:
+        prompts: sequence i starts from prompt i.
+        plans: one level each.
+        max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
+        source: where the prompts come from, for people.
+    """
+    header = StoreHeader(
+        model=session.entry.name,
+        model_revision=session.entry.revision,
+        config_sha256=config_sha256(session.entry.path),
+        calibration=session.calibration.id if any(plan.target > 0 for plan in plans) else None,
+        dtype=session.dtype,
+        prompts={
+            "source": source,
+            "count": len(prompts),
+            "texts": [prompt.text for prompt in prompts],
+            "token_ids": [list(prompt.token_ids) for prompt in prompts],
+        },
+        seed=sampling.seed,
+        sampling={
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": list(stop),
+        },
+        backend=session.backend,
+        layers=session.config.layers,
+        channels={site: session.config.channels(site) for site in SITES},
+    )
+    rows = len(prompts) * (max_new_tokens - 1)
+    return header, [LevelHeader(p.target, p.allocation, np.maximum(p.thresholds, 0), rows) for p in plans]
+
+
+def create_store(
+    session: Session,
+    path: Path,
+    prompts: Sequence[Prompt],
+    plans: Sequence[Plan],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    source: str,
+    stop: Sequence[int] = (),
+    force: bool = False,
+    resume: bool = False,
+) -> StoreWriter:
+    """Open a store for these prompts and plans, a new one or one that an earlier run left.
+
+    Raises:
+        UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
+        settings. NotFoundError: nothing to resume.
+    """
+    header, levels = store_headers(session, prompts, plans, max_new_tokens, sampling, source=source, stop=stop)
+    if resume:
+        return StoreWriter.resume(path, header, levels, str(session.model.device))
+    return StoreWriter.create(path, header, levels, device=str(session.model.device), force=force)
 
 
 def row_bytes(session: Session, plan: Plan) -> float:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from teal_cli.data.prompts import Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.detokenize import TextStream
 from teal_cli.decoding.sampling import Sampling
-from teal_cli.runs.job import Prompt
+from teal_cli.runs.dump import create_store
 from teal_cli.runs.session import Session
 from teal_kernels.spec import PROJECTIONS
 
@@ -124,7 +125,8 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
     stop = () if request.ignore_eos else session.config.eos_ids
     writer = None
     if request.dump is not None:
-        writer = session.create_store(
+        writer = create_store(
+            session,
             request.dump,
             [prompt],
             [plan],

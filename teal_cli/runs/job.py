@@ -13,19 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from teal_cli.data.prompts import Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.projector import Rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import TealError
 from teal_cli.store.writer import LevelWriter, StoreWriter
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as text and as the token ids that are fed."""
-
-    text: str
-    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)

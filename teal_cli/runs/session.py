@@ -7,10 +7,9 @@ cache. Commands stay free of the question of where things come from, and tests o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,20 +18,15 @@ from numpy.typing import NDArray
 
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
-from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import choose_step, open_step
 from teal_cli.errors import HardwareError, UsageError
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
-from teal_cli.model.weights import config_sha256
 from teal_cli.registry.registry import ModelEntry, Registry
-from teal_cli.runs.job import Prompt
 from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
-from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.backends import BackendError
-from teal_kernels.spec import SITES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,74 +101,6 @@ class Session:
         """A decoder under a plan; decoders of one session may share a cache, one sequence at a time."""
         step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
         return Decoder(self.model, cache, step)
-
-    def store_headers(
-        self,
-        prompts: Sequence[Prompt],
-        plans: Sequence[Plan],
-        max_new_tokens: int,
-        sampling: Sampling,
-        *,
-        source: str,
-        stop: Sequence[int],
-    ) -> tuple[StoreHeader, list[LevelHeader]]:
-        """What a store of these prompts under these plans says of itself; equal headers mean equal contents.
-
-        Args:
-            prompts: sequence i starts from prompt i.
-            plans: one level each.
-            max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
-            source: where the prompts come from, for people.
-        """
-        header = StoreHeader(
-            model=self.entry.name,
-            model_revision=self.entry.revision,
-            config_sha256=config_sha256(self.entry.path),
-            calibration=self.calibration.id if any(plan.target > 0 for plan in plans) else None,
-            dtype=self.dtype,
-            prompts={
-                "source": source,
-                "count": len(prompts),
-                "texts": [prompt.text for prompt in prompts],
-                "token_ids": [list(prompt.token_ids) for prompt in prompts],
-            },
-            seed=sampling.seed,
-            sampling={
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "max_new_tokens": max_new_tokens,
-                "stop_ids": list(stop),
-            },
-            backend=self.backend,
-            layers=self.config.layers,
-            channels={site: self.config.channels(site) for site in SITES},
-        )
-        rows = len(prompts) * (max_new_tokens - 1)
-        return header, [LevelHeader(p.target, p.allocation, np.maximum(p.thresholds, 0), rows) for p in plans]
-
-    def create_store(
-        self,
-        path: Path,
-        prompts: Sequence[Prompt],
-        plans: Sequence[Plan],
-        max_new_tokens: int,
-        sampling: Sampling,
-        *,
-        source: str,
-        stop: Sequence[int] = (),
-        force: bool = False,
-        resume: bool = False,
-    ) -> StoreWriter:
-        """Open a store for these prompts and plans, a new one or one that an earlier run left.
-
-        Raises:
-            UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
-            settings. NotFoundError: nothing to resume.
-        """
-        header, levels = self.store_headers(prompts, plans, max_new_tokens, sampling, source=source, stop=stop)
-        if resume:
-            return StoreWriter.resume(path, header, levels, str(self.model.device))
-        return StoreWriter.create(path, header, levels, device=str(self.model.device), force=force)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt; with `chat`, as a user's message in the model's chat template.

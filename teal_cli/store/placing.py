@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,9 +18,36 @@ from teal_cli import __version__
 from teal_cli.errors import TealError, UsageError
 from teal_cli.store import layout
 from teal_cli.store.header import LevelHeader, StoreHeader, differing_fields, differing_level_fields
-from teal_cli.store.lock import StoreLock
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class StoreLock:
+    """One writer per store: an advisory lock on the store's own folder, held until `release`.
+
+    It follows the folder when that is renamed. The kernel holds it for the open descriptor and drops it when the
+    process ends in whatever way, so kill -9 leaves nothing stale, and no lock file lies around. Readers take none.
+
+    Raises:
+        UsageError: another writer holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise UsageError(
+                f"another process is writing to {path}",
+                hint="wait for it to end, or write to another folder",
+            ) from None
+
+    def release(self) -> None:
+        """Lets the next writer in."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 @contextlib.contextmanager

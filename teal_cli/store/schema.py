@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
 from typing import Final
 
 import numpy as np
@@ -34,7 +35,6 @@ PHASE_NEVER: Final = 0xFF
 # phase of a row: how its token came to be fed. Stored as uint8 with CF attributes flag_values and
 # flag_meanings.
 PHASES: Final[dict[str, int]] = {"prefill": 0, "decode": 1, "forced": 2}
-PHASE_NAMES: Final[dict[int, str]] = {value: name for name, value in PHASES.items()}
 
 TOKEN_COLUMNS: Final[dict[str, np.dtype]] = {
     "token_id": np.dtype("<u4"),
@@ -51,7 +51,8 @@ BLOSC_BLOCKSIZE: Final = 1 << 20
 MIN_BLOCK_BYTES: Final = 256 * 1024
 TOKEN_CHUNK_ROWS: Final = 4096  # token columns are narrow: larger chunks than a block keep their files few
 
-_LEVEL = re.compile(r"s(0\.\d{2,})")
+_LEVEL: Final = re.compile(r"s(0\.\d{2,})")
+_LEVELS_HINT: Final = "levels look like 0.5, or 0.25,0.5,0.9, or 0.50:0.95:0.05 (start:stop:step, both ends in it)"
 
 
 def level_name(target: float) -> str:
@@ -81,6 +82,39 @@ def parse_level(name: str | float) -> float:
         raise UsageError(f"{name!r} names no level", hint="write s0.50 or 0.5") from None
     level_name(target)
     return target
+
+
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Read levels, in rising order and each once.
+
+    Decimal arithmetic, so that 0.50:0.95:0.05 has ten levels and the last one is 0.95.
+
+    Raises:
+        UsageError: text that is no level, a level outside [0, 1), a step that leads nowhere.
+    """
+    levels: set[Decimal] = set()
+    for part in text.split(","):
+        levels.update(_expand_range(part.strip(), text))
+    if outside := sorted(level for level in levels if not 0 <= level < 1):
+        raise UsageError(f"sparsity must be at least 0 and below 1, not {outside[0]}", hint=_LEVELS_HINT)
+    return tuple(float(level) for level in sorted(levels))
+
+
+def _expand_range(part: str, text: str) -> list[Decimal]:
+    try:
+        numbers = [Decimal(number.strip()) for number in part.split(":")]
+        if not all(number.is_finite() for number in numbers):
+            raise InvalidOperation
+    except InvalidOperation:
+        raise UsageError(f"cannot read the sparsity levels {text!r}", hint=_LEVELS_HINT) from None
+    if len(numbers) == 1:
+        return numbers
+    if len(numbers) != 3:
+        raise UsageError(f"a range of levels needs start:stop:step, not {part!r}", hint=_LEVELS_HINT)
+    start, stop, step = numbers
+    if step <= 0 or stop < start:
+        raise UsageError(f"the range {part!r} holds no levels", hint=_LEVELS_HINT)
+    return [start + i * step for i in range(int((stop - start) / step) + 1)]
 
 
 def block_tokens(channels: Iterable[int], itemsize: int) -> int:

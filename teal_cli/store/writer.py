@@ -35,7 +35,7 @@ from teal_cli.errors import NotFoundError
 from teal_cli.store import layout, placing
 from teal_cli.store.buffers import BlockBuffer
 from teal_cli.store.header import LevelHeader, StoreHeader
-from teal_cli.store.lock import StoreLock
+from teal_cli.store.placing import StoreLock
 from teal_cli.store.schema import TOKEN_COLUMNS, parse_level
 from teal_cli.store.shards import SiteFiles, compression_threads
 from teal_kernels.spec import SITES

@@ -18,8 +18,8 @@ import zarr
 from fixtures_cli import Teal
 
 from teal_cli import open_store
-from teal_cli.runs.levels import parse_levels
 from teal_cli.runs.recipe import KEYS, load_recipe, shipped_recipes
+from teal_cli.store.schema import parse_levels
 
 pytestmark = pytest.mark.usefixtures("ready")
 

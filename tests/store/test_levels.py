@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from teal_cli.errors import UsageError
-from teal_cli.runs.levels import parse_levels
+from teal_cli.store.schema import parse_levels
 
 
 @pytest.mark.parametrize(
