@@ -79,6 +79,6 @@ class Geometry:
         """Output width N of each of the seven projections."""
         return tuple(width for site in SITES for width in self.segments(site))
 
-    def sizes(self) -> tuple[int, ...]:
-        """Entries K * N of each of the seven projections' matrices in one layer."""
-        return tuple(k * n for k, n in zip(self.inputs(), self.outputs(), strict=True))
+    def projection_sizes(self) -> dict[str, int]:
+        """Entries K * N of each projection's matrix in one layer."""
+        return dict(zip(PROJECTIONS, (k * n for k, n in zip(self.inputs(), self.outputs(), strict=True)), strict=True))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.inputs import Vectors
+from teal_kernels.spec import Geometry
 from teal_kernels.steps.cpu.compiled import KINDS, load
 from teal_kernels.steps.cpu.layout import DOWN, NONE, Shape, Weights
 from teal_kernels.steps.cpu.op import default_threads
@@ -49,7 +50,8 @@ class CompiledProducts:
         self._shared = step.shared_buffers(self._kind, threads, shape)
         self._weights = Weights(
             tensors=np.full((MOST_CALLS, DOWN + 1), NONE, np.int64), windows=np.empty(0, np.int64),
-            edges=step.site_edges(shape), eps=np.float32(1), embedding=NONE, final_norm=NONE, lm_head=NONE,
+            edges=step.site_edges(Geometry(outputs, inputs, 1, 1, 0)),
+            eps=np.float32(1), embedding=NONE, final_norm=NONE, lm_head=NONE,
         )  # fmt: skip
         self._others = ThreadPoolExecutor(max(1, threads - 1))
         self._copies = copies  # kept alive: the compiled code has addresses only

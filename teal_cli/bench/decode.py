@@ -21,7 +21,7 @@ from teal_cli.bench.rows import DecodeRow, Progress
 from teal_cli.bench.subjects import Subject
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
 from teal_cli.decoding.projector import empty_rows
-from teal_cli.decoding.traffic import projection_inputs, step_bytes
+from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import UsageError
 from teal_cli.model.transformer import dense
 from teal_kernels.spec import PROJECTIONS
@@ -207,8 +207,8 @@ class _Bench:
         speed = Spread.of([1 / s for s in taken]) if taken else None
         kept = engine.kept() if taken else None
         size = self._step_bytes(engine, kept)
-        inputs, sizes = projection_inputs(config), config.projection_sizes()
-        dropped = np.zeros(len(PROJECTIONS)) if kept is None else 1 - kept.mean(0) / inputs
+        sizes = config.projection_sizes()
+        dropped = np.zeros(len(PROJECTIONS)) if kept is None else 1 - kept.mean(0) / config.inputs()
         return DecodeRow(
             model=self._subject.name, layers=config.layers, dtype=self._subject.dtype, engine=engine.name,
             backend=engine.backend, sparsity=engine.sparsity,

@@ -13,30 +13,24 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from teal_cli.errors import UsageError
-from teal_cli.model.config import ModelConfig
-from teal_kernels.spec import SITES
+from teal_kernels.spec import SITES, Geometry
 
 MATRIX_NAMES: Final = {"attn_in": "qkv", "attn_out": "o", "mlp_in": "gate_up", "mlp_mid": "down"}
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(Geometry):
     """A model's dimensions, enough to build one with random weights.
 
     Attributes:
         family: `model_type` of transformers.
-        layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, context: the usual counts.
+        layers, vocab, context: the usual counts.
         rope_theta: base of the rotary embedding.
         tied: the output head is the embedding.
     """
 
     family: str
     layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     context: int
     rope_theta: float
@@ -62,23 +56,13 @@ class ModelShape:
             "eos_token_id": None,
         }
 
-    def segments(self, site: str) -> tuple[int, ...]:
-        """As `ModelConfig.segments`."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        widths = {"attn_in": (q, kv, kv), "mlp_in": (self.intermediate, self.intermediate)}
-        return widths.get(site, (self.hidden,))
-
-    def channels(self, site: str) -> int:
-        """As `ModelConfig.channels`."""
-        return {"attn_out": self.heads * self.head_dim, "mlp_mid": self.intermediate}.get(site, self.hidden)
-
 
 MODEL_SHAPES: Final = {
-    "llama-2-7b": ModelShape("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 1e4),
-    "llama-3-8b": ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 5e5),
-    "mistral-7b": ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32768, 32768, 1e6),
-    "qwen3-8b": ModelShape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 40960, 1e6),
-    "smollm2-135m": ModelShape("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e5, tied=True),
+    "llama-2-7b": ModelShape(4096, 11008, 32, 32, 128, "llama", 32, 32000, 4096, 1e4),
+    "llama-3-8b": ModelShape(4096, 14336, 32, 8, 128, "llama", 32, 128256, 8192, 5e5),
+    "mistral-7b": ModelShape(4096, 14336, 32, 8, 128, "mistral", 32, 32768, 32768, 1e6),
+    "qwen3-8b": ModelShape(4096, 12288, 32, 8, 128, "qwen3", 36, 151936, 40960, 1e6),
+    "smollm2-135m": ModelShape(576, 1536, 9, 3, 64, "llama", 30, 49152, 8192, 1e5, tied=True),
 }
 """Mistral is v0.3, whose attention has no window."""
 
@@ -105,7 +89,7 @@ class Matrix:
         return sum(self.segments)
 
 
-def matrices_of(name: str, shape: ModelShape | ModelConfig) -> list[Matrix]:
+def matrices_of(name: str, shape: Geometry) -> list[Matrix]:
     """The four matrices of a layer of a model."""
     return [Matrix(MATRIX_NAMES[site], (name,), site, shape.channels(site), shape.segments(site)) for site in SITES]
 

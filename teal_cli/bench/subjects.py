@@ -27,7 +27,7 @@ from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import LayerWeights
 from teal_cli.runs.session import Session
 from teal_kernels.backends import BackendError
-from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import PROJECTIONS, SITES, columns
 
 Thresholds = Mapping[float, NDArray[np.float32] | None]
 """Sparsity -> float32 [layers, 7]; None for the dense step."""
@@ -159,6 +159,6 @@ def _quantiles(
         for site, vectors in seen.items():
             magnitudes = torch.cat(vectors, dim=1)
             limits = magnitudes.kthvalue(max(1, round(sparsity * magnitudes.shape[1])), dim=1).values
-            table[:, [PROJECTION_INDEX[p] for p in SITE_PROJECTIONS[site]]] = limits.numpy()[:, None]
+            table[:, columns(site)] = limits.numpy()[:, None]
         found[sparsity] = table
     return found

@@ -306,7 +306,7 @@ def _step_error(backend: str, device: str, dtype: Any) -> float:
     from teal_cli.bench.subjects import stack
     from teal_cli.decoding.steps import open_step
 
-    shape = ModelShape("llama", 2, 64, 96, 4, 2, 16, 128, 64, 1e4)
+    shape = ModelShape(64, 96, 4, 2, 16, "llama", 2, 128, 64, 1e4)
     tiny = stack("doctor", shape, 2, (0.5,), 4, dtype=dtype, device=torch.device(device), backend=backend)
     model, thresholds = tiny.model, tiny.thresholds[0.5]
     logits = [open_step(model, model.cache(8), thresholds, name, 0.5)(3, 0) for name in (backend, "reference")]

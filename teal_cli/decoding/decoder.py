@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from teal_cli.decoding.projector import Rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import Choose, Step
-from teal_cli.decoding.traffic import projection_inputs, step_bytes
+from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import UsageError
 from teal_cli.model.cache import KVCache
 from teal_cli.model.transformer import Transformer
+from teal_kernels.spec import PROJECTIONS
 
 
 class Capture(Protocol):
@@ -134,8 +135,8 @@ class Decoder:
         """Share of dropped entries over all steps so far, float64 [layers, 7]; zeros for a dense step."""
         config, kept = self.model.config, self.step.kept()
         if kept is None or not self.tally.steps:
-            return np.zeros((config.layers, len(projection_inputs(config))))
-        return 1.0 - kept / (self.tally.steps * projection_inputs(config))
+            return np.zeros((config.layers, len(PROJECTIONS)))
+        return 1.0 - kept / (self.tally.steps * np.array(config.inputs()))
 
     def effective_gbps(self) -> float:
         """Bytes that the steps had to read (kept weight rows, lm_head, cache) over their time, in GB/s."""

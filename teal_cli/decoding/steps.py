@@ -21,9 +21,9 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import Rotation
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError, choose_backend, triton_problem
-from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS
+from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.cpu.compiled import is_compiled, load, unavailable
-from teal_kernels.steps.cpu.spec import StepSpec
+from teal_kernels.steps.spec import StepSpec
 
 NUMBA: Final = "numba"
 TRITON_GRAPH: Final = "triton-graph"
@@ -258,21 +258,18 @@ class KeptCounter:
         self._thresholds = torch.tensor(thresholds, device=device)
         self._counts = torch.zeros(config.layers, len(PROJECTIONS), dtype=torch.int64, device=device)
         self._shared = {
-            site: bool((thresholds[:, columns] == thresholds[:, columns[:1]]).all())
-            for site, columns in _COLUMNS.items()
+            site: bool((thresholds[:, columns(site)] == thresholds[:, columns(site)][:, :1]).all()) for site in SITES
         }
 
     def add(self, rows: Rows) -> None:
-        for site, columns in _COLUMNS.items():
+        for site in SITES:
+            own = columns(site)
             if self._shared[site]:  # the row was cut at the one threshold already
-                self._counts[:, columns] += torch.count_nonzero(rows[site], dim=1)[:, None]
+                self._counts[:, own] += torch.count_nonzero(rows[site], dim=1)[:, None]
                 continue
             magnitude = rows[site].float().abs()
-            for column in columns:
+            for column in range(own.start, own.stop):
                 self._counts[:, column] += ((magnitude > self._thresholds[:, column, None]) & (magnitude > 0)).sum(1)
 
     def counts(self) -> NDArray[np.int64]:
         return self._counts.cpu().numpy().copy()
-
-
-_COLUMNS = {site: [PROJECTION_INDEX[p] for p in group] for site, group in SITE_PROJECTIONS.items()}

@@ -10,17 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.model.config import ModelConfig
-from teal_kernels.spec import SITE_PROJECTIONS
-
-
-def projection_widths(config: ModelConfig) -> NDArray[np.int64]:
-    """Output width N of the seven projections, int64 [7]."""
-    return np.array([n for site in SITE_PROJECTIONS for n in config.segments(site)], dtype=np.int64)
-
-
-def projection_inputs(config: ModelConfig) -> NDArray[np.int64]:
-    """Input width K of the seven projections, int64 [7]."""
-    return np.array([config.channels(site) for site, group in SITE_PROJECTIONS.items() for _ in group], np.int64)
+from teal_kernels.spec import PROJECTIONS
 
 
 def step_bytes(
@@ -35,10 +25,8 @@ def step_bytes(
         kept: kept input entries [layers, 7] of the step; None for a dense one.
     """
     if kept is None:
-        kept = np.broadcast_to(projection_inputs(config), (config.layers, len(projection_inputs(config))))
-    weights = float((np.asarray(kept, np.float64) * projection_widths(config)).sum())
+        kept = np.broadcast_to(config.inputs(), (config.layers, len(PROJECTIONS)))
+    weights = float((np.asarray(kept, np.float64) * config.outputs()).sum())
     head = config.vocab * config.hidden
-    cache = sum(
-        2 * config.kv_heads * config.head_dim * min(context, window or context) for window in config.sliding_windows
-    )
+    cache = sum(2 * config.kv_width * min(context, window or context) for window in config.sliding_windows)
     return itemsize * (weights + head + cache)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.families import FAMILIES
-from teal_kernels.spec import SITE_PROJECTIONS
+from teal_kernels.spec import Geometry
 
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
@@ -23,7 +23,7 @@ _HINT = "check the model with `teal models verify NAME`, or fetch it again with 
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(Geometry):
     """The shape of one decoder-only transformer.
 
     Attributes:
@@ -41,11 +41,6 @@ class ModelConfig:
 
     family: str
     layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     context: int
     norm_eps: float
@@ -58,33 +53,6 @@ class ModelConfig:
     bos_id: int | None
     torch_dtype: str
     hf: Any
-
-    def channels(self, site: str) -> int:
-        """Width K of the vector at a site."""
-        return {
-            "attn_in": self.hidden,
-            "attn_out": self.heads * self.head_dim,
-            "mlp_in": self.hidden,
-            "mlp_mid": self.intermediate,
-        }[site]
-
-    def segments(self, site: str) -> tuple[int, ...]:
-        """Output widths of the projections that read a site, ordered as `SITE_PROJECTIONS`; their sum is N."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "attn_in": (q, kv, kv),
-            "attn_out": (self.hidden,),
-            "mlp_in": (self.intermediate, self.intermediate),
-            "mlp_mid": (self.hidden,),
-        }[site]
-
-    def projection_sizes(self) -> dict[str, int]:
-        """Entries of each projection's matrix in one layer; multiply by the item size for bytes."""
-        return {
-            projection: self.channels(site) * width
-            for site, group in SITE_PROJECTIONS.items()
-            for projection, width in zip(group, self.segments(site), strict=True)
-        }
 
 
 def load_config(path: str | Path) -> ModelConfig:

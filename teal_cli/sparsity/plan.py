@@ -18,7 +18,7 @@ from teal_cli.errors import TealError, UsageError
 from teal_cli.files import disk_errors, write_json
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.criterion import Scoring
-from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import PROJECTIONS, SITES, columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ class Plan:
 
     def site_threshold(self, layer: int, site: str) -> float:
         """The lowest threshold among the projections that read a site: what every one of them drops."""
-        return float(min(self.thresholds[layer, PROJECTION_INDEX[p]] for p in SITE_PROJECTIONS[site]))
+        return float(self.thresholds[layer, columns(site)].min())
 
     def by_projection(self) -> dict[str, list[float]]:
         """Projection -> its threshold in each layer."""
@@ -135,6 +135,5 @@ def uniform_plan(calibration: Calibration, sparsity: float) -> Plan:
     thresholds = np.empty((calibration.layers, len(PROJECTIONS)), np.float32)
     for layer in range(calibration.layers):
         for site in SITES:
-            columns = [PROJECTION_INDEX[p] for p in SITE_PROJECTIONS[site]]
-            thresholds[layer, columns] = calibration.threshold(layer, site, sparsity)
+            thresholds[layer, columns(site)] = calibration.threshold(layer, site, sparsity)
     return Plan(sparsity, "uniform", np.full(thresholds.shape, sparsity), thresholds, calibration.id)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.plan import Plan
-from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import SITES, columns
 
 CHECKED: Final = (0.25, 0.40, 0.50, 0.65, 0.90)
 """The sparsity levels that `teal calibrate --check` looks at."""
@@ -75,7 +75,6 @@ def realised(histogram: MagnitudeHistogram, plan: Plan) -> Realised:
     pairs = []
     for layer in range(plan.layers):
         for site in SITES:
-            columns = [PROJECTION_INDEX[p] for p in SITE_PROJECTIONS[site]]
             dropped = histogram.cdf(layer, site, plan.site_threshold(layer, site))
-            pairs.append(Pair(layer, site, float(plan.sparsity[layer, columns].min()), dropped))
+            pairs.append(Pair(layer, site, float(plan.sparsity[layer, columns(site)].min()), dropped))
     return Realised(plan.target, tuple(pairs))

@@ -22,7 +22,7 @@ FAMILIES = ("llama", "mistral", "qwen3")
 
 
 def shape(family: str = "llama") -> ModelShape:
-    return ModelShape(family, 8, 64, 96, 4, 2, 16, 320, 96, 1e4, tied=family == "qwen3")
+    return ModelShape(64, 96, 4, 2, 16, family, 8, 320, 96, 1e4, tied=family == "qwen3")
 
 
 def subject(family: str = "llama", *, backend: str = "cpu") -> Subject:

@@ -108,7 +108,7 @@ def test_decode_of_a_model_with_all_its_peers(teal: Teal, tmp_path: Path) -> Non
 def test_decode_of_a_stack_needs_no_model(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
     from teal_cli.bench import shapes
 
-    tiny = shapes.ModelShape("llama", 4, 64, 96, 4, 2, 16, 320, 64, 1e4)
+    tiny = shapes.ModelShape(64, 96, 4, 2, 16, "llama", 4, 320, 64, 1e4)
     monkeypatch.setitem(shapes.MODEL_SHAPES, "tiny", tiny)
     run = teal(*DECODE, "--stack", "tiny:1", "--stack", "tiny", "--dtype", "float32", "--json")
     assert run.code == 0, run.err

@@ -13,7 +13,7 @@ from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.projector import Rows, empty_rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import NUMBA, TRITON_GRAPH, choose_step, open_step
-from teal_cli.decoding.traffic import projection_inputs, projection_widths, step_bytes
+from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import UsageError
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError
@@ -82,7 +82,7 @@ def test_kept_entries_are_counted_per_projection(model: Transformer, backend: st
                 column = PROJECTION_INDEX[projection]
                 expected[:, column] += (rows[site].abs().numpy() > thresholds[:, column, None]).sum(1)
     np.testing.assert_array_equal(run.step.kept(), expected)
-    np.testing.assert_allclose(run.realised(), 1 - expected / (6 * projection_inputs(model.config)))
+    np.testing.assert_allclose(run.realised(), 1 - expected / (6 * np.array(model.config.inputs())))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,9 +142,9 @@ def test_the_floor_counts_every_matrix_once(model: Transformer) -> None:
     matrices = sum(w.nbytes for layer in model.layers for w in (layer.qkv, layer.attn_out, layer.gate_up, layer.down))
     cache = config.layers * 2 * config.kv_heads * config.head_dim * 10 * 4
     assert step_bytes(config, 4, context=10) == matrices + model.lm_head.nbytes + cache
-    half = np.broadcast_to(projection_inputs(config) / 2, (config.layers, 7))
+    half = np.broadcast_to(np.array(config.inputs()) / 2, (config.layers, 7))
     assert step_bytes(config, 4, 10, half) == matrices / 2 + model.lm_head.nbytes + cache
-    assert projection_widths(config).tolist() == [72, 24, 24, 72, 100, 100, 72]
+    assert list(config.outputs()) == [72, 24, 24, 72, 100, 100, 72]
 
 
 def test_a_sliding_window_bounds_what_is_read_of_the_cache(tiny: Callable[[str], Path]) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teal_kernels.steps.cpu.spec import StepSpec
+from teal_kernels.steps.spec import StepSpec
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's tensors; see `teal_kernels.steps.cpu.spec.LayerTensors`."""
+    """One layer's tensors; see `teal_kernels.steps.spec.LayerTensors`."""
 
     attn_norm: Tensor
     qkv: Tensor

@@ -21,9 +21,10 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
+from teal_kernels.spec import SITES
 from teal_kernels.steps.cpu import compiled
 from teal_kernels.steps.cpu.op import CpuStep, default_threads
-from teal_kernels.steps.cpu.spec import OPTIONAL, SITES, StepSpec, layer_shapes
+from teal_kernels.steps.spec import OPTIONAL, StepSpec, layer_shapes
 
 if compiled.unavailable() is not None:
     pytest.skip(str(compiled.unavailable()), allow_module_level=True)
@@ -145,10 +146,7 @@ def threshold_table(kind: str, layers: int) -> Any:
 
 def poisoned_rows(spec: StepSpec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Views with a stride between layers, as a store's block buffer gives them."""
-    block = {
-        site: torch.full((len(spec.windows), 3, k), torch.nan, dtype=dtype)
-        for site, k in zip(SITES, spec.channels(), strict=True)
-    }
+    block = {site: torch.full((len(spec.windows), 3, spec.channels(site)), torch.nan, dtype=dtype) for site in SITES}
     return {site: tensor[:, 1] for site, tensor in block.items()}
 
 

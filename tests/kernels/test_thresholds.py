@@ -76,4 +76,4 @@ def test_geometry():
     assert [geometry.segments(site) for site in SITES] == [(60, 20, 20), (96,), (160, 160), (96,)]
     assert geometry.inputs() == (96, 96, 96, 60, 96, 96, 160)
     assert geometry.outputs() == (60, 20, 20, 96, 160, 160, 96)
-    assert geometry.sizes() == (96 * 60, 96 * 20, 96 * 20, 60 * 96, 96 * 160, 96 * 160, 160 * 96)
+    assert geometry.projection_sizes()["k"] == 96 * 20

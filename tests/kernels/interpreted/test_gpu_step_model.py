@@ -14,8 +14,8 @@ from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import TRITON_GRAPH, open_step
 from teal_cli.errors import TealError
 from teal_cli.model.transformer import Transformer
-from teal_kernels.steps.cpu.spec import StepSpec
 from teal_kernels.steps.gpu.op import GpuStep
+from teal_kernels.steps.spec import StepSpec
 
 PROMPT = (3, 50, 17, 200, 99, 4, 31, 8, 77, 120, 5)
 

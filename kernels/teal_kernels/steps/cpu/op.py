@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teal_kernels.spec import PROJECTIONS, SITES
 from teal_kernels.steps.cpu.compiled import KINDS, load
 from teal_kernels.steps.cpu.layout import ALL, NONE, Cache, Shape, Token, Weights
-from teal_kernels.steps.cpu.spec import OPTIONAL, PROJECTIONS, SITES, LayerTensors, StepSpec, layer_shapes
 from teal_kernels.steps.cpu.team import Team
+from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes
 
 EVERYWHERE = 1 << 62
 """The window of a layer that has none."""
@@ -75,7 +76,7 @@ class CpuStep:
         size = threads or default_threads()
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
         kind = np.empty(0, KINDS[self.dtype])
-        weights = self._addresses(layers, embedding, final_norm, lm_head, step.site_edges(shape))
+        weights = self._addresses(layers, embedding, final_norm, lm_head, step.site_edges(spec))
         shared = step.shared_buffers(kind, size, shape)
         own = [step.own_buffers(thread, size, shape) for thread in range(size)]
         shared.thresholds[:] = self._table(thresholds)
@@ -160,7 +161,7 @@ class CpuStep:
         )
 
     def _table(self, thresholds: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        shape = (len(self.spec.windows), PROJECTIONS)
+        shape = (len(self.spec.windows), len(PROJECTIONS))
         if thresholds is None:
             return np.full(shape, ALL)
         if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
@@ -189,9 +190,9 @@ class CpuStep:
         table.fill(NONE)
         self._captures = rows is not None
         if rows is not None:
-            for i, (site, channels) in enumerate(zip(SITES, self.spec.channels(), strict=True)):
-                tensor = rows[site]
-                self._check(f"rows[{site!r}]", tensor, (len(self.spec.windows), channels), contiguous=False)
+            for i, site in enumerate(SITES):
+                tensor, shape = rows[site], (len(self.spec.windows), self.spec.channels(site))
+                self._check(f"rows[{site!r}]", tensor, shape, contiguous=False)
                 if tensor.stride(1) != 1:
                     raise ValueError(f"rows[{site!r}]: the channels of a layer must lie together")
                 table[i] = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, UNIT
 from teal_kernels.steps.cpu.rows import add_rows
@@ -22,8 +23,9 @@ PIECE = 4096
 
 ZERO = np.float32(0.0)
 SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = range(4)
-FIRST, LAST = (0, 3, 4, 6), (3, 4, 6, 7)
-"""Per site: the range of its projections among q k v o gate up down."""
+"""In the order of `SITES`."""
+FIRST, LAST = tuple(columns(site).start for site in SITES), tuple(columns(site).stop for site in SITES)
+"""Per site: the range of its projections among the seven."""
 MATRIX = (QKV, ATTN_OUT, GATE_UP, DOWN)
 """Per site: its column in `Weights.tensors`."""
 
@@ -50,7 +52,7 @@ def multiply(
     edges = weights.edges[site]
     weight, width, size = weights.tensors[layer, MATRIX[site]], edges[len(thresholds)], item_bytes(kind)
     groups = len(parts)
-    group, column, columns = own.thread % groups, own.thread // groups, own.threads // groups
+    group, column, shares = own.thread % groups, own.thread // groups, own.threads // groups
     if shared.rows[site, 0] != NONE:
         capture(kind, shared.rows[site, 0] + layer * shared.rows[site, 1], x, count, thresholds, own)
     segment, listed, kept, places = 0, np.float32(np.nan), count, own.all
@@ -64,7 +66,7 @@ def multiply(
         if own.thread == 0:
             for projection in range(FIRST[site] + segment, FIRST[site] + following):
                 shared.kept[layer, projection] += kept
-        first, last = share(edges[following] - edges[segment], column, columns)
+        first, last = share(edges[following] - edges[segment], column, shares)
         first, last = edges[segment] + first, edges[segment] + last
         out = parts[group, first : max(first, last)]
         out[:] = ZERO

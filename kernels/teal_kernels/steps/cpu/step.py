@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from teal_kernels.spec import SITES, Geometry
 from teal_kernels.steps.cpu.attention import TILE, TOGETHER, ask_for_keys, attend, join_parts, parts_for
 from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, put
 from teal_kernels.steps.cpu.layout import (
@@ -109,18 +110,13 @@ def head(kind: Any, shape: Any, lm_head: int, own: Any, logits: Any) -> None:
     dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
 
 
-def site_edges(shape: Shape) -> NDArray[np.int64]:
+def site_edges(geometry: Geometry) -> NDArray[np.int64]:
     """int64 [4, 4]: per site, where the columns of each of its projections begin, and where the last end."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return np.array(
-        [
-            (0, q, q + kv, q + 2 * kv),
-            (0, shape.hidden, 0, 0),
-            (0, shape.intermediate, 2 * shape.intermediate, 0),
-            (0, shape.hidden, 0, 0),
-        ],
-        np.int64,
-    )
+    edges = np.zeros((len(SITES), 4), np.int64)
+    for row, site in zip(edges, SITES, strict=True):
+        ends = np.cumsum(geometry.segments(site))
+        row[1 : 1 + len(ends)] = ends
+    return edges
 
 
 def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
@@ -172,5 +168,5 @@ def nothing(kind: Any) -> tuple[Any, ...]:
     """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
     shape = Shape(0, 0, 0, 1, 1, 0, 0)
     tensors, windows = np.empty((0, 10), np.int64), np.empty(0, np.int64)
-    weights = Weights(tensors, windows, site_edges(shape), np.float32(1.0), NONE, NONE, NONE)
+    weights = Weights(tensors, windows, site_edges(Geometry(0, 0, 1, 1, 0)), np.float32(1.0), NONE, NONE, NONE)
     return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(kind, 1, shape)

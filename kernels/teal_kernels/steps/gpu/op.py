@@ -24,11 +24,9 @@ from teal_kernels.parts.norm.op import launch_rms_norm
 from teal_kernels.parts.rope.op import launch_qkv
 from teal_kernels.parts.sample.op import Chooser, DeviceSampling
 from teal_kernels.parts.swiglu.op import launch_swiglu
-from teal_kernels.steps.cpu.spec import OPTIONAL, SITES, LayerTensors, StepSpec, layer_shapes
+from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.gpu.products import DenseProduct, Product, SparseProduct
-
-COLUMNS: Final = {"attn_in": (0, 3), "attn_out": (3, 4), "mlp_in": (4, 6), "mlp_mid": (6, 7)}
-"""Which of the seven projections (q k v o gate up down) read a site."""
+from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes
 
 _HEADS_CHUNK: Final = 512
 """Entries per program that joins the shares of attention: there may be 32 of them to read for each entry."""
@@ -82,11 +80,7 @@ class GpuStep:
         self._check()
         self.token, self.position, self.slot = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
         self.logits = self._buffer(spec.vocab)
-        self.ring = {
-            site: self._buffer(len(layers), ring_slots, size)
-            for site, size in zip(SITES, spec.channels(), strict=True)
-            if ring_slots
-        }
+        self.ring = {site: self._buffer(len(layers), ring_slots, spec.channels(site)) for site in SITES if ring_slots}
         self._chooser: Chooser | None = None
         self._products = self._make_products(thresholds, sparsity)
         self._streams = self._buffer(2, spec.hidden)
@@ -201,22 +195,21 @@ class GpuStep:
 
     def _make_products(self, thresholds: NDArray[np.float32] | None, sparsity: float) -> dict[str, Product]:
         spec = self.spec
-        q, kv = spec.query_width, spec.kv_heads * spec.head_dim
-        segments = ((q, kv, kv), (spec.hidden,), (spec.intermediate,) * 2, (spec.hidden,))
-        chunks = (CHUNK, _HEADS_CHUNK, CHUNK, CHUNK)
         table = None if thresholds is None else self._table(thresholds)
         products: dict[str, Product] = {}
-        for site, size, widths, chunk in zip(SITES, spec.channels(), segments, chunks, strict=True):
+        for site in SITES:
+            size, widths = spec.channels(site), spec.segments(site)
+            chunk = _HEADS_CHUNK if site == "attn_out" else CHUNK
             if table is None:
                 products[site] = DenseProduct(size, sum(widths), chunk, self.dtype, self.device)
                 continue
-            own = table[:, slice(*COLUMNS[site])].contiguous().to(self.device)
+            own = table[:, columns(site)].contiguous().to(self.device)
             config = gemv_config(size, sum(widths), self.dtype.itemsize, sparsity, self.device)
             products[site] = SparseProduct(size, widths, own, config, chunk, self.dtype)
         return products
 
     def _table(self, thresholds: NDArray[np.float32]) -> Tensor:
-        shape = (len(self._layers), COLUMNS[SITES[-1]][1])
+        shape = (len(self._layers), len(PROJECTIONS))
         if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
             raise ValueError(f"thresholds must be float32 {list(shape)} and not negative")
         return torch.tensor(thresholds)

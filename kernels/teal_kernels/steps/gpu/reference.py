@@ -14,7 +14,8 @@ from teal_kernels.parts.attention.reference import attention_reference
 from teal_kernels.parts.norm.reference import add_partials_reference, rms_norm_reference
 from teal_kernels.parts.rope.reference import qkv_reference
 from teal_kernels.parts.swiglu.reference import swiglu_reference
-from teal_kernels.steps.cpu.spec import SITES, LayerTensors, StepSpec
+from teal_kernels.spec import SITES, columns
+from teal_kernels.steps.spec import LayerTensors, StepSpec
 
 
 def gpu_step_reference(
@@ -34,29 +35,28 @@ def gpu_step_reference(
     """
     rows: dict[str, list[Tensor]] = {site: [] for site in SITES}
 
-    def product(i: int, site: str, x: Tensor, weight: Tensor, segments: tuple[int, ...], columns: slice) -> Tensor:
+    def product(i: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
         if thresholds is None:
             rows[site].append(x)
             return (x.float() @ weight.float()).to(x.dtype)[None]
-        own = thresholds[i, columns]
+        own = thresholds[i, columns(site)]
         rows[site].append(threshold_reference(x, own.min()))
-        return sparse_gemv_reference(x, weight, own, segments)[None]
+        return sparse_gemv_reference(x, weight, own, spec.segments(site))[None]
 
-    q_width, kv = spec.query_width, spec.kv_heads * spec.head_dim
     cos, sin = rope[0][position], rope[1][position]
     hidden = ends[0][token]
     for i, w in enumerate(layers):
         x = rms_norm_reference(hidden, w.attn_norm, spec.norm_eps)
-        qkv = product(i, "attn_in", x, w.qkv, (q_width, kv, kv), slice(0, 3))
+        qkv = product(i, "attn_in", x, w.qkv)
         norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
         q, k, v = qkv_reference(qkv, spec.heads, spec.kv_heads, cos, sin, w.qkv_bias, norms, spec.norm_eps)
         keys[i, :, position], values[i, :, position] = k, v
         x = attention_reference(q, keys[i], values[i], position + 1, spec.windows[i])
-        out = product(i, "attn_out", x, w.attn_out, (spec.hidden,), slice(3, 4))
+        out = product(i, "attn_out", x, w.attn_out)
         hidden = add_partials_reference(hidden, out, w.o_bias)
         x = rms_norm_reference(hidden, w.mlp_norm, spec.norm_eps)
-        gate_up = product(i, "mlp_in", x, w.gate_up, (spec.intermediate,) * 2, slice(4, 6))
+        gate_up = product(i, "mlp_in", x, w.gate_up)
         x = swiglu_reference(gate_up, hidden.dtype)
-        hidden = add_partials_reference(hidden, product(i, "mlp_mid", x, w.down, (spec.hidden,), slice(6, 7)), None)
+        hidden = add_partials_reference(hidden, product(i, "mlp_mid", x, w.down), None)
     last = rms_norm_reference(hidden, ends[1], spec.norm_eps)
     return F.linear(last, ends[2]), {site: torch.stack(vectors) for site, vectors in rows.items()}

@@ -11,46 +11,27 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-SITES: Final = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
-"""The input vectors of a layer that are thresholded, in the order in which a step meets them."""
-
-PROJECTIONS: Final = 7
-"""Columns of a threshold table: q k v o gate up down."""
+from teal_kernels.spec import Geometry
 
 
 @dataclass(frozen=True, slots=True)
-class StepSpec:
+class StepSpec(Geometry):
     """Dimensions of a decoder.
 
     Attributes:
-        hidden, intermediate, heads, kv_heads, head_dim, vocab: the usual counts; heads is a multiple of kv_heads,
-            head_dim is even.
+        vocab: rows of embedding and head.
         norm_eps: epsilon of every RMSNorm.
         windows: per layer, how many positions a token attends to, its own included; None for all.
     """
 
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     norm_eps: float
     windows: tuple[int | None, ...]
 
     @property
-    def query_width(self) -> int:
-        """Width of all query heads, which is the input of the output projection."""
-        return self.heads * self.head_dim
-
-    @property
     def qkv_width(self) -> int:
         """Columns of the fused q, k, v matrix."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    def channels(self) -> tuple[int, int, int, int]:
-        """Width of each site's vector, in the order of `SITES`."""
-        return self.hidden, self.query_width, self.hidden, self.intermediate
+        return self.query_width + 2 * self.kv_width
 
 
 class LayerTensors(Protocol):
