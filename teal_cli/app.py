@@ -6,7 +6,6 @@ Ctrl-C into 130. No command is imported here: see `ui.lazy`.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import typer
 
 from teal_cli import __version__
 from teal_cli.errors import HardwareError, TealError, UsageError
+from teal_cli.files import DISK_ERRORS
 from teal_cli.ui.lazy import CONTEXT_SETTINGS, Entry, LazyGroup
 from teal_cli.ui.output import configure, to_json
 
@@ -74,8 +74,6 @@ _ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 
 INTERRUPTED = 130
 
-_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -107,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in _ENVIRONMENT:
+        if error.errno not in DISK_ERRORS:
             raise
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror}{where}", None, TealError.exit_code, as_json)

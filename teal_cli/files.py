@@ -1,6 +1,6 @@
-"""Files as the registry writes them: atomically, hashed, with a full disk told as such.
+"""Files and folders as teal writes them: whole or not at all, with a full disk told as such.
 
-Knows nothing of models; pure standard library.
+Knows nothing of models or stores; pure standard library.
 """
 
 from __future__ import annotations
@@ -10,38 +10,105 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from teal_cli.errors import TealError
+from teal_cli.errors import NotFoundError, TealError, UsageError
 
-_CHUNK = 8 << 20
+_CHUNK: Final = 8 << 20
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_UNFIT: Final = frozenset({errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE})
+
+DISK_ERRORS: Final = _FULL | _FORBIDDEN
+"""Error numbers that say something of the user's disk and nothing of teal."""
+
+RERUN: Final = "free some space and run the same command again: it goes on where it stopped"
+
+
+# ---------------------------------------------------------------- writing
+def beside(path: Path, kind: str = "partial") -> Path:
+    """A hidden name next to `path` that nobody else uses, for what is to be renamed to `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write to, which replaces `path` in one rename if the block succeeds and is deleted if not."""
+    partial = beside(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to fill, which becomes `path` if the block succeeds and is deleted if not.
+
+    Args:
+        replace: put it in place of a folder that is there; otherwise that is an OSError, unless it is empty.
+    """
+    partial = beside(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        put_folder(partial, path, replace=replace)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_folder(new: Path, path: Path, *, replace: bool = False) -> None:
+    """Rename a finished folder to its place; an old one that it replaces is deleted only afterwards."""
+    if not replace or not path.exists():
+        new.rename(path)
+        return
+    old = beside(path, "replaced")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def write_bytes(path: Path, parts: Iterable[bytes], *, sync: bool = True) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it.
+
+    Args:
+        sync: also wait until the disk has the bytes, so that a crash of the machine leaves no empty file.
+    """
+    with new_file(path) as partial, partial.open("wb") as file:
+        file.writelines(parts)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """`write_bytes` of a JSON value, indented."""
+    write_bytes(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def sha256_chunks(path: Path) -> Generator[int | str, None, None]:
-    """Hash a file: yields the bytes of each chunk read, and last the hex digest."""
-    digest = hashlib.sha256()
+# ---------------------------------------------------------------- reading
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, at most 8 MiB at a time."""
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            yield len(chunk)
-    yield digest.hexdigest()
+            yield chunk
+
+
+def sha256_of(path: Path) -> str:
+    """The hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sizes_below(folder: Path) -> dict[Path, int]:
@@ -55,55 +122,117 @@ def sizes_below(folder: Path) -> dict[Path, int]:
     return sizes
 
 
-def readable_size(size: int | None) -> str:
-    """Bytes as people read them: 269.1 MB, 1.2 GB; powers of ten, as the hub and disks count."""
+def readable_size(size: float | None, *, short: bool = False) -> str:
+    """Bytes as people read them: 269.1 MB, 1.2 GB; powers of ten, as the hub and disks count.
+
+    Args:
+        short: no decimals below a gigabyte.
+    """
     if size is None:
         return "unknown size"
-    value = float(size)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            whole = unit == "B" or (short and unit != "GB")
+            return f"{size:.0f} {unit}" if whole else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+# ---------------------------------------------------------------- may this be written?
+def occupied(path: Path) -> bool:
+    """Whether something is at `path` that an output would replace or mix with; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Refuse a file that could not be written in the end, before minutes are spent.
+
+    Raises:
+        UsageError: it is there and `force` is not given, or it is a folder.
+        NotFoundError: its folder is not there.
+    """
+    if not path.absolute().parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.absolute().parent}", hint="make it first, or name another file")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="name a file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists", hint="--force replaces it")
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a folder that is there and not empty, and a file.
+
+    Raises:
+        UsageError: something is there.
+    """
+    if occupied(path):
+        raise UsageError(f"{path} exists", hint="give a folder that does not exist yet")
+
+
+# ---------------------------------------------------------------- the disk
+def free_space(path: Path) -> int:
+    """Bytes free on the disk that holds `path`, or will."""
+    return shutil.disk_usage(_existing(path)).free
 
 
 def require_space(folder: Path, size: int) -> None:
     """Raise TealError unless the disk that holds `folder` (or will) has `size` bytes free."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if size > free:
         raise TealError(
-            f"{existing} has {readable_size(free)} free, and {readable_size(size)} are needed",
+            f"{_existing(folder)} has {readable_size(free)} free, and {readable_size(size)} are needed",
             hint="free some space, or point TEAL_HOME and HF_HOME at a larger disk",
         )
 
 
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's share of it, is full; it may be wrapped."""
+    return _full_code(error) is not None
+
+
+def _full_code(error: BaseException) -> int | None:
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return seen.errno
         seen = seen.__cause__ or seen.__context__
-    return "No space left on device" in str(error)
+    return errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a disk that fills up, or a folder that may not be written, into a TealError naming it."""
+def disk_errors(path: Path, *, when_full: str = RERUN) -> Iterator[None]:
+    """Turn what the disk refuses into a TealError that names the place.
+
+    Args:
+        path: what is written, for the message and the space that is free there.
+        when_full: the hint where the disk is full.
+
+    Raises:
+        TealError: the disk or the quota is full, the place is read-only or another's, or it cannot hold files.
+    """
     try:
         yield
     except TealError:
         raise
     except Exception as error:
-        if is_disk_full(error):
+        full = _full_code(error)
+        if full is not None:
+            free = free_space(path) / 1e6
+            refused = "refused" if full == errno.EFBIG else "is full: it refused"
             raise TealError(
-                f"the disk that holds {folder} is full",
-                hint="free some space and run the same command again: it goes on where it stopped",
+                f"the disk that holds {path} {refused} more data ({os.strerror(full)}; {free:,.0f} MB are free there)",
+                hint=when_full,
             ) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno in _FORBIDDEN:
             raise TealError(
-                f"{error.filename or folder} may not be written",
-                hint="set TEAL_HOME (and HF_HOME) to folders that you own",
+                f"{error.filename or path} may not be written",
+                hint="choose a folder that you own; TEAL_HOME and HF_HOME say where models are kept",
             ) from error
+        if isinstance(error, OSError) and error.errno in _UNFIT:
+            raise TealError(f"cannot write to {path}: {error.strerror}") from error
         raise

@@ -15,10 +15,10 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from teal_cli.checks import OUTSIDE, closest, is_sparsity
 from teal_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def number(value: object) -> float:
 
 def sparsity(value: object) -> float:
     part = number(value)
-    if not 0.0 <= part < 1.0:
-        raise ValueError("is outside [0, 1): 0 keeps everything, 0.5 drops half, 1 would leave nothing")
+    if not is_sparsity(part):
+        raise ValueError(OUTSIDE)
     return part
 
 
@@ -209,11 +209,6 @@ def unknown_variables(env: Mapping[str, str] | None = None) -> list[str]:
     )
 
 
-def closest(word: str, words: list[str]) -> str | None:
-    """The one of `words` that was probably meant, or None."""
-    return next(iter(get_close_matches(word, words, n=1)), None)
-
-
 def _from_file(path: Path) -> Iterator[tuple[str, Value]]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -221,8 +216,8 @@ def _from_file(path: Path) -> Iterator[tuple[str, Value]]:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     for key, value in _flat(content):
         if key not in KEYS:
-            meant = closest(key, list(KEYS))
-            hint = f"did you mean {meant!r}?" if meant else f"the settings are {', '.join(KEYS)}"
+            meant = closest(key, KEYS)
+            hint = f"did you mean {meant[0]!r}?" if meant else f"the settings are {', '.join(KEYS)}"
             raise UsageError(f"{path} has an unknown setting {key!r}", hint=hint)
         yield key, Value(_checked(key, value, str(path)), str(path))
 

@@ -44,28 +44,13 @@ class Result:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def check_target(path: Path, *, force: bool) -> None:
-    """Refuse a file that could not be written in the end, before minutes are spent.
-
-    Raises:
-        UsageError: it is there and `force` is not given, or it is a folder.
-        NotFoundError: its folder is not there.
-    """
-    if not path.absolute().parent.is_dir():
-        raise NotFoundError(f"there is no folder {path.absolute().parent}", hint="make it first, or name another file")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint="name a file")
-    if path.exists() and not force:
-        raise UsageError(f"{path} is there already", hint="--force replaces it")
-
-
 def save(result: Result, path: Path) -> None:
     """Write a result.
 
     Raises:
         TealError: the disk refuses.
     """
-    with disk_errors(path.absolute().parent):
+    with disk_errors(path):
         write_json(path, result.as_dict())
 
 

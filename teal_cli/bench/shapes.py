@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Final
 
+from teal_cli.checks import did_you_mean
 from teal_cli.errors import UsageError
 from teal_kernels.spec import SITES, Geometry
 
@@ -137,8 +137,7 @@ def model_shape(name: str) -> ModelShape:
         UsageError: an unknown name; the hint has a did-you-mean.
     """
     if name not in MODEL_SHAPES:
-        close = get_close_matches(name.lower(), MODEL_SHAPES, n=2, cutoff=0.4)
-        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        meant = did_you_mean(name.lower(), MODEL_SHAPES, count=2, cutoff=0.4)
         raise UsageError(
             f"there is no shape called {name!r}",
             hint=f"{meant}there are {', '.join(MODEL_SHAPES)}, and for --shapes sizes such as 4096x11008",

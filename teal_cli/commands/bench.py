@@ -11,6 +11,7 @@ import typer
 
 from teal_cli import settings
 from teal_cli.errors import UsageError
+from teal_cli.files import check_new_file
 from teal_cli.ui import options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
@@ -235,10 +236,8 @@ def _stack(
 
 
 def _check_path(path: Path | None, force: bool) -> None:
-    from teal_cli.bench.results import check_target
-
     if path is not None:
-        check_target(path, force=force)
+        check_new_file(path, force=force)
 
 
 def _matrices(shapes: str | None, model: str | None, replayed: str | None) -> list[Matrix]:

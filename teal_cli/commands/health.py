@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Final, Literal
 
 from teal_cli import __version__, settings
+from teal_cli.checks import did_you_mean
 from teal_cli.errors import HardwareError, TealError
+from teal_cli.files import free_space
 
 OK: Final = "ok"
 WARN: Final = "warn"
@@ -133,8 +134,8 @@ def _settings() -> Iterator[Finding]:
     if not set_by_user:
         yield Finding("settings", "settings", OK, f"all at their defaults; {settings.user_config()} would set them")
     for name in settings.unknown_variables():
-        meant = settings.closest(name, [settings.variable(key) for key in settings.KEYS])
-        yield Finding("settings", name, WARN, "is no setting of teal", f"did you mean {meant}?" if meant else None)
+        meant = did_you_mean(name, [settings.variable(key) for key in settings.KEYS])
+        yield Finding("settings", name, WARN, "is no setting of teal", meant.strip() or None)
 
 
 # ---------------------------------------------------------------- storage, models
@@ -145,7 +146,7 @@ def _storage() -> Iterator[Finding]:
         home.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        free = shutil.disk_usage(home).free
+        free = free_space(home)
     except OSError as error:
         reason = error.strerror or str(error)
         yield Finding("storage", "TEAL_HOME", FAIL, f"{home}: {reason}", "set TEAL_HOME to a folder of yours")

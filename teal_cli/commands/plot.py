@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from teal_cli.files import check_new_file
 from teal_cli.ui.completion import sites
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, QuietOption, StoreArgument
@@ -32,13 +33,13 @@ def bench(
 
     A result of `teal bench kernels` gives one panel per matrix and dtype, one of `teal bench decode` bars per model.
     """
-    from teal_cli.bench.results import check_target, load
+    from teal_cli.bench.results import load
     from teal_cli.plots.bench import check_picture, draw
 
     out = output(json, quiet)
     loaded = load(result)
     check_picture(picture)
-    check_target(picture, force=force)
+    check_new_file(picture, force=force)
     draw(loaded, picture)
     out.result({"result": result, "picture": picture}, lambda console: console.print(f"drawn: {picture}", markup=False))
 
@@ -59,7 +60,6 @@ def store(
     quiet: QuietOption = False,
 ) -> None:
     """The activations of a site token by token, and the realised sparsity of every layer."""
-    from teal_cli.bench.results import check_target
     from teal_cli.plots.bench import check_picture
     from teal_cli.plots.store import draw
     from teal_cli.store.reader import open_store
@@ -67,6 +67,6 @@ def store(
     out = output(json, quiet)
     opened = open_store(path)
     check_picture(picture)
-    check_target(picture, force=force)
+    check_new_file(picture, force=force)
     draw(opened, picture, layer=layer, site=site, tokens=tokens, channels=channels)
     out.result({"store": path, "picture": picture}, lambda console: console.print(f"drawn: {picture}", markup=False))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
+from teal_cli.checks import did_you_mean
 from teal_cli.data.catalog import PYTHON_DOCS, NamedDataset, named_datasets
 from teal_cli.data.hub import hub_splits
 from teal_cli.data.local import is_local, local_rows
@@ -92,12 +92,10 @@ def open_source(
 
 def _unknown(dataset: str) -> NotFoundError:
     names = list(named_datasets())
-    close = get_close_matches(dataset, names, n=1, cutoff=0.6)
-    guess = f"Did you mean {close[0]}? " if close else ""
     return NotFoundError(
         f"there is no dataset {dataset!r}",
-        hint=f"{guess}Name one of {', '.join(names)}, a repository of the hub (org/name), or a local .txt, "
-        ".jsonl or .parquet file",
+        hint=f"{did_you_mean(dataset, names)}name one of {', '.join(names)}, a repository of the hub (org/name), or "
+        "a local .txt, .jsonl or .parquet file",
     )
 
 

@@ -5,7 +5,6 @@ Colours are told apart by everyone (Okabe and Ito); the floor is always black an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from teal_cli.bench.results import Result
 from teal_cli.bench.rows import DecodeRow, KernelRow
 from teal_cli.errors import TealError, UsageError
+from teal_cli.files import disk_errors, new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def draw(result: Result, path: Path) -> None:
 
     Raises:
         UsageError: nothing in the result was measured, or another format.
-        TealError: matplotlib is not installed.
+        TealError: matplotlib is not installed, or the disk refuses.
     """
     check_picture(path)
     kernels = [row for row in result.rows if isinstance(row, KernelRow) and row.passed]
@@ -58,12 +58,8 @@ def draw(result: Result, path: Path) -> None:
     machine = result.machine
     threads = f", {machine.threads} threads" if machine.device_type == "cpu" else ""
     figure.suptitle(f"teal bench {result.command}, {machine.device}{threads}, {machine.at[:10]}", fontsize=11)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=_DPI)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_errors(path), new_file(path) as partial:
+        figure.savefig(partial, dpi=_DPI, format=path.suffix[1:].lower())
 
 
 def _draw_kernels(rows: Sequence[KernelRow]) -> Figure:

@@ -5,10 +5,10 @@ Strings only: knows neither files nor the hub.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable
 
+from teal_cli.checks import did_you_mean
 from teal_cli.errors import NotFoundError, UsageError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
@@ -48,8 +48,7 @@ def by_prefix(typed: str, names: Iterable[str]) -> str | None:
 
 def unknown(typed: str, names: Collection[str], *, what: str = "model") -> NotFoundError:
     """The error for a name that nothing matches, with what was probably meant."""
-    close = difflib.get_close_matches(typed.lower(), sorted(names), n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    meant = did_you_mean(typed.lower(), names, count=3, cutoff=0.5)
     return NotFoundError(
         f"there is no {what} called {typed!r}", hint=f"{meant}`teal models ls --all` shows those there are"
     )

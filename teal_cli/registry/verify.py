@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
-from teal_cli.files import readable_size, sha256_chunks
+from teal_cli.files import read_chunks, readable_size
 from teal_cli.registry.entry import FileRecord, ModelEntry
 from teal_cli.registry.events import Progress
 
@@ -35,15 +36,13 @@ def verify(entry: ModelEntry) -> Generator[Progress, None, list[Problem]]:
     for file in entry.files:
         problem = by_size[file.path]
         if problem is None:
-            digest = ""
-            for item in sha256_chunks(entry.path / file.path):
-                if isinstance(item, str):
-                    digest = item
-                else:
-                    done += item
-                    yield Progress("verify", done, total)
-            if digest != file.sha256:
-                problem = Problem(file.path, "altered", f"sha256 {digest[:12]}, not {file.sha256[:12]}")
+            digest = hashlib.sha256()
+            for chunk in read_chunks(entry.path / file.path):
+                digest.update(chunk)
+                done += len(chunk)
+                yield Progress("verify", done, total)
+            if digest.hexdigest() != file.sha256:
+                problem = Problem(file.path, "altered", f"sha256 {digest.hexdigest()[:12]}, not {file.sha256[:12]}")
         if problem is not None:
             problems.append(problem)
     return problems

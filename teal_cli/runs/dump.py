@@ -5,7 +5,6 @@ Puts a session, decoders, a job and a store together; printing is the command's 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from teal_cli.data.prompts import Prompt, PromptSource
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
+from teal_cli.files import free_space
 from teal_cli.model.weights import config_sha256
 from teal_cli.runs.job import Progress, run_job
 from teal_cli.runs.session import Session
@@ -123,8 +123,7 @@ class Dump:
             seconds += len(self.prompts) * (pace.prefill_s + per_sequence * pace.decode_s / max(pace.steps, 1))
         per_level = self.rows // len(self._plans)
         size = sum(per_level * row_bytes(self.session, plan) for plan in self._plans.values())
-        there = next(folder for folder in path.absolute().parents if folder.exists())
-        return Estimate(self.rows, round(size), shutil.disk_usage(there).free, seconds)
+        return Estimate(self.rows, round(size), free_space(path), seconds)
 
     def run(self, path: Path, *, force: bool = False, resume: bool = False) -> Iterator[Progress]:
         """Write the store, yielding after every sequence; left by an exception, it can be resumed.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tomllib
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+from teal_cli.checks import did_you_mean
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.settings import configs
 
@@ -40,10 +40,8 @@ def load_recipe(name: str) -> dict[str, Any]:
     try:
         recipe = tomllib.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        close = get_close_matches(name, shipped_recipes(), n=1)
-        hint = (
-            f"did you mean {close[0]}?" if close else f"there are {', '.join(shipped_recipes())}, or name a .toml file"
-        )
+        meant = did_you_mean(name, shipped_recipes())
+        hint = f"{meant}there are {', '.join(shipped_recipes())}; a .toml file is read too"
         raise NotFoundError(f"there is no recipe {name!r}", hint=hint) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {name} is not TOML: {error}") from None

@@ -8,8 +8,6 @@ not know how activations are observed (`observe`) nor where the folder lies (the
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, write_json
+from teal_cli.files import disk_errors, new_folder, write_json
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.teal_format import RULES, TealHistogram
 
@@ -113,19 +111,9 @@ class Calibration:
         Raises:
             TealError: the disk is full, or the place may not be written.
         """
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        with disk_errors(folder):
-            try:
-                partial.mkdir(parents=True)
-                np.savez_compressed(partial / COUNTS, **_arrays(self.histogram))
-                write_json(partial / MANIFEST, self.manifest())
-                if folder.exists():
-                    folder.rename(old)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
+        with disk_errors(folder), new_folder(folder, replace=True) as partial:
+            np.savez_compressed(partial / COUNTS, **_arrays(self.histogram))
+            write_json(partial / MANIFEST, self.manifest())
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teal_cli.errors import TealError, UsageError
+from teal_cli.checks import check_sparsity
+from teal_cli.errors import TealError
 from teal_cli.files import disk_errors, write_json
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.criterion import Scoring
@@ -102,17 +103,6 @@ class Plan:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise TealError(f"{file} cannot be read as a plan: {error}") from error
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Refuse a sparsity outside [0, 1).
-
-    Raises:
-        UsageError: it is.
-    """
-    if not 0.0 <= sparsity < 1.0:
-        hint = "1 would drop every activation; 0.5 is a good start." if sparsity == 1.0 else "0.5 means half."
-        raise UsageError(f"sparsity must be at least 0 and below 1, not {sparsity:g}", hint=hint)
 
 
 def dense_plan(layers: int) -> Plan:

@@ -8,8 +8,6 @@ written down in teal.json.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,8 @@ from typing import Any, Final
 import numpy as np
 
 from teal_cli.errors import UsageError
+from teal_cli.files import check_new_folder, disk_errors, new_folder
 from teal_cli.store.arrays import ActivationArray
-from teal_cli.store.placing import disk_errors
 from teal_cli.store.reader import ActivationStore, Level
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 
@@ -127,20 +125,13 @@ def convert(store: ActivationStore, out: Path, form: str, selection: Selection) 
     """
     if form not in FORMATS:
         raise UsageError(f"there is no format {form!r}", hint=f"formats: {', '.join(FORMATS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists", hint="give a folder that does not exist yet")
+    check_new_folder(out)
     if form == "pt" and any(name in SITES for name in selection.names):
         raise UsageError("one .pt is what one projection consumed; a site feeds several", hint="name projections")
     ranges = {name: selection.rows(store.level(name)) for name in selection.levels}
-    partial = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with disk_errors(out.absolute()):
-            partial.mkdir(parents=True)
-            _write_provenance(partial / "teal.json", store, form, selection, ranges)
-            yield from _arrays(store, partial, form, selection, ranges)
-            partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(out), new_folder(out.absolute()) as partial:
+        _write_provenance(partial / "teal.json", store, form, selection, ranges)
+        yield from _arrays(store, partial, form, selection, ranges)
 
 
 def _arrays(

@@ -5,21 +5,18 @@ Everything here works on folders and Zarr arrays; it starts no thread and knows 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from teal_cli import __version__
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import UsageError
+from teal_cli.files import beside, occupied, put_folder
 from teal_cli.store import layout
 from teal_cli.store.header import LevelHeader, StoreHeader, differing_fields, differing_level_fields
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class StoreLock:
@@ -50,34 +47,19 @@ class StoreLock:
             self._descriptor = -1
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a refusal of the disk into a TealError; one about space names what is free."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise TealError(f"cannot write to {path}: {error.strerror or error}") from error
-        anchor = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(anchor).free
-        raise TealError(
-            f"the disk refused more data for {path}: {error.strerror}; {free / 1e6:,.0f} MB are free there",
-            hint="what was committed is safe: make room and run again with --resume",
-        ) from error
-
-
 def check_target(path: Path, *, force: bool) -> bool:
     """Whether something is where a new store should go; cheap, so that it can be asked before a model is loaded.
 
     Raises:
         UsageError: something is there and force is not given, or it is no teal store.
     """
-    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if occupied and layout.schema_of(path) is None:
+    if not occupied(path):
+        return False
+    if layout.schema_of(path) is None:
         raise UsageError(f"{path} exists and is not a teal store", hint="choose another output; teal leaves it alone")
-    if occupied and not force:
+    if not force:
         raise UsageError(f"{path} exists", hint="go on with --resume, or replace it with --force")
-    return occupied
+    return True
 
 
 def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
@@ -89,18 +71,15 @@ def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeade
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise UsageError(f"a level is named twice: {', '.join(names)}", hint="give each sparsity once")
-    occupied = check_target(path, force=force)
-    old_lock = StoreLock(path) if occupied else None
+    replaces = check_target(path, force=force)
+    old_lock = StoreLock(path) if replaces else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    skeleton = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    skeleton = beside(path)
     lock = None
     try:
         layout.create_skeleton(skeleton, header, list(levels), teal_version=__version__)
         lock = StoreLock(skeleton)
-        if occupied:
-            _swap(skeleton, path)
-        else:
-            _rename_to_new(skeleton, path)
+        _put(skeleton, path, replace=replaces)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -112,25 +91,13 @@ def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeade
     return lock
 
 
-def _rename_to_new(skeleton: Path, path: Path) -> None:
+def _put(skeleton: Path, path: Path, *, replace: bool) -> None:
     try:
-        skeleton.rename(path)
+        put_folder(skeleton, path, replace=replace)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise UsageError(f"another process made {path} meanwhile", hint="write to another folder") from error
-
-
-def _swap(skeleton: Path, path: Path) -> None:
-    """Puts the skeleton in place of an old store; deletes the old one only afterwards."""
-    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.replaced")
-    path.rename(old)
-    try:
-        skeleton.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
 
 
 def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader]) -> None:

@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from teal_cli.checks import check_sparsity
 from teal_cli.errors import UsageError
 
 SCHEMA: Final = "teal-activations/1"
@@ -61,8 +62,7 @@ def level_name(target: float) -> str:
     Raises:
         UsageError: target outside [0, 1).
     """
-    if not 0.0 <= target < 1.0:
-        raise UsageError(f"sparsity {target} is outside [0, 1)", hint="give a fraction such as 0.5")
+    check_sparsity(target)
     short = f"{target:.2f}"
     # repr() is the shortest text that reads back as the same float; 1e-05 and the like are spelled out.
     text = short if float(short) == target else np.format_float_positional(target, unique=True)
@@ -95,8 +95,8 @@ def parse_levels(text: str) -> tuple[float, ...]:
     levels: set[Decimal] = set()
     for part in text.split(","):
         levels.update(_expand_range(part.strip(), text))
-    if outside := sorted(level for level in levels if not 0 <= level < 1):
-        raise UsageError(f"sparsity must be at least 0 and below 1, not {outside[0]}", hint=_LEVELS_HINT)
+    for level in sorted(levels):
+        check_sparsity(level, hint=_LEVELS_HINT)
     return tuple(float(level) for level in sorted(levels))
 
 

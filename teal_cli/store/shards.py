@@ -8,7 +8,6 @@ are made here: a shard is its chunks, then their index, then the index's checksu
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ import google_crc32c
 import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 
+from teal_cli.files import write_bytes
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.packing import pack
 from teal_cli.store.schema import BLOSC_BLOCKSIZE, NEVER_WRITTEN, ZSTD_LEVEL, mask_bytes
@@ -86,16 +86,9 @@ def _shard(chunks: Sequence[tuple[bytes, bytes]]) -> Iterable[bytes]:
 
 
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file beside its place and renames it in; a kill leaves a `*.partial`, never half a file."""
+    """Writes a file whole or not at all; a kill leaves a `*.partial`. Not synced: commits are what is waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(parts)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_bytes(path, parts, sync=False)
 
 
 def compression_threads() -> int:

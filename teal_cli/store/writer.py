@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from teal_cli.errors import NotFoundError
+from teal_cli.files import disk_errors
 from teal_cli.store import layout, placing
 from teal_cli.store.buffers import BlockBuffer
 from teal_cli.store.header import LevelHeader, StoreHeader
@@ -222,7 +223,7 @@ class StoreWriter:
             TealError: the disk refuses.
         """
         target = Path(path).absolute()
-        with placing.disk_errors(target):
+        with _disk_errors(target):
             lock = placing.place_new_store(target, header, levels, force=force)
         return cls(target, header, levels, device, lock)
 
@@ -246,7 +247,7 @@ class StoreWriter:
         layout.require_store(target)
         lock = StoreLock(target)
         try:
-            with placing.disk_errors(target):
+            with _disk_errors(target):
                 placing.prepare_resume(target, header, levels)
             return cls(target, header, levels, device, lock)
         except BaseException:
@@ -305,7 +306,7 @@ class StoreWriter:
 
     def disk_errors(self) -> AbstractContextManager[None]:
         """Context in which a refusal of the disk becomes a TealError that names the free space."""
-        return placing.disk_errors(self.path)
+        return _disk_errors(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -324,3 +325,7 @@ class StoreWriter:
             if self._pool is not None:
                 self._pool.shutdown(wait=True)
             self._lock.release()
+
+
+def _disk_errors(path: Path) -> AbstractContextManager[None]:
+    return disk_errors(path, when_full="what was committed is safe: make room and run again with --resume")

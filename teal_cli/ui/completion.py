@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 
+from teal_cli.files import readable_size
 from teal_cli.settings import BACKENDS, DTYPES, configs, teal_home
 from teal_kernels.spec import SITE_PROJECTIONS
 
@@ -146,6 +147,4 @@ def _join(*parts: object) -> str:
 
 
 def _size(size: object) -> str:
-    if not isinstance(size, (int, float)):
-        return ""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return readable_size(size, short=True) if isinstance(size, (int, float)) else ""

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from teal_cli.files import readable_size
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -71,17 +73,9 @@ def progress(out: Output) -> Iterator[Bars]:
 def amount(done: float, total: float | None, unit: str) -> str:
     """`7/30 layers`, `12.5/92.1 MB`, `7 rows`."""
     if unit == "B":
-        return _scaled(done) if total is None else f"{_scaled(done)} / {_scaled(total)}"
+        return readable_size(done) if total is None else f"{readable_size(done)} / {readable_size(total)}"
     count = f"{done:,.0f}" if total is None else f"{done:,.0f}/{total:,.0f}"
     return f"{count} {unit}".rstrip()
-
-
-def _scaled(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
 
 
 class _Silent:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from teal_cli.bench.machine import describe
-from teal_cli.bench.results import Result, check_target, load, save
+from teal_cli.bench.results import Result, load, save
 from teal_cli.bench.rows import DecodeRow, KernelRow, Row
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.files import check_new_file
 from teal_cli.plots.bench import draw
 
 PNG = b"\x89PNG\r\n"
@@ -112,12 +113,12 @@ def test_what_is_no_result_is_refused(tmp_path: Path, content: str | None, kind:
 
 
 def test_a_target_is_looked_at_before_anything_is_measured(tmp_path: Path) -> None:
-    check_target(tmp_path / "new.json", force=False)
+    check_new_file(tmp_path / "new.json", force=False)
     (tmp_path / "old.json").touch()
     with pytest.raises(UsageError):
-        check_target(tmp_path / "old.json", force=False)
-    check_target(tmp_path / "old.json", force=True)
+        check_new_file(tmp_path / "old.json", force=False)
+    check_new_file(tmp_path / "old.json", force=True)
     with pytest.raises(UsageError):
-        check_target(tmp_path, force=True)
+        check_new_file(tmp_path, force=True)
     with pytest.raises(NotFoundError):
-        check_target(tmp_path / "no" / "r.json", force=False)
+        check_new_file(tmp_path / "no" / "r.json", force=False)

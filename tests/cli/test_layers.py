@@ -27,7 +27,8 @@ LAYERS = (
     {"teal_kernels"},
     {"ui"},
     {"registry"},
-    {"settings", "files"},
+    {"settings"},
+    {"files", "checks"},
     {"errors", "teal_cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -37,7 +38,7 @@ ALLOWED = {
     ("ui.completion", "runs"),  # the names of recipes
 }
 
-LIGHT = {"app", "__main__", "commands", "ui", "registry", "settings", "files", "errors", "teal_cli"}
+LIGHT = {"app", "__main__", "commands", "ui", "registry", "settings", "files", "checks", "errors", "teal_cli"}
 """Rooms that import nothing heavy, nor anything of ours that does, until a function is called."""
 
 COMPUTES = "registry.convert"

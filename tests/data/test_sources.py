@@ -56,7 +56,7 @@ class TestNames:
     def test_unknown_with_a_guess(self) -> None:
         with pytest.raises(NotFoundError, match="no dataset 'wikitxt'") as error:
             open_source("wikitxt")
-        assert str(error.value.hint).startswith("Did you mean wikitext? ")
+        assert str(error.value.hint).startswith("did you mean wikitext? ")
 
     def test_unknown_without_a_guess(self) -> None:
         with pytest.raises(NotFoundError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from teal_cli.errors import NotFoundError
-from teal_cli.files import sha256_chunks
+from teal_cli.files import read_chunks
 from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, inspect_weights, read_json, select_files
 from teal_cli.registry.entry import FileRecord
@@ -57,12 +57,12 @@ def hash_files(folder: Path, names: Iterable[str]) -> Generator[Progress, None, 
     done, total = 0, sum(sizes.values())
     records = []
     for name in names:
-        for item in sha256_chunks(folder / name):
-            if isinstance(item, str):
-                records.append(FileRecord(name, sizes[name], item))
-            else:
-                done += item
-                yield Progress("hash", done, total)
+        digest = hashlib.sha256()
+        for chunk in read_chunks(folder / name):
+            digest.update(chunk)
+            done += len(chunk)
+            yield Progress("hash", done, total)
+        records.append(FileRecord(name, sizes[name], digest.hexdigest()))
     return tuple(records)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teal_cli.errors import NotFoundError
-from teal_cli.files import disk_errors, require_space, sha256_chunks
+from teal_cli.files import disk_errors, require_space
 from teal_cli.registry.events import Note, Progress
 from teal_cli.registry.names import name_from
 from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile
@@ -57,13 +57,7 @@ class GgufSource:
         """Hash the file (its sha256 is the revision), convert it, hash what was written."""
         from teal_cli.registry.convert.gguf import convert
 
-        digest, done = "", 0
-        for item in sha256_chunks(self.file):
-            if isinstance(item, str):
-                digest = item
-            else:
-                done += item
-                yield Progress("hash", done, plan.files[0].size)
+        (hashed,) = yield from hash_files(self.file.parent, [self.file.name])
         folder = staging / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)  # a conversion that was cut off starts again
         require_space(staging, plan.writes)
@@ -71,4 +65,4 @@ class GgufSource:
             folder.mkdir()
             yield from convert(self.open(), folder)
             files = yield from hash_files(folder, sorted(file.name for file in folder.iterdir()))
-        return Fetched(folder, f"sha256:{digest}", files)
+        return Fetched(folder, f"sha256:{hashed.sha256}", files)

@@ -6,6 +6,7 @@ which files are wanted, asks for config.json before any weights, and turns the l
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.files import disk_errors, require_space, sha256_chunks
+from teal_cli.files import disk_errors, read_chunks, require_space, sha256_of
 from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, read_json, select_files
 from teal_cli.registry.entry import FileRecord
@@ -130,14 +131,13 @@ class HubSource:
         for file in plan.files:
             expected = self._listing.files[file.path][1]
             cached = self._cached(file.path, str(plan.revision)) if file.present and expected else None
-            digest = expected
-            for item in sha256_chunks(cached) if cached is not None else ():
-                if isinstance(item, str):
-                    digest = item
-                else:
-                    done += item
-                    yield Progress("verify", done, plan.total_bytes)
-            files.append(replace(file, present=file.present and digest == expected))
+            digest = hashlib.sha256()
+            for chunk in read_chunks(cached) if cached is not None else ():
+                digest.update(chunk)
+                done += len(chunk)
+                yield Progress("verify", done, plan.total_bytes)
+            intact = cached is None or digest.hexdigest() == expected
+            files.append(replace(file, present=file.present and intact))
         return replace(plan, files=tuple(files))
 
     def _drop_damaged(self, plan: Plan) -> None:
@@ -244,9 +244,4 @@ def _record(folder: Path, file: PlannedFile, sha256: str | None) -> FileRecord:
             f"{path} has {size} bytes, and the hub says {file.size}",
             hint="delete it and run the same command again: it is fetched anew",
         )
-    return FileRecord(file.path, size, sha256 or _sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    *_, digest = sha256_chunks(path)
-    return str(digest)
+    return FileRecord(file.path, size, sha256 or sha256_of(path))

@@ -17,7 +17,7 @@ from threading import Event, Thread
 from typing import Any, Final
 
 from teal_cli.errors import TealError
-from teal_cli.files import sha256_chunks
+from teal_cli.files import sha256_of
 from teal_cli.registry.events import Progress
 from teal_cli.registry.sources.base import Plan, PlannedFile
 
@@ -144,8 +144,7 @@ def _fetch_blob(
                 expected_size=file.size,
                 tqdm_class=_counting_bar(stop, report),
             )
-        *_, digest = sha256_chunks(partial)
-        if digest != sha256:
+        if sha256_of(partial) != sha256:
             partial.unlink()
             raise TealError(f"{file.path} of {repo} arrived altered", hint="run the same command again")
         partial.replace(blob)
