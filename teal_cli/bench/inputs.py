@@ -82,6 +82,21 @@ class Vectors:
         return cls(x, thresholds, thresholds.tolist(), float(kept))
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What a product multiplies: copies [K, N] of a matrix, and vectors of one sparsity."""
+
+    matrix: Matrix
+    copies: list[Tensor]
+    vectors: Vectors
+    sparsity: float
+
+    def at(self, turn: int) -> tuple[Tensor, Tensor, int]:
+        """Vector, copy, and the vector's number."""
+        number = turn % len(self.vectors.x)
+        return self.vectors.x[number], self.copies[turn % len(self.copies)], number
+
+
 def random_vectors(inputs: int, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
     """Normal numbers and the threshold that drops this share of them; at sparsity 0 it drops none."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from teal_cli.bench.bandwidth import READ, ReadProbe
 from teal_cli.bench.checks import Check, check_product, exact_product
-from teal_cli.bench.inputs import Replay, Vectors, WeightPool, random_vectors
-from teal_cli.bench.products import DENSE, Batch, Operands, Product, dense_products, sparse_products
+from teal_cli.bench.inputs import Operands, Replay, Vectors, WeightPool, random_vectors
+from teal_cli.bench.products import DENSE, Batch, Product, dense_products, sparse_products
 from teal_cli.bench.rows import KernelRow, Progress
 from teal_cli.bench.shapes import Matrix
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_cli.bench.compiled_product import MOST_CALLS, CompiledProducts
-from teal_cli.bench.inputs import Vectors
-from teal_cli.bench.shapes import Matrix
+from teal_cli.bench.inputs import Operands
 from teal_cli.bench.timing import replayed, wall_clock
 from teal_kernels.backends import CPU, TRITON, backend_problem
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
@@ -50,21 +48,6 @@ class Product(Protocol):
     def many(self, first: int, calls: int) -> None:
         """`calls` products from number `first` on."""
         ...
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What a product multiplies: copies [K, N] of a matrix, and vectors of one sparsity."""
-
-    matrix: Matrix
-    copies: list[Tensor]
-    vectors: Vectors
-    sparsity: float
-
-    def at(self, turn: int) -> tuple[Tensor, Tensor, int]:
-        """Vector, copy, and the vector's number."""
-        number = turn % len(self.vectors.x)
-        return self.vectors.x[number], self.copies[turn % len(self.copies)], number
 
 
 class _OneByOne:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from teal_cli.bench.inputs import Operands
 from teal_cli.bench.timing import replayed
 from teal_kernels.baselines.masked_splitk.op import CONFIGS, MaskedConfig, masked_splitk
 from teal_kernels.configs import gemv_config
 from teal_kernels.ops.kept.op import KeptList, launch_compact
 from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce
-
-if TYPE_CHECKING:
-    from teal_cli.bench.products import Operands
 
 _TRIAL_CALLS = 64
 _TRIALS = 3
