@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from teal_cli.registry.catalog import CatalogModel
-    from teal_cli.registry.verify import Problem
+    from teal_cli.registry.events import Problem
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
@@ -169,18 +168,18 @@ def _thresholds(folder: Any, sparsity: float) -> dict[str, list[float]]:
     return {name: plan.thresholds[:, i].tolist() for i, name in enumerate(PROJECTIONS)}
 
 
-def _verified(out: Output, entry: ModelEntry) -> list[Problem]:
-    from teal_cli.registry.verify import verify
+def _verified(out: Output, entry: ModelEntry) -> tuple[Problem, ...]:
+    from teal_cli.registry.checkpoint import verify
+    from teal_cli.registry.events import Progress
 
     total = sum(file.size for file in entry.files)
-    with closing(verify(entry)) as checking, progress(out) as bars:
+    with progress(out) as bars:
         task = bars.task(f"Verifying {entry.name}", total=total, unit="B")
-        while True:
-            try:
-                event = next(checking)
-            except StopIteration as stop:
-                return stop.value
+        for event in verify(entry):
+            if not isinstance(event, Progress):
+                return event.problems
             task.update(done=event.done, total=event.total)
+    raise AssertionError("a check ends with Verified")
 
 
 def _confirm(entry: ModelEntry) -> None:
@@ -246,7 +245,7 @@ def _show_info(console: Console, entry: ModelEntry, payload: dict[str, Any]) -> 
         show_table(console, (">layer", *(f">{name}" for name in columns)), rows)
 
 
-def _show_problems(console: Console, entry: ModelEntry, problems: list[Problem]) -> None:
+def _show_problems(console: Console, entry: ModelEntry, problems: tuple[Problem, ...]) -> None:
     if not problems:
         files, size = len(entry.files), readable_size(entry.size_bytes)
         console.print(f"{entry.name} is intact: {files} files, {size}", markup=False)

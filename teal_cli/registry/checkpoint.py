@@ -1,21 +1,25 @@
-"""What makes a checkpoint: which files of a listing are needed, and what their headers say.
+"""What makes a checkpoint: which files of a listing are needed, what their headers say, and whether they are intact.
 
-Reads config.json, safetensors headers and indexes; never a weight. Knows nothing of where a listing comes
+Reads config.json, safetensors headers and indexes; a weight only to hash it. Knows nothing of where a listing comes
 from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.files import read_chunks, readable_size
+from teal_cli.registry.entry import FileRecord, ModelEntry
+from teal_cli.registry.events import Problem, Progress, Verified
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
@@ -165,3 +169,38 @@ def truncated(path: Path, detail: str) -> TealError:
         f"{path.name} in {path.parent} is truncated or damaged: {detail}",
         hint="fetch it again: `teal download MODEL --force`",
     )
+
+
+def verify(entry: ModelEntry) -> Iterator[Progress | Verified]:
+    """Check every file of a model.
+
+    Yields:
+        Progress of stage "verify", in bytes read; last what was found.
+    """
+    by_size = {file.path: _size_problem(entry, file) for file in entry.files}
+    done, total = 0, sum(file.size for file in entry.files if by_size[file.path] is None)
+    problems = []
+    for file in entry.files:
+        problem = by_size[file.path]
+        if problem is None:
+            digest = hashlib.sha256()
+            for chunk in read_chunks(entry.path / file.path):
+                digest.update(chunk)
+                done += len(chunk)
+                yield Progress("verify", done, total)
+            if digest.hexdigest() != file.sha256:
+                problem = Problem(file.path, "altered", f"sha256 {digest.hexdigest()[:12]}, not {file.sha256[:12]}")
+        if problem is not None:
+            problems.append(problem)
+    yield Verified(tuple(problems))
+
+
+def _size_problem(entry: ModelEntry, file: FileRecord) -> Problem | None:
+    path = entry.path / file.path
+    if not path.is_file():
+        return Problem(file.path, "missing", f"not in {entry.path}")
+    size = path.stat().st_size
+    if size == file.size:
+        return None
+    kept, expected = readable_size(size), readable_size(file.size)
+    return Problem(file.path, "size", f"{kept} ({size} bytes), not {expected} ({file.size} bytes)")

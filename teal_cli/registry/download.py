@@ -7,21 +7,22 @@ an interruption is found again: by the hub's cache, by pip's cache, or in $TEAL_
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.files import disk_errors, require_space
 from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.checkpoint import CONFIG, context_of, inspect_weights, read_json
 from teal_cli.registry.entry import ModelEntry
-from teal_cli.registry.events import Done, Event, Note, Planned
+from teal_cli.registry.events import Done, Event, Fetched, Note, Plan, Planned
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options, Target, resolve
-from teal_cli.registry.sources.base import Fetched, Plan, Source, UnreachableError
+from teal_cli.registry.sources import DamagedError, Source, UnreachableError
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,8 @@ def dry_run(
 ) -> DryRun:
     """Ask the source what there is, fetching at most a config.json. Arguments and errors as for `download`."""
     target = resolve(spec, registry or Registry(), options or Options(), name)
-    notes = []
-    planning = _plan(target)
-    while True:
-        try:
-            notes.append(next(planning).text)
-        except StopIteration as stop:
-            return DryRun(target.name, stop.value[1], tuple(notes))
+    _, plan, notes = _plan(target)
+    return DryRun(target.name, plan, tuple(note.text for note in notes))
 
 
 def download(
@@ -105,17 +101,31 @@ def _download(registry: Registry, target: Target, options: Options) -> Generator
     if here is not None and not options.force and options.revision is None and _intact(here):
         yield Done(here, fetched=False)
         return
-    source, plan = yield from _plan(target)
+    source, plan, notes = _plan(target)
+    yield from notes
     if here is not None and not options.force and plan.revision == here.revision and _intact(here):
         yield Done(here, fetched=False)
         return
     yield Planned(plan)
     staging = _staging(registry, target.name, source)
+    if options.force:
+        shutil.rmtree(staging, ignore_errors=True)
     require_space(registry.home, plan.writes)
     with disk_errors(registry.home):
         staging.mkdir(parents=True, exist_ok=True)
-    fetched = yield from source.fetch(plan, staging)
-    entry = yield from _register(registry, target.name, source, fetched, here)
+    fetched = None
+    try:
+        for event in source.fetch(plan, staging):
+            if isinstance(event, Fetched):
+                fetched = event
+            else:
+                yield event
+    except (UsageError, NotFoundError, DamagedError):  # what is staged would be refused again
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    assert fetched is not None, "a fetch ends with Fetched"
+    entry, notes = _register(registry, target.name, source, fetched, here)
+    yield from notes
     for leftover in staging.parent.glob(f"{target.name}@*"):
         shutil.rmtree(leftover, ignore_errors=True)
     yield Done(entry, fetched=True)
@@ -128,15 +138,17 @@ def fetch(spec: str | None = None, *, registry: Registry | None = None, name: st
     return last.entry
 
 
-def _plan(target: Target) -> Generator[Note, None, tuple[Source, Plan]]:
-    """The first source that can be reached, and its plan; says so where that is not the first one."""
-    for source, following in zip(target.sources, [*target.sources[1:], None], strict=True):
+def _plan(target: Target) -> tuple[Source, Plan, list[Note]]:
+    """The first source that can be reached, its plan, and a note for each that cannot."""
+    notes: list[Note] = []
+    for source, following in itertools.pairwise([*target.sources, None]):
+        assert source is not None
         try:
-            return source, source.plan()
+            return source, source.plan(), notes
         except UnreachableError as error:
             if following is None:
                 raise
-            yield Note(f"{error.message}; taking {target.name} from {following.location} instead")
+            notes.append(Note(f"{error.message}; taking {target.name} from {following.location} instead"))
     raise AssertionError("a target has at least one source")
 
 
@@ -166,7 +178,7 @@ def _staging(registry: Registry, name: str, source: Source) -> Path:
 
 def _register(
     registry: Registry, name: str, source: Source, fetched: Fetched, before: ModelEntry | None
-) -> Generator[Note, None, ModelEntry]:
+) -> tuple[ModelEntry, list[Note]]:
     """Move what was made in staging into place, write model.json, clean up after what it replaces."""
     config = read_json(fetched.path / CONFIG)
     architecture, family = architecture_of(config, source.location)
@@ -175,9 +187,10 @@ def _register(
     with disk_errors(registry.home):
         home.mkdir(parents=True, exist_ok=True)
         moved = before is not None and before.revision != fetched.revision and before.calibrations
+        notes = []
         if before is not None and moved:
             kept = _set_aside(home, before)
-            yield Note(f"calibrations of the previous weights of {name} were set aside in {kept}")
+            notes.append(Note(f"calibrations of the previous weights of {name} were set aside in {kept}"))
         path = fetched.path
         if path.is_relative_to(registry.home / "staging"):
             path = _free_name(home, f"weights-{_short(fetched.revision)}")
@@ -201,7 +214,7 @@ def _register(
         for folder in home.glob("weights-*"):
             if folder != path:
                 shutil.rmtree(folder)
-    return entry
+    return entry, notes
 
 
 def _set_aside(home: Path, before: ModelEntry) -> Path:

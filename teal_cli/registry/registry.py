@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 from teal_cli.errors import NotFoundError, TealError
 from teal_cli.files import disk_errors, write_json
 from teal_cli.registry import catalog
+from teal_cli.registry.catalog import by_prefix, unknown
 from teal_cli.registry.entry import ModelEntry
-from teal_cli.registry.names import by_prefix, unknown
 from teal_cli.settings import teal_home
 
 if TYPE_CHECKING:

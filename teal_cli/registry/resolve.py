@@ -11,13 +11,12 @@ from pathlib import Path
 
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.registry import catalog
+from teal_cli.registry.catalog import by_prefix, check_name, unknown
 from teal_cli.registry.entry import ModelEntry
-from teal_cli.registry.names import by_prefix, check_name, unknown
 from teal_cli.registry.registry import Registry
-from teal_cli.registry.sources.base import Source
-from teal_cli.registry.sources.folder import FolderSource
-from teal_cli.registry.sources.gguf import GgufSource
+from teal_cli.registry.sources import Source
 from teal_cli.registry.sources.hub import HubSource, is_repo
+from teal_cli.registry.sources.local import FolderSource, GgufSource
 from teal_cli.registry.sources.wheel import WheelSource
 
 

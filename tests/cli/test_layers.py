@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,15 @@ def within(module: str) -> str:
 
 
 @cache
-def imports(module: str) -> tuple[tuple[str, bool], ...]:
-    """(name, whether importing the module imports it) of each import that is not for type checking only.
+def imports(module: str, *, typing: bool = False) -> tuple[tuple[str, bool], ...]:
+    """(name, whether importing the module imports it) of each import; those for type checking only if `typing`.
 
     `from a import b` counts as a.b where that is a module of ours, else as a.
     """
 
     def walk(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            if not typing and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
             if isinstance(child, ast.Import):
                 yield from ((alias.name, at_import) for alias in child.names)
@@ -109,6 +110,15 @@ def test_imports_run_one_way(module: str) -> None:
         there = room(name)
         if there != here and (within(module), there) not in ALLOWED:
             assert LEVEL[there] > LEVEL[here], f"{module} imports {name}, but {there} is not below {here}"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Imports inside functions and those for type checking count."""
+    graph = {module: {name for name, _ in imports(module, typing=True) if name in MODULES} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room(m) in LIGHT and not within(m).startswith(COMPUTES)])

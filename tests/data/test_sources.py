@@ -61,7 +61,7 @@ class TestNames:
     def test_unknown_without_a_guess(self) -> None:
         with pytest.raises(NotFoundError) as error:
             open_source("zzz")
-        assert str(error.value.hint).startswith("Name one of alpaca, c4, python-docs, wikitext,")
+        assert str(error.value.hint).startswith("name one of alpaca, c4, python-docs, wikitext,")
 
     def test_no_held_out_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sources, "hub_splits", lambda *_: {"train": lambda: iter(())})

@@ -14,9 +14,9 @@ from fixtures_tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.registry.checkpoint import verify
 from teal_cli.registry.download import dry_run, fetch
 from teal_cli.registry.registry import Registry
-from teal_cli.registry.verify import verify
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -227,7 +227,8 @@ def test_the_gguf_is_not_needed_afterwards(tiny_llama: Path, tmp_path: Path, reg
     entry = fetch(str(file), registry=registry)
     file.unlink()
     assert registry.get("m").path == entry.path
-    assert list(verify(entry))[-1].done == entry.size_bytes
+    *_, read, found = verify(entry)
+    assert (read.done, found.problems) == (entry.size_bytes, ())
     moved = registry.home.rename(tmp_path / "moved")
     assert Registry(moved).get("m").path.is_relative_to(moved), "$TEAL_HOME can move"
     assert not list((moved / "staging").iterdir())

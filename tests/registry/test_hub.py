@@ -10,12 +10,12 @@ import pytest
 from fixtures_hub import GOOD_TOKEN, WEAK_TOKEN, Hub, model_files, point_at, safetensors
 
 from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
+from teal_cli.registry.checkpoint import verify
 from teal_cli.registry.download import download, dry_run, fetch
 from teal_cli.registry.events import Done, Note, Planned, Progress
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options
-from teal_cli.registry.sources.base import UnreachableError
-from teal_cli.registry.verify import verify
+from teal_cli.registry.sources import UnreachableError
 
 WANTED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -26,12 +26,8 @@ def registry(teal_home: Path) -> Registry:
 
 
 def problems(registry: Registry, name: str) -> list[tuple[str, str]]:
-    checking = verify(registry.find(name))
-    while True:
-        try:
-            next(checking)
-        except StopIteration as stop:
-            return [(problem.path, problem.kind) for problem in stop.value]
+    *_, found = verify(registry.find(name))
+    return [(problem.path, problem.kind) for problem in found.problems]
 
 
 def test_fetches_one_copy_of_the_weights_and_registers_it(hub: Hub, registry: Registry, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from teal_cli.files import disk_errors, require_space, write_json
 from teal_cli.model.families import FAMILIES
 from teal_cli.registry import catalog
 from teal_cli.registry.architectures import ARCHITECTURES
+from teal_cli.registry.catalog import check_name, name_from
 from teal_cli.registry.download import download, fetch
 from teal_cli.registry.entry import ModelEntry
-from teal_cli.registry.names import check_name, name_from
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options
 

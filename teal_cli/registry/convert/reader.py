@@ -11,7 +11,8 @@ from typing import Any
 
 from gguf import GGUFReader, ReaderTensor
 
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import UsageError
+from teal_cli.registry.sources import DamagedError
 
 MAGIC = b"GGUF"
 
@@ -46,8 +47,8 @@ class GgufFile:
         return value
 
 
-def damaged(path: Path, detail: str) -> TealError:
-    return TealError(f"{path.name} is damaged: {detail}", hint="fetch the file again, or another one")
+def damaged(path: Path, detail: str) -> DamagedError:
+    return DamagedError(f"{path.name} is damaged: {detail}", hint="fetch the file again, or another one")
 
 
 def check_magic(path: Path) -> None:
@@ -66,7 +67,7 @@ def open_gguf(path: Path) -> GgufFile:
 
     Raises:
         UsageError: not a GGUF, or one part of a split one.
-        TealError: truncated or damaged.
+        DamagedError: truncated or damaged.
     """
     check_magic(path)
     try:

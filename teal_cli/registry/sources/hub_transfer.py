@@ -18,8 +18,7 @@ from typing import Any, Final
 
 from teal_cli.errors import TealError
 from teal_cli.files import sha256_of
-from teal_cli.registry.events import Progress
-from teal_cli.registry.sources.base import Plan, PlannedFile
+from teal_cli.registry.events import Plan, PlannedFile, Progress
 
 _WORKERS: Final = 4
 _PATIENCE_S: Final = 1.0
