@@ -160,12 +160,27 @@ def _add(writer: Any, key: str, value: Any) -> None:
             writer.add_array(key, value)
 
 
-def make_wheel(folder: Path, files: dict[str, Path | bytes], *, name: str = "tiny_model", version: str = "1.0") -> Path:
+def make_wheel(
+    folder: Path,
+    files: dict[str, Path | bytes],
+    *,
+    name: str = "tiny_model",
+    version: str = "1.0",
+    requires: tuple[str, ...] = (),
+) -> Path:
     """A wheel that pip accepts, with these files in it."""
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
     metadata = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
+        f"{info}/METADATA": "\n".join(
+            [
+                "Metadata-Version: 2.1",
+                f"Name: {name}",
+                f"Version: {version}",
+                *(f"Requires-Dist: {requirement}" for requirement in requires),
+                "",
+            ]
+        ).encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": b"",
     }

