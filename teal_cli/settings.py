@@ -92,6 +92,13 @@ def sparsity(value: object) -> float:
     return part
 
 
+def top_p(value: object) -> float:
+    share = number(value)
+    if not 0.0 < share <= 1.0:
+        raise ValueError("is outside (0, 1]: 1 is all tokens")
+    return share
+
+
 def temperature(value: object) -> float:
     degrees = number(value)
     if not 0.0 <= degrees < float("inf"):
@@ -136,6 +143,7 @@ KEYS: Final[dict[str, Key]] = {
     "generate.max_new_tokens": Key(integer(1), "tokens to generate"),
     "generate.temperature": Key(temperature, "0 is greedy"),
     "generate.top_k": Key(integer(0), "sample among the K most likely; 0 among all"),
+    "generate.top_p": Key(top_p, "and among the fewest whose probability reaches P"),
     "calibrate.dataset": Key(text, "text to calibrate on"),
     "calibrate.num_sequences": Key(integer(1), "sequences to calibrate on"),
     "calibrate.seq_len": Key(integer(1), "tokens of each sequence"),

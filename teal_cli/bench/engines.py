@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -151,7 +152,7 @@ def store_header(subject: Subject) -> StoreHeader:
     config = subject.config
     return StoreHeader(
         model=subject.name, model_revision=None, config_sha256="benchmark", calibration=None, dtype=subject.dtype,
-        prompts={"source": "benchmark"}, seed=0, sampling=GREEDY.as_dict(), backend=subject.backend,
+        prompts={"source": "benchmark"}, seed=0, sampling=asdict(GREEDY), backend=subject.backend,
         layers=config.layers, channels={site: config.channels(site) for site in SITES},
     )  # fmt: skip
 

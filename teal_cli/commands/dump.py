@@ -56,6 +56,7 @@ def dump(
     max_new_tokens: options.MaxNewTokensOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
+    top_p: options.TopPOption = None,
     seed: options.SeedOption = None,
     ignore_eos: Annotated[
         bool,
@@ -121,6 +122,7 @@ def dump(
         Sampling(
             pick("temperature", temperature, given.pick("generate.temperature")),
             pick("top_k", top_k, given.pick("generate.top_k")),
+            pick("top_p", top_p, given.pick("generate.top_p")),
             given.pick("seed", seed) or 0,
         ),
         ignore_eos,

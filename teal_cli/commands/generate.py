@@ -30,6 +30,7 @@ def generate(
     max_new_tokens: options.MaxNewTokensOption = None,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
+    top_p: options.TopPOption = None,
     seed: options.SeedOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
@@ -65,6 +66,7 @@ def generate(
     sampling = Sampling(
         given.pick("generate.temperature", temperature),
         given.pick("generate.top_k", top_k),
+        given.pick("generate.top_p", top_p),
         secrets.randbits(32) if chosen_seed is None else chosen_seed,
     )
     if dump is not None:

@@ -113,7 +113,7 @@ class Decoder:
         start = time.perf_counter()
         self.cache.length = 0
         tokens = torch.tensor(list(prompt), device=self.model.device)
-        token = choose(self.model.forward(tokens, 0, self.cache))
+        token = choose(self.model.forward(tokens, 0, self.cache), len(prompt) - 1)
         self.tally.prefill_s += time.perf_counter() - start
         self.tally.prompt_tokens += len(prompt)
         return token
@@ -125,7 +125,7 @@ class Decoder:
         logits = self.step(token, position, rows)
         if capture is not None:
             capture.end()
-        chosen = choose(logits)
+        chosen = choose(logits, position)
         self.tally.decode_s += time.perf_counter() - start
         self.tally.steps += 1
         self.tally.context += position + 1

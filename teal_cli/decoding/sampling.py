@@ -1,100 +1,76 @@
-"""Choosing the next token from logits.
+"""Choosing the next token from logits; the rule itself is `teal_kernels.parts.sample.reference`.
 
-A sampler belongs to one sequence: its random stream depends on (seed, sequence) alone, so that a sequence comes out the
-same whether it is generated first, last, or again after an interruption. Nothing here knows models or stores.
+A draw depends on (seed, sequence, position) alone, so that a sequence comes out the same whether it is generated first,
+last, or again after an interruption. Nothing here knows models or stores.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
+from teal_kernels.parts.sample.reference import SamplingRule, random_bits, sample_reference
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token (greedy).
-        top_k: only the k most likely tokens can be drawn; 0 means all of them.
-        seed: seeds the random stream of every sequence.
+class Sampling(SamplingRule):
+    """A `SamplingRule` with its usual values, and checked.
 
     Raises:
-        UsageError: a negative or non-finite temperature, a negative top_k or seed.
+        UsageError: a temperature that is negative or no finite float32, a negative top_k, a top_p outside (0, 1], a
+            seed outside [0, 2**63).
     """
 
     temperature: float = 0.8
     top_k: int = 200
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
+        if math.isnan(self.temperature) or not 0 <= self.temperature < 2.0**127:
             raise UsageError(
                 f"temperature must be 0 or a positive number, not {self.temperature}",
                 hint="0 is greedy decoding; 0.8 is a usual value",
             )
         if self.top_k < 0:
             raise UsageError(f"top-k must be 0 (all tokens) or positive, not {self.top_k}")
-        if self.seed < 0:
-            raise UsageError(f"seed must not be negative, got {self.seed}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
-
-    def stream(self, sequence: int) -> int:
-        """Seeds the random stream of one sequence: 63 bits, since torch takes an int64."""
-        return int(np.random.SeedSequence([self.seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-    def as_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+        if not 0 < self.top_p <= 1:
+            raise UsageError(
+                f"top-p must be above 0 and at most 1, not {self.top_p}",
+                hint="1 is all tokens; --temperature 0 takes the most likely one",
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be at least 0 and below 2**63, not {self.seed}")
 
 
 class Sampler:
     """Draws the tokens of one sequence.
 
     Args:
-        sampling: the settings.
-        sequence: index of the sequence within its run; together with the seed it fixes the random stream.
-        device: where the logits live.
+        rule: the settings.
+        sequence: index of the sequence within its run.
     """
 
-    def __init__(self, sampling: Sampling, *, sequence: int = 0, device: torch.device | str = "cpu") -> None:
-        self.sampling = sampling
-        self._random = torch.Generator(device).manual_seed(sampling.stream(sequence))
+    def __init__(self, rule: SamplingRule, *, sequence: int = 0) -> None:
+        self.rule, self.sequence = rule, sequence
 
-    def __call__(self, logits: Tensor) -> int:
-        """Take logits float32 [vocab] and return a token id.
+    def __call__(self, logits: Tensor, position: int) -> int:
+        """Return the token id drawn from the logits [vocab] that follow the token at `position`.
 
         Raises:
             TealError: the logits hold NaN, which no sampling rule can order.
         """
-        if self.sampling.greedy:
-            largest, token = logits.max(0)
-            if math.isnan(largest):  # max returns a NaN where there is one
-                raise nan_logits()
-            return int(token)
-        scaled = logits / self.sampling.temperature
-        if 0 < self.sampling.top_k < scaled.numel():
-            values, tokens = scaled.topk(self.sampling.top_k)
-        else:
-            values, tokens = scaled, None
-        probabilities = values.softmax(-1)
-        if math.isnan(float(probabilities[0])):
+        bits = 0 if self.rule.greedy else random_bits(self.rule.seed, self.sequence, position)
+        token = sample_reference(logits, self.rule, bits)
+        if token is None:
             raise nan_logits()
-        choice = int(torch.multinomial(probabilities, 1, generator=self._random))
-        return choice if tokens is None else int(tokens[choice])
+        return token
 
 
 def nan_logits() -> TealError:
     """What is raised where no token can be chosen."""
     return TealError(
-        "the model produced NaN logits, so no token can be chosen",
+        "the model produced NaN or infinite logits, so no token can be chosen",
         hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",
     )

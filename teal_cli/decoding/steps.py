@@ -29,8 +29,9 @@ NUMBA: Final = "numba"
 TRITON_GRAPH: Final = "triton-graph"
 
 
-Choose = Callable[[Tensor], int]
-"""Logits float32 [vocab] -> a token id. Raises TealError where the logits hold NaN."""
+Choose = Callable[[Tensor, int], int]
+"""Logits float32 [vocab], and the position of the token that they follow -> a token id. Raises TealError where the
+logits hold NaN."""
 
 
 class Step(Protocol):
@@ -96,7 +97,7 @@ class PlainStep:
         return logits
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
-        return Sampler(sampling, sequence=sequence, device=self._model.device)
+        return Sampler(sampling, sequence=sequence)
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._counter.counts() if self._counter else None
@@ -162,16 +163,14 @@ class GraphStep:
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         """Choose within the graph: reading one number a token leaves less time in which the GPU waits."""
-        from teal_kernels.parts.sample.op import DeviceSampling
-
         step = self._step
-        step.sample(DeviceSampling(sampling.temperature, sampling.top_k, sampling.stream(sequence)))
+        step.sample(sampling, sequence)
         prefill = True
 
-        def choose(logits: Tensor) -> int:
+        def choose(logits: Tensor, position: int) -> int:
             nonlocal prefill
             if prefill:
-                step.choose(logits, self._cache.length - 1)
+                step.choose(logits, position)
                 prefill = False
             token = step.chosen()
             if token is None:

@@ -189,6 +189,7 @@ def store_headers(
         sampling={
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
             "max_new_tokens": max_new_tokens,
             "stop_ids": list(stop),
         },

@@ -20,6 +20,7 @@ KEYS: Final[dict[str, type | tuple[type, ...]]] = {
     "max_new_tokens": int,
     "temperature": (int, float),
     "top_k": int,
+    "top_p": (int, float),
 }
 
 

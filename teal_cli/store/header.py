@@ -134,10 +134,15 @@ def site_threshold(thresholds: np.ndarray, site: str) -> np.ndarray:
     return thresholds[..., columns].min(axis=-1)
 
 
+_NO_TOP_P = {"top_p": 1.0}
+"""What a store's `sampling` means that was written before there was a top-p."""
+
+
 def differing_fields(mine: StoreHeader, found: StoreHeader) -> list[str]:
     """Names of the fields in which the header of a run differs from the one a store was made with."""
     a = mine.to_attributes(teal_version="", complete=False)
     b = found.to_attributes(teal_version="", complete=False)
+    a["sampling"], b["sampling"] = _NO_TOP_P | a["sampling"], _NO_TOP_P | b["sampling"]
     return [f.name for f in fields(StoreHeader) if a[f.name] != b[f.name]]
 
 

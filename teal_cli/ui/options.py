@@ -150,6 +150,15 @@ TopKOption = Annotated[
     int | None,
     typer.Option("--top-k", min=0, metavar="K", help="Sample among the K most likely tokens; 0 among all."),
 ]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="And of these among the fewest whose probability reaches P; 1 among all.",
+        callback=_checked(settings.top_p),
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the sampling.")]
 
 # ---------------------------------------------------------------- network and safety

@@ -146,7 +146,7 @@ def test_llama_cpp(teal: Teal, tiny: Callable[[str], Path], tmp_path: Path, monk
     session = open_session(backend="cpu")
     prompt = registered(session, (), 6).prompt
     decoder: Decoder = session.decoder(session.plan(0.0), session.cache(20))
-    tokens = list(decoder.generate(prompt, max_new_tokens=4, sampling=Sampling(0.0, 0, 0)))
+    tokens = list(decoder.generate(prompt, max_new_tokens=4, sampling=Sampling(0.0, 0)))
     (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("FAKE_VOCAB", "320")

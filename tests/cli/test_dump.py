@@ -92,6 +92,17 @@ def test_resuming_what_is_complete_changes_nothing(teal: Teal, prompts: Path, tm
         np.testing.assert_array_equal(values, before[name])
 
 
+def test_a_store_from_before_there_was_a_top_p_resumes(teal: Teal, prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
+    assert teal(*small(prompts, store)).code == 0
+    group = zarr.open_group(store, mode="r+", use_consolidated=False)
+    attributes = dict(group.attrs["teal"])
+    assert attributes["sampling"].pop("top_p") == 1.0
+    group.attrs["teal"] = attributes
+    assert teal(*small(prompts, store), "--resume").code == 0
+    assert teal(*small(prompts, store), "--resume", "--top-p", 0.9).code == 2
+
+
 @pytest.mark.parametrize("change", [("--seed", 9), ("--temperature", 0), ("-s", "0,0.5"), ("--max-new-tokens", 21),
                                     ("--dtype", "bfloat16"), ("--backend", "reference")])  # fmt: skip
 def test_resuming_with_other_settings_is_refused(

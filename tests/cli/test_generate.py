@@ -72,6 +72,21 @@ def test_a_seed_repeats_itself_and_none_is_a_new_one(teal: Teal) -> None:
     assert teal("generate", *sampled).json["seed"] != teal("generate", *sampled).json["seed"]
 
 
+def test_sampled_tokens_do_not_depend_on_the_backend(teal: Teal) -> None:
+    sampled = ("-p", "The quick", "--top-p", 0.9, "--seed", 3, "--ignore-eos", "--dtype", "float32", "--json")
+    numba, plain = (teal("generate", *sampled, "--backend", name).json["token_ids"] for name in ("numba", "reference"))
+    assert numba == plain
+    assert teal("generate", *sampled, "--top-p", 0.2).json["token_ids"] != plain
+
+
+def test_a_tiny_temperature_is_greedy_and_no_defect_of_the_model(teal: Teal) -> None:
+    tokens = [
+        teal("generate", "-p", "The quick", *GREEDY, "--json", "--temperature", temperature).json["token_ids"]
+        for temperature in (0, 1e-40)
+    ]
+    assert tokens[0] == tokens[1]
+
+
 def test_backends_give_the_same_tokens(teal: Teal) -> None:
     tokens = [
         teal("generate", "-p", "The quick", *GREEDY, "--dtype", "float32", "--backend", backend, "--json").json[
@@ -92,6 +107,8 @@ def test_backends_give_the_same_tokens(teal: Teal) -> None:
         (("-p", "x", "--backend", "cuda"), 2, "not one of"),
         (("-p", "x", "--device", "cuda:7"), 5, "no device cuda:7"),
         (("-p", "x", "--dtype", "int8"), 2, "not one of"),
+        (("-p", "x", "--top-p", 0), 2, "outside (0, 1]"),
+        (("-p", "x", "--temperature", 1e39), 2, "temperature must be"),
         (("-p", ""), 2, "prompt is empty"),
         (("-p", "x " * 400), 2, "context of 256"),
         (("-p", "x", "--max-new-tokens", 0), 2, "--max-new-tokens"),

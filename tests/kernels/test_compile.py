@@ -24,7 +24,7 @@ from teal_kernels.parts.attention.kernel import attention_kernel, join_kernel
 from teal_kernels.parts.attention.op import BLOCK_T
 from teal_kernels.parts.norm.kernel import rms_norm_kernel
 from teal_kernels.parts.rope.kernel import qkv_kernel
-from teal_kernels.parts.sample.kernel import sample_kernel
+from teal_kernels.parts.sample.kernel import draw_kernel, nucleus_kernel, totals_kernel
 from teal_kernels.parts.swiglu.kernel import swiglu_kernel
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -173,10 +173,20 @@ def test_attention_builds(group, head_dim, dtype, capability):
 
 @capabilities
 @dtypes
-@pytest.mark.parametrize("ids", [True, False], ids=["top-k", "all"])
-def test_sampling_builds(ids, dtype, capability):
-    types = {"values_ptr": POINTER_TYPES[dtype], "temperature_ptr": "*fp32"}
-    types |= dict.fromkeys(("seed_ptr", "position_ptr", "choice_ptr"), "*i64")
-    constants: dict[str, object] = {"n": 200 if ids else 128256, "IDS": ids, "BLOCK": 256 if ids else 8192}
-    types, constants = (types | {"ids_ptr": "*i64"}, constants) if ids else (types, constants | {"ids_ptr": None})
-    compile_kernel(sample_kernel, types, constants, capability, 8).assert_no_spills()
+@pytest.mark.parametrize("cut", [True, False], ids=["top-k", "all"])
+def test_sampling_builds(cut, dtype, capability):
+    pointer = POINTER_TYPES[dtype]
+    types = dict.fromkeys(("logits_ptr", "peak_ptr", "ranked_ptr", "lowest_ptr"), pointer) | {
+        "temperature_ptr": "*fp32"
+    }
+    types |= dict.fromkeys(("totals_ptr", "stream_ptr", "position_ptr", "top_p_ptr", "choice_ptr"), "*i64")
+    constants: dict[str, object] = {"n": 128256, "BLOCK": 1024}
+    if not cut:
+        del types["lowest_ptr"]
+        constants["lowest_ptr"] = None
+    chunks = {"chunks": 126, "CHUNKS": 128}
+    compile_kernel(totals_kernel, types, constants, capability).assert_no_spills()
+    compile_kernel(draw_kernel, types, constants | chunks, capability).assert_no_spills()
+    if cut:
+        ranked = {"ranked": 128256, "BLOCK": 1024}
+        compile_kernel(nucleus_kernel, types, ranked | chunks, capability).assert_no_spills()

@@ -44,12 +44,12 @@ def test_matches_the_reference_and_the_graph_has_the_same_bits(shape, dtype, spa
 
 
 def test_decodes_alone_as_it_does_step_by_step():
-    from teal_kernels.parts.sample.op import DeviceSampling
+    from teal_kernels.parts.sample.reference import SamplingRule
     from teal_kernels.steps.gpu.op import GpuStep
 
     model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
     alone = GpuStep(*model.arguments(), thresholds=plan(2))
-    alone.sample(DeviceSampling(0.0))
+    alone.sample(SamplingRule(0.0))
     alone.token.fill_(4)
     alone.position.fill_(10)
     led = GpuStep(*model.arguments(), thresholds=plan(2))
@@ -61,14 +61,14 @@ def test_decodes_alone_as_it_does_step_by_step():
 
 
 def test_sampling_depends_on_seed_and_position_only():
-    from teal_kernels.parts.sample.op import DeviceSampling
+    from teal_kernels.parts.sample.reference import SamplingRule
     from teal_kernels.steps.gpu.op import GpuStep
 
     model = tiny_model(torch.bfloat16, max_tokens=100, device="cuda")
     histories = []
     for seed in (1, 1, 2):
         step = GpuStep(*model.arguments(), thresholds=plan(2))
-        step.sample(DeviceSampling(1.0, 20, seed))
+        step.sample(SamplingRule(1.0, 20, seed=seed))
         step.token.fill_(4)
         step.position.fill_(10)
         histories.append([(step.run(), step.chosen())[1] for _ in range(40)])

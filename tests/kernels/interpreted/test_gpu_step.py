@@ -8,7 +8,7 @@ import torch
 from kernel_cases import relative_error
 from kernel_models import plan, tiny_model
 
-from teal_kernels.parts.sample.op import DeviceSampling
+from teal_kernels.parts.sample.reference import SamplingRule
 from teal_kernels.steps.gpu.op import GpuStep
 from teal_kernels.steps.gpu.reference import gpu_step_reference
 
@@ -89,7 +89,7 @@ def test_counts_what_each_projection_keeps():
 def test_decodes_on_the_device_as_the_host_would():
     model = tiny_model(torch.float32)
     step = GpuStep(*model.arguments(), thresholds=plan(2), ring_slots=2)
-    step.sample(DeviceSampling(0.0))
+    step.sample(SamplingRule(0.0))
     step.token.fill_(4)
     step.position.fill_(10)
     host = GpuStep(*model.arguments(), thresholds=plan(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 import triton
@@ -16,8 +18,8 @@ from teal_kernels.parts.attention.op import AttentionShares, launch_attention
 from teal_kernels.parts.attention.reference import attention_reference
 from teal_kernels.parts.norm.op import launch_rms_norm
 from teal_kernels.parts.norm.reference import add_partials_reference, rms_norm_reference
-from teal_kernels.parts.sample.op import Chooser, DeviceSampling
-from teal_kernels.parts.sample.reference import sample_reference
+from teal_kernels.parts.sample.op import Chooser
+from teal_kernels.parts.sample.reference import SamplingRule, philox, random_bits, sample_reference
 from teal_kernels.parts.swiglu.op import launch_swiglu
 from teal_kernels.parts.swiglu.reference import swiglu_reference
 
@@ -92,34 +94,69 @@ def test_attention_with_any_length_and_number_of_shares(length, shares, window, 
 
 
 @triton.jit
-def uniform_kernel(seed, position, out_ptr):
-    tl.store(out_ptr, tl.rand(seed, position))
+def philox_kernel(key_ptr, counter_ptr, out_ptr):
+    key = tl.load(key_ptr)
+    c0, c1, c2, c3 = (
+        tl.load(counter_ptr),
+        tl.load(counter_ptr + 1),
+        tl.load(counter_ptr + 2),
+        tl.load(counter_ptr + 3),
+    )
+    a, b, c, d = tl.philox(key, c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32))
+    tl.store(out_ptr, a.to(tl.int64))
+    tl.store(out_ptr + 1, b.to(tl.int64))
+    tl.store(out_ptr + 2, c.to(tl.int64))
+    tl.store(out_ptr + 3, d.to(tl.int64))
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
-def test_draws_by_inverting_the_cumulative_distribution(top_k):
-    logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 2
-    choose = Chooser(DeviceSampling(0.7, top_k, seed=9), CPU)
-    values, ids = logits.topk(top_k) if top_k else (logits, torch.arange(300))
-    uniform, tokens = torch.empty(1), []
-    for position in range(30):
+@given(seed=st.integers(0, 2**63 - 1), counter=st.tuples(*[st.integers(0, 2**32 - 1)] * 4))
+@settings(max_examples=20, deadline=None)
+def test_philox_of_triton_is_ours(seed, counter):
+    out = torch.empty(4, dtype=torch.int64)
+    philox_kernel[(1,)](torch.tensor([seed]), torch.tensor(counter), out)
+    assert tuple(out.tolist()) == philox((seed & 0xFFFFFFFF, seed >> 32), counter)
+
+
+RULES = [
+    SamplingRule(temperature, top_k, top_p, seed=2**40 + 9)
+    for temperature, top_k, top_p in [(0.7, 0, 1.0), (0.7, 5, 1.0), (2.0, 0, 0.8), (1.0, 40, 0.6), (5.0, 2999, 0.99)]
+]
+
+
+@pytest.mark.parametrize(("rule", "dtype"), [*zip(RULES, cycle(DTYPES), strict=False)], ids=str)
+def test_draws_what_the_reference_draws(rule, dtype):
+    """Over three chunks of the vocabulary, with many equal logits."""
+    logits = (torch.randn(3000, generator=torch.Generator().manual_seed(2)) * 2).to(dtype)
+    logits[5::7] = logits[11]
+    choose, tokens = Chooser(rule, 2**33 + 1, CPU), set()
+    for position in (*range(12), 2**32 + 3):
         choose(logits, torch.tensor([position]))
-        uniform_kernel[(1,)](9, position, uniform)
-        assert choose.choice.tolist() == [ids[sample_reference(values, 0.7, uniform.item())], 0]
-        tokens.append(choose.choice[0].item())
-    assert len(set(tokens)) > 3
+        token = sample_reference(logits, rule, random_bits(rule.seed, 2**33 + 1, position))
+        assert choose.choice.tolist() == [token, 0]
+        tokens.add(token)
+    assert len(tokens) > 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 1023, 1024, 1025])
+def test_draws_from_vocabularies_about_a_chunk(n):
+    logits = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    for rule in (SamplingRule(3.0), SamplingRule(3.0, top_p=0.9), SamplingRule(3.0, top_k=2)):
+        choose = Chooser(rule, 0, CPU)
+        for position in range(5):
+            choose(logits, torch.tensor([position]))
+            assert choose.choice.tolist() == [sample_reference(logits, rule, random_bits(0, 0, position)), 0]
 
 
 def test_temperature_zero_takes_the_most_likely():
-    logits, choose = torch.randn(50), Chooser(DeviceSampling(0.0), CPU)
+    logits, choose = torch.randn(50), Chooser(SamplingRule(0.0), 0, CPU)
     choose(logits, torch.tensor([3]))
     assert choose.choice.tolist() == [logits.argmax(), 0]
 
 
-@pytest.mark.parametrize("sampling", [DeviceSampling(0.0), DeviceSampling(1.0), DeviceSampling(1.0, 5)], ids=str)
+@pytest.mark.parametrize("rule", [SamplingRule(0.0), SamplingRule(1.0), *RULES[1:4]], ids=str)
 @pytest.mark.parametrize("place", [0, 20, 49])
-def test_nan_logits_are_told(sampling, place):
-    logits, choose = torch.randn(50), Chooser(sampling, CPU)
+def test_nan_logits_are_told(rule, place):
+    logits, choose = torch.randn(50), Chooser(rule, 0, CPU)
     logits[place] = torch.nan
     choose(logits, torch.tensor([3]))
     token, broken = choose.choice.tolist()
@@ -127,13 +164,23 @@ def test_nan_logits_are_told(sampling, place):
     assert 0 <= token < 50  # the next step may have been launched with it
 
 
+@pytest.mark.parametrize(
+    "logits", [torch.full([50], -torch.inf), torch.tensor([0.0, torch.inf, 1.0])], ids=["-inf", "inf"]
+)
+def test_infinite_logits_are_told(logits):
+    choose = Chooser(SamplingRule(1.0, top_p=0.5), 0, CPU)
+    choose(logits, torch.tensor([3]))
+    assert choose.choice.tolist() == [0, 1]
+
+
 def test_other_settings_without_another_graph():
     logits, position = torch.randn(300), torch.tensor([7])
-    choose, other = Chooser(DeviceSampling(0.5, 20, seed=1), CPU), DeviceSampling(2.0, 20, seed=5)
-    assert choose.adopt(other)
+    choose, other = Chooser(SamplingRule(0.5, 20, seed=1), 0, CPU), SamplingRule(2.0, 20, seed=5)
+    assert choose.adopt(other, 3)
     choose(logits, position)
-    fresh = Chooser(other, CPU)
+    fresh = Chooser(other, 3, CPU)
     fresh(logits, position)
     assert torch.equal(choose.choice, fresh.choice)
-    assert not choose.adopt(DeviceSampling(2.0, 21, seed=5))
-    assert not choose.adopt(DeviceSampling(0.0, 20, seed=5))
+    assert not choose.adopt(SamplingRule(2.0, 21, seed=5), 3)
+    assert not choose.adopt(SamplingRule(2.0, 20, 0.5, seed=5), 3)
+    assert not choose.adopt(SamplingRule(0.0, 20, seed=5), 3)

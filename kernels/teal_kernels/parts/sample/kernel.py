@@ -1,4 +1,4 @@
-"""Draw one entry of a vector of logits by inverting the cumulative distribution. Device code only."""
+"""Draw a token by the rule of `reference.py`: weights per chunk of the vocabulary, then one chunk. Device code only."""
 
 from __future__ import annotations
 
@@ -7,41 +7,108 @@ import triton.language as tl
 
 
 @triton.jit
-def sample_kernel(
-    values_ptr,  # [n] logits
-    ids_ptr,  # int64 [n], what the entries stand for; None: their positions
+def _weights(logits, peak, temperature):
+    """`weights_reference`: float32 logits -> int64 with 32 bits after the point."""
+    scaled = tl.div_rn(logits - tl.where(tl.abs(peak) < float("inf"), peak, 0.0), temperature)
+    # Where a logit is NaN or infinite this may be NaN or above 0. No token is drawn then.
+    share = tl.exp(tl.where(scaled <= 0.0, scaled, float("-inf")))
+    return (share * 4294967296.0).to(tl.int64)
+
+
+@triton.jit
+def _chunk_weights(logits_ptr, peak, lowest_ptr, temperature, chunk, n: tl.constexpr, BLOCK: tl.constexpr):
+    """Weights of one chunk of the vocabulary, int64 [BLOCK]; 0 for what is no candidate."""
+    entry = chunk * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + entry, mask=entry < n, other=float("-inf")).to(tl.float32)
+    weights = _weights(logits, peak, temperature)
+    if lowest_ptr is not None:
+        weights = tl.where(logits >= tl.load(lowest_ptr).to(tl.float32), weights, 0)
+    return weights
+
+
+@triton.jit
+def _below(bits, total):
+    """floor(bits * total / 2**64) for a fraction of 64 bits."""
+    return tl.umulhi(bits.to(tl.uint64, bitcast=True), total.to(tl.uint64, bitcast=True)).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def totals_kernel(
+    logits_ptr,  # [n]
+    peak_ptr,  # [1], the largest logit
+    lowest_ptr,  # [1], the smallest that is a candidate; None: all are
     temperature_ptr,  # float32 [1], above 0
-    seed_ptr,  # int64 [1]
-    position_ptr,  # int64 [1]
-    choice_ptr,  # int64 [2], written: the token; 1 if a logit is NaN
+    totals_ptr,  # int64 [chunks], written: the weight of each chunk
     n: tl.constexpr,
-    IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The random number is a function of (seed, position) alone: a sequence can be resumed at any token. Grid: (1,)."""
-    temperature = tl.load(temperature_ptr)
-    entry = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, n, BLOCK):
-        value = tl.load(values_ptr + start + entry, mask=start + entry < n, other=float("-inf"))
-        peak = tl.maximum(peak, value.to(tl.float32))
-    highest = tl.maximum(tl.max(peak, axis=0), -3e38)  # finite, also where all logits are NaN or -inf
+    """Grid: (chunks,)."""
+    chunk, peak = tl.program_id(0), tl.load(peak_ptr).to(tl.float32)
+    weights = _chunk_weights(logits_ptr, peak, lowest_ptr, tl.load(temperature_ptr), chunk, n, BLOCK)
+    tl.store(totals_ptr + chunk, tl.sum(weights, axis=0))
 
-    total = highest * 0.0
-    for start in range(0, n, BLOCK):
-        value = tl.load(values_ptr + start + entry, mask=start + entry < n, other=float("-inf")).to(tl.float32)
-        total += tl.sum(tl.exp((value - highest) / temperature), axis=0)
-    target = tl.rand(tl.load(seed_ptr), tl.load(position_ptr)) * total
 
-    before = highest * 0.0
-    passed = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n, BLOCK):
-        value = tl.load(values_ptr + start + entry, mask=start + entry < n, other=float("-inf")).to(tl.float32)
-        weight = tl.exp((value - highest) / temperature)
-        passed += ((before + tl.cumsum(weight, axis=0) <= target) & (start + entry < n)).to(tl.int32)
-        before += tl.sum(weight, axis=0)
-    choice = tl.minimum(tl.sum(passed, axis=0), n - 1).to(tl.int64)
-    broken = total != total
-    choice = tl.where(broken, 0, choice)
-    tl.store(choice_ptr, tl.load(ids_ptr + choice) if IDS else choice)
+@triton.jit
+def nucleus_kernel(
+    ranked_ptr,  # [ranked], the candidates' logits in descending order
+    totals_ptr,  # int64 [chunks], of `totals_kernel`
+    temperature_ptr,  # float32 [1]
+    top_p_ptr,  # int64 [1], `top_p_bits`
+    lowest_ptr,  # [1], written: the smallest logit that is still a candidate
+    ranked: tl.constexpr,
+    chunks: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (1,)."""
+    chunk = tl.arange(0, CHUNKS)
+    total = tl.sum(tl.load(totals_ptr + chunk, mask=chunk < chunks, other=0), axis=0)
+    wanted = _below(tl.load(top_p_ptr), total) + 1
+    peak, temperature = tl.load(ranked_ptr).to(tl.float32), tl.load(temperature_ptr)
+    before, taken = total * 0, tl.zeros([BLOCK], tl.int32)
+    for start in range(0, ranked, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        logits = tl.load(ranked_ptr + entry, mask=entry < ranked, other=float("-inf")).to(tl.float32)
+        weights = _weights(logits, peak, temperature)
+        taken += ((before + tl.cumsum(weights, axis=0) - weights < wanted) & (entry < ranked)).to(tl.int32)
+        before += tl.sum(weights, axis=0)
+    last = tl.maximum(tl.sum(taken, axis=0), 1) - 1  # none is taken where a logit is NaN
+    tl.store(lowest_ptr, tl.load(ranked_ptr + last))
+
+
+@triton.jit
+def draw_kernel(
+    logits_ptr,  # [n]
+    peak_ptr,  # [1]
+    lowest_ptr,  # [1] or None
+    temperature_ptr,  # float32 [1]
+    totals_ptr,  # int64 [chunks]
+    stream_ptr,  # int64 [2]: seed, sequence
+    position_ptr,  # int64 [1]
+    choice_ptr,  # int64 [2], written: the token; 1 if none can be drawn
+    n: tl.constexpr,
+    chunks: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (1,)."""
+    seed, sequence, position = tl.load(stream_ptr), tl.load(stream_ptr + 1), tl.load(position_ptr)
+    high, low, _, _ = tl.philox(
+        seed, position.to(tl.uint32), (position >> 32).to(tl.uint32), sequence.to(tl.uint32),
+        (sequence >> 32).to(tl.uint32),
+    )  # fmt: skip
+    bits = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+    chunk = tl.arange(0, CHUNKS)
+    totals = tl.load(totals_ptr + chunk, mask=chunk < chunks, other=0)
+    target = _below(bits, tl.sum(totals, axis=0))
+    passed = tl.minimum(tl.sum((tl.cumsum(totals, axis=0) <= target).to(tl.int32), axis=0), chunks - 1)
+    before = tl.sum(tl.where(chunk < passed, totals, 0), axis=0)
+
+    peak = tl.load(peak_ptr).to(tl.float32)
+    weights = _chunk_weights(logits_ptr, peak, lowest_ptr, tl.load(temperature_ptr), passed, n, BLOCK)
+    inside = tl.sum((before + tl.cumsum(weights, axis=0) <= target).to(tl.int32), axis=0)
+    broken = (tl.abs(peak) < float("inf")) == 0  # true of NaN as well
+    choice = tl.where(broken, 0, tl.minimum(passed * BLOCK + inside, n - 1))
+    tl.store(choice_ptr, choice.to(tl.int64))
     tl.store(choice_ptr + 1, broken.to(tl.int64))

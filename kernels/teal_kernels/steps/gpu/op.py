@@ -22,7 +22,8 @@ from teal_kernels.ops.kept.op import CHUNK, Capture, Sink, chunk_for
 from teal_kernels.parts.attention.op import AttentionShares, launch_attention
 from teal_kernels.parts.norm.op import launch_rms_norm
 from teal_kernels.parts.rope.op import launch_qkv
-from teal_kernels.parts.sample.op import Chooser, DeviceSampling
+from teal_kernels.parts.sample.op import Chooser
+from teal_kernels.parts.sample.reference import SamplingRule
 from teal_kernels.parts.swiglu.op import launch_swiglu
 from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.gpu.products import DenseProduct, Product, SparseProduct
@@ -129,10 +130,10 @@ class GpuStep:
         self._ran = True
 
     @torch.inference_mode()
-    def sample(self, sampling: DeviceSampling) -> None:
+    def sample(self, rule: SamplingRule, sequence: int = 0) -> None:
         """From the next step on, choose the token after it on the device, too."""
-        if self._chooser is None or not self._chooser.adopt(sampling):
-            self._chooser = Chooser(sampling, self.device)
+        if self._chooser is None or not self._chooser.adopt(rule, sequence):
+            self._chooser = Chooser(rule, sequence, self.device)
             self._graph, self._ran = None, False
 
     @torch.inference_mode()
@@ -143,7 +144,7 @@ class GpuStep:
         self._chooser(logits, self.position)
 
     def chosen(self) -> int | None:
-        """The token that the last step, or `choose`, chose; None if the logits held NaN. Waits for the device."""
+        """The token that the last step, or `choose`, chose; None if none can be chosen. Waits for the device."""
         assert self._chooser is not None, "call sample() first"
         token, broken = self._chooser.choice.tolist()
         return None if broken else token
