@@ -32,6 +32,12 @@ COMMANDS = (
     Entry("calibrate", MODELS, "Measure how large the activations of a model are, over a text."),
     Entry("generate", RUN, "Generate text with sparse decoding."),
     Entry("dump", RUN, "Dump activations of many prompts at many sparsity levels into one store."),
+    Entry(
+        "eval",
+        RUN,
+        "Measure what sparsity levels cost: perplexity, divergence from the dense model, agreement with it.",
+        attribute="evaluate",
+    ),
     Entry("store", STORES, "Look into a store, check it, measure it, convert it.", attribute="app"),
     Entry("bench", SPEED, "Measure speed against dense, against others and against the memory limit.", attribute="app"),
     Entry("plot", SPEED, "Draw pictures of results.", attribute="app"),

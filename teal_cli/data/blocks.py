@@ -28,6 +28,9 @@ class Tokenizer(Protocol):
     @property
     def bos_token_id(self) -> int | None: ...
 
+    @property
+    def eos_token_id(self) -> int | None: ...
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 

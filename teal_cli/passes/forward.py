@@ -30,10 +30,21 @@ from teal_cli.sparsity.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """How the positions of a sequence are run: dense before `start`, under the plan from there on."""
+    """How the positions of a sequence are run: dense before `start`, under the plan from there on.
+
+    Attributes:
+        start: position of the first sparse row: an int counts tokens, a float is a share of the sequence (0.5 is TEAL's
+            own evaluation), rounded down.
+        kept: int64 [layers, 7], entries that each projection kept, added up over all sparse rows; None counts nothing.
+    """
 
     plan: Plan
-    start: int
+    start: int | float
+    kept: NDArray[np.int64] | None = None
+
+    def position(self, length: int) -> int:
+        """Position of the first sparse row in a sequence of this length."""
+        return min(self.start, length) if isinstance(self.start, int) else int(self.start * length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +77,12 @@ class States:
     Attributes:
         dense: [D, hidden], the dense positions 0 to D.
         sparse: of each variant [S - start, hidden], its sparse positions.
+        length: S, tokens of the sequence.
     """
 
     dense: Tensor
     sparse: list[Tensor]
+    length: int
 
 
 Sink: TypeAlias = Callable[[int, States], None]
@@ -94,7 +107,7 @@ class Advance:
 
 def forward(
     layers: Layers,
-    tokens: NDArray[np.int64],
+    tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64],
     variants: Sequence[Sparse] = (),
     *,
     dense_rows: bool = True,
@@ -106,8 +119,8 @@ def forward(
     Args:
         layers: where the model comes from. From a checkpoint all sequences go through a layer before the next is
             loaded; in memory each sequence goes through all layers by itself.
-        tokens: int64 [sequences, S]; each row is a sequence of its own, from position 0.
-        variants: plans to run side by side, each from its own position on.
+        tokens: token ids int64 [S] of each sequence, from position 0; lengths may differ.
+        variants: plans to run side by side, each from its own position on; a shorter sequence has no sparse rows.
         dense_rows: run every position densely too; without it only the dense positions that a variant needs.
         visit: called with the input of every site.
         sink: called with the last hidden states of each sequence.
@@ -116,21 +129,18 @@ def forward(
         Advance after each layer of a sequence.
 
     Raises:
-        UsageError: the sequences are longer than the model's context, or a variant begins outside of them.
+        UsageError: a sequence is longer than the model's context, or empty.
         TealError: a token is not in the vocabulary, or the checkpoint is damaged.
     """
-    config, count = layers.config, tokens.shape[1]
+    config = layers.config
     check_tokens(config, tokens)
-    if any(not 0 <= variant.start <= count for variant in variants):
-        raise UsageError(f"a sequence of {count} tokens cannot become sparse from {[v.start for v in variants]}")
     begun, done, total = time.perf_counter(), 0, config.layers * len(tokens)
     every = range(len(tokens))
-    rope = layers.rope.at(0, count)
-    prefix = count if dense_rows else max((variant.start for variant in variants), default=0)
+    rope = layers.rope.at(0, max(map(len, tokens)))
     for group in [[index] for index in every] if layers.resident else [list(every)]:
         with torch.inference_mode():
             embedded = layers.embed([torch.tensor(tokens[index], device=layers.device) for index in group])
-            states = [States(x[:prefix], [x[v.start :] for v in variants]) for x in embedded]
+            states = [_first_states(x, variants, dense_rows) for x in embedded]
             del embedded
         for index in range(config.layers):
             weights = layers.layer(index)
@@ -143,6 +153,12 @@ def forward(
         if sink is not None:
             for sequence, state in zip(group, states, strict=True):
                 sink(sequence, state)
+
+
+def _first_states(embedded: Tensor, variants: Sequence[Sparse], dense_rows: bool) -> States:
+    starts = [variant.position(len(embedded)) for variant in variants]
+    prefix = len(embedded) if dense_rows else max(starts, default=0)
+    return States(embedded[:prefix], [embedded[start:] for start in starts], len(embedded))
 
 
 class Layer:
@@ -180,9 +196,10 @@ class Layer:
             states.dense = self._run(states.dense, 0, noted, self._dense(sequence))
         for number, variant in enumerate(self._variants):
             if len(states.sparse[number]):
-                attend = attend_alone(self._config, dense_kv[0][: variant.start] if variant.start else None)
-                project = self._sparse(number, sequence)
-                states.sparse[number] = self._run(states.sparse[number], variant.start, attend, project)
+                start = variant.position(states.length)
+                attend = attend_alone(self._config, dense_kv[0][:start] if start else None)
+                project = self._sparse(number, sequence, start)
+                states.sparse[number] = self._run(states.sparse[number], start, attend, project)
 
     def _run(self, hidden: Tensor, start: int, attend: Attend, project: Project) -> Tensor:
         cos, sin = self._rope
@@ -201,11 +218,13 @@ class Layer:
 
         return project
 
-    def _sparse(self, number: int, sequence: int) -> Project:
-        projector, visit, start = self._projectors[number], self._visit, self._variants[number].start
+    def _sparse(self, number: int, sequence: int, start: int) -> Project:
+        projector, visit = self._projectors[number], self._visit
+        kept_entries = self._variants[number].kept
+        counts = None if kept_entries is None else kept_entries[self._index]
 
         def project(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
-            kept, out = projector(site, x, weight)
+            kept, out = projector(site, x, weight, counts)
             if visit is not None:
                 visit(Where(layer, site, sequence, number, start), x, kept)
             return out
@@ -213,16 +232,20 @@ class Layer:
         return project
 
 
-def check_tokens(config: ModelConfig, tokens: NDArray[np.int64]) -> None:
-    """Refuse token blocks that the model cannot take; raises as `forward`."""
-    if tokens.shape[1] > config.context:
+def check_tokens(config: ModelConfig, tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64]) -> None:
+    """Refuse sequences that the model cannot take; raises as `forward`."""
+    lengths = [len(row) for row in tokens]
+    if not lengths or not min(lengths):
+        raise UsageError("there are no tokens to run", hint="give a longer text")
+    if max(lengths) > config.context:
         raise UsageError(
-            f"sequences of {tokens.shape[1]} tokens are longer than the model's context of {config.context}",
+            f"sequences of {max(lengths)} tokens are longer than the model's context of {config.context}",
             hint=f"use at most {config.context} tokens a sequence",
         )
     # On a GPU an index that is out of range ends the process without a word about it.
-    if tokens.max() >= config.vocab:
+    highest = max(int(row.max()) for row in tokens)
+    if highest >= config.vocab:
         raise TealError(
-            f"the tokenizer gave the token {tokens.max()}, but the model knows {config.vocab}",
+            f"the tokenizer gave the token {highest}, but the model knows {config.vocab}",
             hint="the tokenizer is another model's; check the checkpoint with `teal models verify`",
         )

@@ -6,6 +6,7 @@ model holds all layers and one sequence.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -60,6 +61,17 @@ class Head:
     def __call__(self, states: Tensor) -> Tensor:
         """Hidden states [S, hidden] after the last layer -> logits float32 [S, vocab]."""
         return F.linear(rms_norm(states, self._norm, self._config.norm_eps), self._weight).float()
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        found = Path("/proc/meminfo").read_text(encoding="ascii").split("MemAvailable:")[1]
+    except (OSError, IndexError):
+        return None
+    return int(found.split()[0]) * 1024
 
 
 class ResidentLayers:

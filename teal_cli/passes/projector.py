@@ -6,37 +6,68 @@ comparison is the step's own, so the same entries are dropped.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import dense
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.ops.threshold.reference import threshold_reference
-from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import SITES, columns
 
 
 class PlanProjector:
-    """The projections of one layer under a plan."""
+    """The projections of one layer under a plan.
+
+    Args:
+        config: the model's shape.
+        plan: its thresholds; layer: which of its layers.
+        device: of the activations.
+    """
 
     def __init__(self, config: ModelConfig, plan: Plan, layer: int, device: torch.device) -> None:
         self._layer = layer
         self._segments = {site: config.segments(site) for site in SITES}
-        self._thresholds: dict[str, Tensor] = {}
-        self._shared: dict[str, bool] = {}
-        for site, group in SITE_PROJECTIONS.items():
-            values = plan.thresholds[layer, [PROJECTION_INDEX[p] for p in group]]
-            self._thresholds[site] = torch.tensor(values, device=device).clamp_min(0)
-            self._shared[site] = bool((values == values[0]).all())
+        thresholds = plan.scoring.thresholds(plan.thresholds)
+        self._limits = {site: torch.from_numpy(thresholds.site(layer, site)).to(device) for site in SITES}
+        self._lowest = {site: torch.from_numpy(thresholds.lowest(layer, site)).to(device) for site in SITES}
+        self._shared = {site: bool((limits == limits[0]).all()) for site, limits in self._limits.items()}
+        self._centre = {site: torch.from_numpy(c[layer]).to(device) for site, c in plan.scoring.centre.items()}
 
-    def __call__(self, site: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x [S, K], weight [K, N] -> what any projection of the site reads [S, K], and the product [S, N]."""
-        thresholds = self._thresholds[site]
-        kept = threshold_reference(x, thresholds.min())
+    def __call__(
+        self, site: str, x: Tensor, weight: Tensor, counts: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The product of a site.
+
+        Args:
+            x: [S, K]; weight: [K, N].
+            counts: int64 [7], to which the number of entries that each projection keeps is added.
+
+        Returns:
+            What any projection of the site reads [S, K], dropped entries zero (with a centre c it is x - c that is
+            read), and the product [S, N].
+        """
+        centre = self._centre.get(site)
+        if centre is not None:
+            x = (x.float() - centre).to(x.dtype)
+        kept = threshold_reference(x, self._lowest[site])
+        out = self._multiply(site, kept, weight, counts)
+        if centre is not None:
+            out += dense(self._layer, site, centre.to(x.dtype)[None], weight)
+        return kept, out
+
+    def _multiply(self, site: str, kept: Tensor, weight: Tensor, counts: NDArray[np.int64] | None) -> Tensor:
+        group = columns(site)
         if self._shared[site]:
-            return kept, dense(self._layer, site, kept, weight)
-        parts = [
-            dense(self._layer, site, threshold_reference(kept, t), columns)
-            for t, columns in zip(thresholds, weight.split(self._segments[site], dim=1), strict=True)
-        ]
-        return kept, torch.cat(parts, dim=1)
+            if counts is not None:
+                counts[group] += int(torch.count_nonzero(kept))
+            return dense(self._layer, site, kept, weight)
+        parts: list[Tensor] = []
+        for limits, part in zip(self._limits[site], weight.split(self._segments[site], dim=1), strict=True):
+            read = threshold_reference(kept, limits)
+            if counts is not None:
+                counts[group.start + len(parts)] += int(torch.count_nonzero(read))
+            parts.append(dense(self._layer, site, read, part))
+        return torch.cat(parts, dim=1)

@@ -54,6 +54,16 @@ def calibrations(ctx: typer.Context, incomplete: str) -> Items:
     return _matching(items, incomplete)
 
 
+def plans(ctx: typer.Context, incomplete: str) -> Items:
+    """Plans of the model named so far, or of every model."""
+    model = _argument(ctx, "model")
+    items = [
+        (path.parent.name, path.parents[2].name)
+        for path in (teal_home() / "models").glob(f"{model or '*'}/plans/*/plan.json")
+    ]
+    return _matching(items, incomplete)
+
+
 def datasets(incomplete: str) -> Items:
     """Names of the shipped calibration sets."""
     items = [(name, str(entry.get("description", ""))) for name, entry in _shipped("calibrate")]

@@ -163,5 +163,32 @@ def test_bad_input(tiny: Callable[[str], Path]) -> None:
         next(forward(layers, np.zeros((1, 1000), np.int64)))
     with pytest.raises(TealError, match="the model knows"):
         next(forward(layers, np.full((1, 4), VOCAB)))
-    with pytest.raises(UsageError, match="cannot become sparse"):
-        next(forward(layers, np.zeros((1, 4), np.int64), [Sparse(some_plan(path), 5)]))
+    with pytest.raises(UsageError, match="no tokens"):
+        next(forward(layers, [np.zeros(4, np.int64), np.zeros(0, np.int64)]))
+
+
+def test_sequences_of_different_lengths(tiny: Callable[[str], Path]) -> None:
+    """Each comes out as by itself; one that ends before the plan begins has no sparse rows."""
+    path = tiny("mistral")
+    layers = ResidentLayers(Transformer.from_checkpoint(path, torch.float32))
+    plan, (row, other) = some_plan(path), blocks()
+    together = Seen().run(layers, [row, other[:5], other[:12]], [Sparse(plan, START)])
+    for index, tokens in enumerate((row, other[:5], other[:12])):
+        alone = Seen().run(layers, [tokens], [Sparse(plan, START)])
+        assert torch.equal(together.states[index].dense, alone.states[0].dense)
+        assert torch.equal(together.states[index].sparse[0], alone.states[0].sparse[0])
+        assert len(alone.states[0].sparse[0]) == max(0, len(tokens) - START)
+
+
+def test_kept_entries_are_counted_per_projection(tiny: Callable[[str], Path]) -> None:
+    path = tiny("llama3")
+    layers = ResidentLayers(Transformer.from_checkpoint(path, torch.float32))
+    plan = some_plan(path)
+    counts = np.zeros(plan.thresholds.shape, np.int64)
+    seen = Seen().run(layers, blocks(), [Sparse(plan, START, counts)])
+    for projection, column in PROJECTION_INDEX.items():
+        site = next(site for site, group in _GROUPS.items() if projection in group)
+        for layer in range(plan.layers):
+            rows = [seen.kept[layer, site, sequence, 0] for sequence in range(2)]
+            limit = float(plan.thresholds[layer, column])
+            assert counts[layer, column] == sum(int((x.abs() > limit).sum()) for x in rows)

@@ -1,0 +1,87 @@
+"""How well hidden states predict the tokens that follow: log-likelihood, and the distance of sparse from dense.
+
+Logits of a whole window would be its length times the vocabulary in float32, 400 MB for 2,048 tokens of SmolLM2, so
+they are made and used a few rows at a time. Sums are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teal_cli.errors import TealError
+from teal_cli.passes.forward import States
+from teal_cli.passes.layers import Head
+
+_LOGIT_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Sums over the scored tokens of one window, under one plan.
+
+    Attributes:
+        tokens: scored tokens.
+        nll: negative log-likelihood of the tokens, in nats.
+        kl: Kullback-Leibler divergence of the sparse from the dense distribution, KL(dense || sparse), in nats; a dense
+            position adds 0.
+        top1: positions at which the most likely token is that of the dense model; a dense position is one.
+    """
+
+    tokens: int
+    nll: float
+    kl: float
+    top1: int
+
+
+@torch.inference_mode()
+def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], starts: Sequence[int]) -> list[Score]:
+    """Score the last `len(targets)` positions of a sequence: row i predicts target i.
+
+    Args:
+        states: of the sequence after the last layer, every position dense, with one variant per entry of `starts`.
+        starts: where each variant becomes sparse.
+
+    Returns:
+        The score of the dense model, then of each variant.
+
+    Raises:
+        TealError: logits are not finite.
+    """
+    count = len(states.dense)
+    first = count - len(targets)
+    sums = np.zeros((len(starts) + 1, 3))
+    rows = max(1, _LOGIT_BYTES // (4 * vocab))
+    for begin in range(first, count, rows):
+        stop = min(begin + rows, count)
+        wanted = torch.from_numpy(targets[begin - first : stop - first]).to(states.dense.device)
+        dense = head(states.dense[begin:stop]).log_softmax(-1)
+        dense_nll = -dense.gather(1, wanted[:, None])[:, 0].double()
+        sums[0] += (float(dense_nll.sum()), 0.0, stop - begin)
+        best = dense.argmax(-1)
+        for number, start in enumerate(starts, 1):
+            cut = min(max(start, begin), stop) - begin
+            sums[number] += (float(dense_nll[:cut].sum()), 0.0, cut)
+            if cut == stop - begin:
+                continue
+            sparse = head(states.sparse[number - 1][begin + cut - start : stop - start]).log_softmax(-1)
+            nll = -sparse.gather(1, wanted[cut:, None]).double().sum()
+            same = (sparse.argmax(-1) == best[cut:]).sum()
+            sums[number] += (float(nll), float(divergence(dense[cut:], sparse).sum()), int(same))
+    if not np.isfinite(sums).all():
+        raise TealError(
+            "the model produced logits that are not finite, so nothing can be scored",
+            hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",
+        )
+    return [Score(len(targets), nll, max(0.0, kl), int(top1)) for nll, kl, top1 in sums]
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [S, vocab], in nats: float64 [S]."""
+    return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
