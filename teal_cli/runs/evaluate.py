@@ -23,7 +23,6 @@ from teal_cli.data.blocks import Tokenizer, pack
 from teal_cli.data.sources import Source, open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.data.windows import cut
-from teal_cli.decoding.traffic import projection_inputs
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, write_json
 from teal_cli.model.transformer import Transformer
@@ -376,7 +375,7 @@ class Evaluate:
         if not sums.rows:
             return 0.0
         sizes = np.array(list(self.config.projection_sizes().values()), np.float64)
-        kept = sums.kept / (sums.rows * projection_inputs(self.config))
+        kept = sums.kept / (sums.rows * np.array(self.config.inputs()))
         return float(1.0 - (kept * sizes).sum() / (len(kept) * sizes.sum()))
 
 
