@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teal_cli.errors import NotFoundError, UsageError
+from teal_cli.files import closest
 from teal_cli.model.weights import config_sha256
 from teal_cli.registry.registry import ModelEntry
-from teal_cli.settings import closest
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.named import MANIFEST, NamedPlan
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
