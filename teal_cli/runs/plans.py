@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from teal_cli.checks import did_you_mean
 from teal_cli.errors import NotFoundError, UsageError
-from teal_cli.files import closest
 from teal_cli.model.weights import config_sha256
 from teal_cli.registry.registry import ModelEntry
 from teal_cli.sparsity.calibration import Calibration
@@ -66,10 +66,8 @@ def find_plan(entry: ModelEntry, name: str) -> NamedPlan:
     else:
         names = plan_names(entry)
         if name not in names:
-            guess = closest(name, list(names))
             there = f"it has {', '.join(names)}" if names else f"`teal plan make -m {entry.name}` makes one"
-            hint = f"did you mean {guess}?" if guess else there
-            raise NotFoundError(f"{entry.name} has no plan called {name!r}", hint=hint)
+            raise NotFoundError(f"{entry.name} has no plan called {name!r}", hint=did_you_mean(name, names) + there)
         found = NamedPlan.load(plan_folder(entry, name))
     if found.config_sha256 != config_sha256(entry.path):
         raise UsageError(
