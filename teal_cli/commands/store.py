@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from teal_cli.commands.store_tables import show_stats
 from teal_cli.errors import UsageError
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
-from teal_cli.ui.options import JsonOption, LevelOption, QuietOption, StoreArgument
+from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import output
 from teal_cli.ui.progress import progress
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from teal_cli.store.reader import StoreInfo
-    from teal_cli.store.stats import SiteStats
     from teal_cli.store.verify import Problem
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
 SHOWN_PROBLEMS = 10
+
+LayersOption = Annotated[
+    str | None, typer.Option("--layers", metavar="N,A:B", help="Layers, such as 0,5 or 0:4; all if not given.")
+]
 
 
 @app.callback()
@@ -80,24 +84,57 @@ def verify(
 
 @app.command()
 def stats(
-    store: StoreArgument, level: LevelOption = None, json: JsonOption = False, quiet: QuietOption = False
+    store: StoreArgument,
+    level: LevelOption = None,
+    layers: LayersOption = None,
+    projections: Annotated[
+        str | None, typer.Option("--projections", metavar="NAMES", help="Such as q,down; all if not given.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rows as a .parquet table, too.")
+    ] = None,
+    gbps: Annotated[
+        float | None, typer.Option("--gbps", min=0.001, metavar="GB/S", help="Bandwidth for the time floor.")
+    ] = None,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="With --json: in how many rows each channel is kept.")
+    ] = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Size against other forms and the entropy bound, realised sparsity, structure of the masks."""
+    """Size and entropy bound per site; statistics of the masks per level, layer and projection."""
+    from teal_cli.store.export import parse_layers, parse_names, select
     from teal_cli.store.reader import open_store
-    from teal_cli.store.stats import statistics
-    from teal_kernels.spec import SITES
+    from teal_cli.store.stats import Measured, measure
+    from teal_cli.store.table import check_table, write_table
 
     out = output(json, quiet)
     opened = open_store(store)
-    levels = [opened.level(level).name] if level else list(opened.levels)
-    found: list[SiteStats] = []
+    if table is not None:
+        check_table(table, force=force)
+    part = select(
+        opened,
+        levels=[level] if level else [],
+        layers=parse_layers(layers, opened.header.layers),
+        names=parse_names(projections),
+    )
+    found: list[Measured] = []
     with progress(out) as bars:
-        task = bars.task("Reading", total=len(levels) * len(SITES), unit="sites")
-        for site in statistics(opened, levels):
-            found.append(site)
+        task = bars.task("Reading", unit="sites")
+        for event in measure(opened, part.levels, layers=part.layers, projections=part.names, gbps=gbps):
+            found.append(event)
             task.update(done=len(found))
-    sites = [_derived(site) for site in found]
-    out.result({"store": store, "sites": sites}, lambda console: _show_stats(console, found))
+    rows = [row for event in found for row in event.rows]
+    if table is not None:
+        write_table(table, rows)
+    payload = {
+        "store": store,
+        "sites": [event.site.values() for event in found],
+        "rows": [row.values(per_channel=per_channel) for row in rows],
+        **({} if table is None else {"output": table}),
+    }
+    out.result(payload, lambda console: show_stats(console, found))
 
 
 @app.command()
@@ -108,9 +145,7 @@ def convert(
         str, typer.Option("--format", metavar="FORMAT", help="npz (dense), csr (scipy's npz), mtx (Matrix Market), pt.")
     ] = "npz",
     level: LevelOption = None,
-    layers: Annotated[
-        str | None, typer.Option("--layers", metavar="N,A:B", help="Layers, such as 0,5 or 0:4; all if not given.")
-    ] = None,
+    layers: LayersOption = None,
     names: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +163,7 @@ def convert(
 ) -> None:
     """Write levels, layers, sites or projections as npz, CSR, Matrix Market or one .pt per token."""
     from teal_cli.store.export import convert as write
-    from teal_cli.store.export import select
+    from teal_cli.store.export import parse_layers, parse_names, parse_range, select
     from teal_cli.store.reader import open_store
 
     if tokens is not None and sequence is not None:
@@ -138,9 +173,9 @@ def convert(
     selection = select(
         opened,
         levels=[level] if level else [],
-        layers=_layers(layers, opened.header.layers),
-        names=[name.strip() for name in names.split(",")] if names else [],
-        tokens=_range(tokens) if tokens else (0, None),
+        layers=parse_layers(layers, opened.header.layers),
+        names=parse_names(names),
+        tokens=parse_range(tokens) if tokens else (0, None),
         sequence=sequence,
     )
     arrays = 0
@@ -151,41 +186,6 @@ def convert(
             task.update(done=event.done, total=event.total)
     payload = {"store": store, "output": target, "format": form, "arrays": arrays, "selection": selection}
     out.result(payload, lambda console: console.print(f"{arrays} arrays in {target}", markup=False))
-
-
-def _range(text: str) -> tuple[int, int | None]:
-    try:
-        start, stop = text.split(":")
-        return int(start or 0), int(stop) if stop else None
-    except ValueError:
-        raise UsageError(f"{text!r} is no range", hint="write START:STOP, such as 0:100") from None
-
-
-def _layers(text: str | None, count: int) -> list[int]:
-    layers: list[int] = []
-    for part in text.split(",") if text else []:
-        if ":" in part:
-            start, stop = _range(part)
-            layers += range(start, count if stop is None else stop)
-        elif part.strip().isdigit():
-            layers.append(int(part))
-        else:
-            raise UsageError(f"{text!r} names no layers", hint="write them as 0,5 or 0:4")
-    return layers
-
-
-def _derived(site: SiteStats) -> dict[str, Any]:
-    """A site's statistics with the ratios that the table shows."""
-    from dataclasses import asdict
-
-    from teal_cli.store.stats import QUANTILES
-
-    return {
-        **asdict(site),
-        "channel_keep": dict(zip(map(str, QUANTILES), site.channel_keep, strict=True)),
-        "bytes_per_element": site.bytes_per_element,
-        "to_bound": site.to_bound,
-    }
 
 
 def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
@@ -229,32 +229,3 @@ def _show_problems(console: Console, store: Path, blocks: int, problems: list[Pr
         console.print(f"  {problem}", markup=False)
     if len(problems) > SHOWN_PROBLEMS:
         console.print(f"  and {len(problems) - SHOWN_PROBLEMS:,} more (--json lists them all)", markup=False)
-
-
-def _show_stats(console: Console, found: list[SiteStats]) -> None:
-    from rich.table import Table
-
-    table = Table("level", "site", "dropped", "B/elem", box=None, padding=(0, 1, 0, 0))
-    for name in ("/dense", "/CSR", "/bound", "channels", "overlap", "chance"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for site in found:
-        shares = list(dict.fromkeys(f"{share:.1%}" for share in site.realised.values()))
-        table.add_row(
-            site.level,
-            site.site,
-            " ".join(shares),
-            f"{site.bytes_per_element:.3f}",
-            f"{site.stored_bytes / site.dense_bytes:.1%}",
-            f"{site.stored_bytes / site.csr_bytes:.1%}",
-            f"{site.to_bound:.3f}",
-            f"{site.channel_keep[0]:.0%}-{site.channel_keep[-1]:.0%}",
-            "" if site.overlap is None else f"{site.overlap:.1%}",
-            f"{site.overlap_by_chance:.1%}",
-        )
-    console.print(table)
-    console.print(
-        "\ndropped: realised, one figure per projection where they differ. bound: order-0 entropy of mask and values."
-        "\nchannels: how often a channel is kept, 5th to 95th percentile. overlap: kept entries that the token before"
-        "\nkept too; chance: the same for independent tokens.",
-        style="dim",
-    )

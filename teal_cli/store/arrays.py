@@ -117,14 +117,14 @@ class SiteReader:
         values, mask, row_nnz = self._load(layer, block)
         return self._checked(layer, block, values, mask, row_nnz)
 
-    def read_layers(self, block: int) -> list[Block]:
-        """All layers of one block at once, which is far quicker than one by one; not cached.
+    def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
+        """All layers of one block at once, or a range of them, which is far quicker than one by one; not cached.
 
         Raises:
             TealError: as for one layer.
         """
-        parts = self._load(slice(None), block)
-        return [self._checked(layer, block, *part) for layer, part in enumerate(zip(*parts, strict=True))]
+        parts = zip(*self._load(layers, block), strict=True)
+        return [self._checked(layer, block, *part) for layer, part in enumerate(parts, layers.start or 0)]
 
     def _load(self, layer: int | slice, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         start, stop = self.span(block)

@@ -107,6 +107,42 @@ def select(
     )
 
 
+def parse_range(text: str) -> tuple[int, int | None]:
+    """START:STOP, either of them left out.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        start, stop = text.split(":")
+        return int(start or 0), int(stop) if stop else None
+    except ValueError:
+        raise UsageError(f"{text!r} is no range", hint="write START:STOP, such as 0:100") from None
+
+
+def parse_layers(text: str | None, count: int) -> list[int]:
+    """Layers such as `0,5` or `0:4`, of `count`; none for None.
+
+    Raises:
+        UsageError: text that names no layers.
+    """
+    layers: list[int] = []
+    for part in text.split(",") if text else []:
+        if ":" in part:
+            start, stop = parse_range(part)
+            layers += range(start, count if stop is None else stop)
+        elif part.strip().isdigit():
+            layers.append(int(part))
+        else:
+            raise UsageError(f"{text!r} names no layers", hint="write them as 0,5 or 0:4")
+    return layers
+
+
+def parse_names(text: str | None) -> list[str]:
+    """Names with commas between them; none for None."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
 def convert(store: ActivationStore, out: Path, form: str, selection: Selection) -> Iterator[Converted]:
     """Writes a selection into a new folder: `<level>/layer_<n>/<name>.<npz|mtx>`, or
     `<level>/token_<n>/layer_<n>/<projection>.pt`.

@@ -1,5 +1,5 @@
-"""What a store holds, in numbers: size against other forms and against the entropy bound, sparsity, structure
-of the masks.
+"""What a store holds, in numbers: size against other forms and against the entropy bound, and the statistics of
+`measures` for every level, layer and projection. One pass over the blocks, a few of them in memory at a time.
 
 The entropy bound of a site is the size of its rows under two order-0 models, fitted to each layer by itself:
 
@@ -13,20 +13,26 @@ channels that are kept more often than others, or the dependence between a value
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from teal_cli.files import sizes_below
 from teal_cli.store.arrays import Block
-from teal_cli.store.packing import exceeds
+from teal_cli.store.bits import to_words
+from teal_cli.store.counting import MaskCounts, Rows
+from teal_cli.store.measures import POINTER_BITS, QUANTILES, Mask, Row, index_bytes
 from teal_cli.store.reader import ActivationStore, Level
+from teal_cli.store.schema import VALUE_DTYPES
 from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
 
-QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
+_BAND_BYTES: Final = 64 << 20  # of decoded blocks that a thread holds at a time
+_MOST_THREADS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -77,33 +83,101 @@ class SiteStats:
         """Stored bytes over the entropy bound; 1 is perfect."""
         return self.stored_bytes / self.bound_bytes
 
+    def values(self) -> dict[str, Any]:
+        """Everything as one JSON object, with the ratios."""
+        keep = dict(zip(map(str, QUANTILES), self.channel_keep, strict=True))
+        ratios = {"bytes_per_element": self.bytes_per_element, "to_bound": self.to_bound}
+        return asdict(self) | {"channel_keep": keep} | ratios
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One site of one level: its size and shape, and a row for each of its projections and layers."""
+
+    site: SiteStats
+    rows: tuple[Row, ...]
+
 
 def statistics(store: ActivationStore, levels: Sequence[str]) -> Iterator[SiteStats]:
-    """Reads whole levels, one site after the other; sites without tokens are left out.
+    """The sites of whole levels, one after the other; sites without tokens are left out.
 
     Raises:
         TealError: a block is damaged.
     """
-    for name in levels:
-        level = store.level(name)
-        if len(level):
-            for site in SITES:
-                yield _site(level, site)
+    for measured in measure(store, levels):
+        yield measured.site
 
 
-def _site(level: Level, site: str) -> SiteStats:
+def measure(
+    store: ActivationStore,
+    levels: Sequence[str],
+    *,
+    layers: Sequence[int] = (),
+    projections: Sequence[str] = (),
+    gbps: float | None = None,
+    threads: int | None = None,
+) -> Iterator[Measured]:
+    """Reads levels, one site after the other; levels without tokens are left out.
+
+    Args:
+        store: an open store.
+        levels: names.
+        layers, projections: which; empty means all.
+        gbps: for the time floor, 1e9 bytes per second.
+        threads: that read and count at a time; by default one per core, at most 8.
+
+    Raises:
+        TealError: a block is damaged.
+    """
+    chosen = sorted(set(layers)) or list(range(store.header.layers))
+    threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        for name in levels:
+            level = store.level(name)
+            columns = Rows.of(level.tokens.sequence, level.tokens.position)
+            for site in SITES if len(level) else ():
+                wanted = tuple(p for p in SITE_PROJECTIONS[site] if p in projections or not projections)
+                if wanted:
+                    bands = _bands(level, site, chosen, threads)
+                    jobs = pool.map(lambda band: _read(level, site, wanted, band, columns), bands)  # noqa: B023
+                    tallies = [tally for found in jobs for tally in found]
+                    rows = tuple(tally.row(projection, gbps) for tally in tallies for projection in wanted)
+                    yield Measured(_site(level, site, wanted, tallies), rows)
+
+
+def _bands(level: Level, site: str, layers: Sequence[int], threads: int) -> list[slice]:
+    """Ranges of neighbouring layers, small enough for memory and enough for all threads."""
     reader = level.site_reader(site)
-    layers = level.store.header.layers
-    tallies = [_Tally(level, site, layer) for layer in range(layers)]
+    block_bytes = reader.block * reader.channels * (reader.dtype.itemsize + 2)
+    most = max(1, min(-(-len(layers) // threads), _BAND_BYTES // block_bytes))
+    bands: list[slice] = []
+    for layer in layers:
+        if bands and bands[-1].stop == layer and layer - bands[-1].start < most:
+            bands[-1] = slice(bands[-1].start, layer + 1)
+        else:
+            bands.append(slice(layer, layer + 1))
+    return bands
+
+
+def _read(level: Level, site: str, projections: tuple[str, ...], band: slice, columns: Rows) -> list[_Tally]:
+    reader = level.site_reader(site)
+    tallies = [_Tally(level, site, layer, projections, columns) for layer in range(band.start, band.stop)]
     for index in range(reader.blocks):
-        for tally, block in zip(tallies, reader.read_layers(index), strict=True):
+        for tally, block in zip(tallies, reader.read_layers(index, band), strict=True):
             tally.add(block)
-    rows = layers * len(level)
+    for tally in tallies:
+        tally.finish()
+    return tallies
+
+
+def _site(level: Level, site: str, projections: tuple[str, ...], tallies: Sequence[_Tally]) -> SiteStats:
+    reader = level.site_reader(site)
+    layers, rows = len(tallies), len(tallies) * len(level)
     elements = rows * reader.channels
-    kept = sum(tally.kept for tally in tallies)
+    kept = sum(tally.mask.kept for tally in tallies)
     itemsize = reader.dtype.itemsize
-    frequency = np.concatenate([tally.channels for tally in tallies]) / len(level)
-    following = sum(tally.following for tally in tallies)
+    frequency = np.concatenate([tally.mask.frequency for tally in tallies])
+    both, later, _ = sum(tally.mask.counts["overlap"][0] for tally in tallies)
     return SiteStats(
         level=level.name,
         site=site,
@@ -112,60 +186,76 @@ def _site(level: Level, site: str) -> SiteStats:
         kept=kept,
         stored_bytes=stored_bytes(level.store.path / level.name / site),
         dense_bytes=elements * itemsize,
-        csr_bytes=kept * (itemsize + (2 if reader.channels < 1 << 16 else 4)) + 4 * (rows + layers),
+        csr_bytes=kept * (itemsize + index_bytes(reader.channels)) + POINTER_BITS // 8 * (rows + layers),
         bound_bytes=sum(tally.bound_bits() for tally in tallies) / 8,
-        realised={
-            projection: 1.0 - sum(tally.above[projection] for tally in tallies) / elements
-            for projection in SITE_PROJECTIONS[site]
-        },
+        realised={name: 1.0 - sum(t.of(name).kept for t in tallies) / elements for name in projections},
         channel_keep=tuple(float(q) for q in np.quantile(frequency, QUANTILES)),
         channels_never=float((frequency == 0).mean()),
         channels_always=float((frequency == 1).mean()),
-        overlap=sum(tally.repeated for tally in tallies) / following if following else None,
+        overlap=float(both / later) if later else None,
         overlap_by_chance=float(np.square(frequency).sum() / frequency.sum()) if kept else 0.0,
     )
 
 
 class _Tally:
-    """Counts over the blocks of one layer."""
+    """Counts over the blocks of one layer: of the site's mask, and of each projection's that may differ from it.
 
-    def __init__(self, level: Level, site: str, layer: int) -> None:
-        self._sequence = level.tokens.sequence
-        self._thresholds = {p: level.thresholds[layer, PROJECTION_INDEX[p]] for p in SITE_PROJECTIONS[site]}
+    Attributes:
+        mask: what the site kept, after `finish`.
+    """
+
+    def __init__(self, level: Level, site: str, layer: int, projections: tuple[str, ...], columns: Rows) -> None:
+        self._level, self._layer = level, layer
         reader = level.site_reader(site)
-        self._planes = np.zeros((reader.dtype.itemsize, 256), np.int64)
-        self._last = np.zeros((1, reader.channels), bool)
-        self._elements = 0
-        self.kept = 0
-        self.above = dict.fromkeys(self._thresholds, 0)
-        self.channels = np.zeros(reader.channels, np.int64)
-        self.repeated = 0  # kept, and kept for the token before
-        self.following = 0  # kept, where there is a token before in the sequence
+        self._channels = reader.channels
+        self._pairs = np.zeros((reader.dtype.itemsize // 2, 256, 256), np.int64)  # by byte pair: [pair, high, low]
+        self._counting = MaskCounts(columns, reader.channels)
+        lowest = min(self._threshold(projection) for projection in SITE_PROJECTIONS[site])
+        own = [projection for projection in projections if self._threshold(projection) > lowest]
+        self._own = {projection: MaskCounts(columns, reader.channels) for projection in own}
+        self._masks: dict[str, Mask] = {}
+        self.mask: Mask
+
+    def _threshold(self, projection: str) -> float:
+        return float(self._level.thresholds[self._layer, PROJECTION_INDEX[projection]])
 
     def add(self, block: Block) -> None:
-        self._elements += block.kept.size
-        self.kept += len(block.values)
-        planes = block.values.view(np.uint8).reshape(len(block.values), -1)
-        for plane, counts in enumerate(self._planes):
-            counts += np.bincount(planes[:, plane], minlength=256)
-        for projection, threshold in self._thresholds.items():
-            self.above[projection] += int(np.count_nonzero(exceeds(block.values, threshold)))
-        self.channels += block.kept.sum(axis=0)
-        self._follow(block)
+        """The next rows."""
+        halves = block.values.view(np.uint16).reshape(len(block.values), -1)
+        for half, counts in enumerate(self._pairs):
+            counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
+        self._counting.add(to_words(block.kept))
+        for projection, counting in self._own.items():
+            counting.add(to_words(block.above(self._threshold(projection)).kept))
 
-    def _follow(self, block: Block) -> None:
-        before = np.concatenate([self._last, block.kept[:-1]])
-        sequence = self._sequence[block.start : block.start + len(block.kept)]
-        same = np.diff(sequence, prepend=self._sequence[max(block.start - 1, 0)]) == 0
-        same[0] &= block.start > 0
-        self.repeated += int(np.count_nonzero(block.kept & before & same[:, None]))
-        self.following += int(block.row_nnz[same].sum())
-        self._last = block.kept[-1:]
+    def finish(self) -> None:
+        """No more rows."""
+        tokens, channels = len(self._level), self._channels
+        self.mask = Mask(tokens, channels, self._counting.finish())
+        self._masks = {name: Mask(tokens, channels, counting.finish()) for name, counting in self._own.items()}
+
+    def of(self, projection: str) -> Mask:
+        """What a projection kept."""
+        return self._masks.get(projection, self.mask)
+
+    def row(self, projection: str, gbps: float | None) -> Row:
+        """The statistics of a projection."""
+        header = self._level.store.header
+        wide = {"q": "attn_out", "gate": "mlp_mid", "up": "mlp_mid", "o": "mlp_in", "down": "mlp_in"}
+        mask = replace(
+            self.of(projection),
+            outputs=header.channels[wide[projection]] if projection in wide else None,
+            weight_bytes=VALUE_DTYPES[header.dtype].itemsize,
+            gbps=gbps,
+        )
+        return Row(self._level.name, self._layer, projection, self._level.target, mask)
 
     def bound_bits(self) -> float:
-        dropped = self._elements - self.kept
-        mask = _entropy_bits(np.array([self.kept, dropped]))
-        return mask + sum(_entropy_bits(counts) for counts in self._planes)
+        """Bits under the entropy bound."""
+        dropped = self.mask.tokens * self._channels - self.mask.kept
+        mask = _entropy_bits(np.array([self.mask.kept, dropped]))
+        planes = [*self._pairs.sum(axis=1), *self._pairs.sum(axis=2)]
+        return mask + sum(_entropy_bits(counts) for counts in planes)
 
 
 def _entropy_bits(counts: np.ndarray) -> float:

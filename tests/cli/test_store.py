@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fixtures_cli import Teal
 from fixtures_store import feed, header, levels, write_store
+from pyarrow import parquet
 
 from teal_cli.store.writer import StoreWriter
 
@@ -81,6 +82,36 @@ def test_stats(teal: Teal, store: Path) -> None:
     assert [site["site"] for site in sites] == ["attn_in", "attn_out", "mlp_in", "mlp_mid"]
     assert {site["level"] for site in sites} == {"s0.90"}
     assert 0.7 < sites[0]["realised"]["q"] < 0.95
+
+
+def test_stats_of_masks(teal: Teal, store: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.parquet"
+    options = ("--level", "0.5", "--layers", "1:", "--projections", "q,k,down", "--gbps", "10", "-o", table)
+    found = teal("store", "stats", store, *options, "--per-channel", "--json").json
+    rows = found["rows"]
+    assert [(row["layer"], row["projection"]) for row in rows] == [
+        (1, "q"), (1, "k"), (2, "q"), (2, "k"), (1, "down"), (2, "down")
+    ]  # fmt: skip
+    q, k = rows[:2]
+    assert (q["tokens"], q["channels"], q["target"], q["level"]) == (40, 63, 0.5, "s0.50")
+    assert k["kept"] < q["kept"] == sum(q["channel_kept"])
+    assert q["traffic"]["floor_us"] == pytest.approx(q["kept"] / 40 * 16 * 2 / 10e9 * 1e6)
+    assert k["traffic"]["floor_us"] is None  # a store does not tell the width of keys
+    assert [site["site"] for site in found["sites"]] == ["attn_in", "mlp_mid"]
+    read = parquet.read_table(table).to_pylist()
+    assert [row["nm.2:4.fit"] for row in read] == [row["nm"]["2:4"]["fit"] for row in rows]
+    assert [row["runs.kept"] for row in read] == [row["runs"]["kept"] for row in rows]
+    again = teal("store", "stats", store, "-o", table)
+    assert (again.code, "--force" in again.err) == (2, True)
+    assert teal("store", "stats", store, "-o", table, "--force").code == 0
+    assert teal("store", "stats", store, "-o", tmp_path / "table.csv").code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["table.parquet"]
+
+
+def test_stats_of_a_level_without_rows(teal: Teal, unfinished: Path) -> None:
+    found = teal("store", "stats", unfinished, "--json").json
+    assert {row["level"] for row in found["rows"]} == {"s0.50"}
+    assert teal("store", "stats", unfinished, "--level", "0.9").code == 0
 
 
 def test_convert(teal: Teal, store: Path, tmp_path: Path) -> None:
