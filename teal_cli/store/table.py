@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import UsageError
+from teal_cli.files import disk_errors
 from teal_cli.store.measures import Row
-from teal_cli.store.placing import disk_errors
 
 
 def check_table(path: Path, *, force: bool) -> None:
