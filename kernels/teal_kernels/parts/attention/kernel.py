@@ -25,6 +25,7 @@ def attention_kernel(
     total_ptr,  # [KV_HEADS * GROUP, SHARES] float32: sum of exp(score - peak)
     head_stride,
     scale,
+    cap,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     SHARES: tl.constexpr,
@@ -32,6 +33,7 @@ def attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """Grid: (KV_HEADS, SHARES). WINDOW = 0: none. A share without positions has peak -inf and total 0."""
     kv_head, share = tl.program_id(0), tl.program_id(1)
@@ -55,6 +57,8 @@ def attention_kernel(
         k = tl.load(k_ptr + offset, mask=mask, other=0.0)
         v = tl.load(v_ptr + offset, mask=mask, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            score = cap * (1.0 - 2.0 / (tl.exp(2.0 * score / cap) + 1.0))
         score = tl.where(live[None, :], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, axis=1))
         fade = tl.exp(peak - higher)

@@ -11,6 +11,7 @@ from torch import Tensor
 from teal_kernels.configs import EXACT
 from teal_kernels.ops.kept.op import Sink, chunk_warps
 from teal_kernels.parts.attention.kernel import attention_kernel, join_kernel
+from teal_kernels.traits import LLAMA, Traits
 
 BLOCK_T = 32
 
@@ -43,6 +44,7 @@ def launch_attention(
     window: int | None,
     scratch: AttentionShares,
     sink: Sink,
+    traits: Traits = LLAMA,
 ) -> None:
     """What q attends to goes to `sink` as a vector [heads * head_dim].
 
@@ -54,10 +56,13 @@ def launch_attention(
     heads, head_dim = q.shape
     kv_heads, shares = len(keys), scratch.peak.shape[1]
     group = heads // kv_heads
+    scale = head_dim**-0.5 if traits.attention_scale is None else traits.attention_scale
+    cap = traits.score_cap
     attention_kernel[(kv_heads, shares)](
-        q, keys, values, position, scratch.mixed, scratch.peak, scratch.total, keys.stride(0), head_dim**-0.5,
+        q, keys, values, position, scratch.mixed, scratch.peak, scratch.total, keys.stride(0), scale, cap or 1.0,
         GROUP=group, D=head_dim, SHARES=shares, WINDOW=window or 0, BLOCK_G=triton.next_power_of_2(max(16, group)),
-        BLOCK_D=triton.next_power_of_2(max(16, head_dim)), BLOCK_T=BLOCK_T, num_warps=4, **EXACT,
+        BLOCK_D=triton.next_power_of_2(max(16, head_dim)), BLOCK_T=BLOCK_T, CAPPED=cap is not None,
+        num_warps=4, **EXACT,
     )  # fmt: skip
     arguments = sink.arguments(heads * head_dim)
     join_kernel[(arguments["CHUNKS"],)](

@@ -26,14 +26,36 @@ def inverse_rms(sum_of_squares, SIZE: tl.constexpr, eps):
 
 
 @triton.jit
+def weighted(normed, weight, offset, like_ptr, ONCE: tl.constexpr):
+    """normed * (weight + offset), rounded: in the end only (ONCE), or before the product as well."""
+    if not ONCE:
+        normed = rounded(normed, like_ptr)
+    return rounded(normed * (weight + offset), like_ptr)
+
+
+@triton.jit
+def product_chunk(partial_ptr, bias_ptr, channel, inside, like_ptr, SIZE, SPLITS: tl.constexpr, BIAS: tl.constexpr):
+    """A chunk of a product, rounded, with its bias, rounded."""
+    product = rounded(sum_splits(partial_ptr, channel, inside, SIZE, SPLITS), like_ptr)
+    if BIAS:
+        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        product = rounded(product + bias, like_ptr)
+    return product
+
+
+@triton.jit
 def rms_norm_kernel(
     hidden_ptr,  # [H] the residual stream; EMBED: [vocab, H], row token[0] is taken
     token_ptr,
     partial_ptr,  # [SPLITS, H]
     bias_ptr,
+    post_ptr,  # [H] weight of the norm of the product before it is added
     weight_ptr,
     stream_ptr,  # [H] the residual stream after the addition; never the memory of hidden_ptr
     eps,
+    norm_offset,
+    embedding_scale,
+    residual_scale,
     thresholds_ptr,
     index_ptr,
     value_ptr,
@@ -51,23 +73,40 @@ def rms_norm_kernel(
     SPLITS: tl.constexpr,
     EMBED: tl.constexpr,
     BIAS: tl.constexpr,
+    POST: tl.constexpr,
+    NORM: tl.constexpr,
+    ONCE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """SPLITS = 0: nothing is added. Grid: (CHUNKS,)."""
+    """SPLITS = 0: nothing is added. POST, NORM: there is a norm of the product, of the sum. ONCE: see `Traits`.
+    SCALED: embedding_scale and residual_scale are not both 1. Grid: (CHUNKS,)."""
     own = tl.program_id(0)
     offset = tl.arange(0, CHUNK)
     if EMBED:
         hidden_ptr += tl.load(token_ptr) * K
+    post_scale = 1.0
+    if POST:
+        squares = tl.zeros([CHUNK], tl.float32)
+        for chunk in range(CHUNKS):
+            channel = chunk * CHUNK + offset
+            product = product_chunk(partial_ptr, bias_ptr, channel, channel < K, stream_ptr, K, SPLITS, BIAS)
+            squares += product * product
+        post_scale = inverse_rms(tl.sum(squares, axis=0), K, eps)
     squares = tl.zeros([CHUNK], tl.float32)
     mine = tl.zeros([CHUNK], tl.float32)
     for chunk in range(CHUNKS):
         channel = chunk * CHUNK + offset
         inside = channel < K
         hidden = tl.load(hidden_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        if EMBED and SCALED:
+            hidden = rounded(hidden * embedding_scale, stream_ptr)
         if SPLITS > 0:
-            product = rounded(sum_splits(partial_ptr, channel, inside, K, SPLITS), stream_ptr)
-            if BIAS:
-                bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-                product = rounded(product + bias, stream_ptr)
+            product = product_chunk(partial_ptr, bias_ptr, channel, inside, stream_ptr, K, SPLITS, BIAS)
+            if POST:
+                post = tl.load(post_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+                product = weighted(product * post_scale, post, norm_offset, stream_ptr, ONCE)
+            if SCALED:
+                product = rounded(product * residual_scale, stream_ptr)
             hidden = rounded(hidden + product, stream_ptr)
         squares += hidden * hidden
         mine = tl.where(chunk == own, hidden, mine)
@@ -75,7 +114,10 @@ def rms_norm_kernel(
     channel = own * CHUNK + offset
     inside = channel < K
     tl.store(stream_ptr + channel, mine.to(stream_ptr.dtype.element_ty), mask=inside)
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    x = (rounded(mine * scale, stream_ptr) * weight).to(stream_ptr.dtype.element_ty)
+    x = mine
+    if NORM:
+        weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        x = weighted(mine * scale, weight, norm_offset, stream_ptr, ONCE)
+    x = x.to(stream_ptr.dtype.element_ty)
     emit(x, own, channel, inside, thresholds_ptr, index_ptr, value_ptr, count_ptr, tally_ptr, row_ptr, ring_ptr,
          slot_ptr, K, P, CHUNKS, CHUNK, SPARSE, RING)  # fmt: skip

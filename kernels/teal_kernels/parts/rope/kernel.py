@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.sparse_gemv.kernel import sum_splits
-from teal_kernels.parts.norm.kernel import inverse_rms, rounded
+from teal_kernels.parts.norm.kernel import inverse_rms, rounded, weighted
 
 
 @triton.jit
@@ -23,10 +23,24 @@ def half_of_head(partial_ptr, bias_ptr, column, inside, like_ptr, N, SPLITS: tl.
 
 
 @triton.jit
-def scaled_half(x, scale, weight_ptr, offset, inside, like_ptr):
-    """RMSNorm of one half, given the scale of the whole head."""
+def squares_of_heads(
+    partial_ptr, bias_ptr, low, inside, like_ptr, FIRST, COUNT: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Sum of the squares of COUNT heads, from head FIRST on."""
+    total = tl.zeros_like(low).to(tl.float32)
+    for head in range(FIRST, FIRST + COUNT):
+        x = half_of_head(partial_ptr, bias_ptr, head * D + low, inside, like_ptr, N, SPLITS, BIAS)
+        y = half_of_head(partial_ptr, bias_ptr, head * D + low + D // 2, inside, like_ptr, N, SPLITS, BIAS)
+        total += x * x + y * y
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def scaled_half(x, scale, weight_ptr, norm_offset, offset, inside, like_ptr, ONCE: tl.constexpr):
+    """RMSNorm of one half, given the scale of the whole vector."""
     weight = tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    return rounded(rounded(x * scale, like_ptr) * weight, like_ptr)
+    return weighted(x * scale, weight, norm_offset, like_ptr, ONCE)
 
 
 @triton.jit
@@ -51,6 +65,7 @@ def qkv_kernel(
     v_ptr,
     head_stride,
     eps,
+    norm_offset,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -58,8 +73,10 @@ def qkv_kernel(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
+    ONCE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Grid: (HEADS + 2 KV_HEADS,); HALF is a power of two that holds D / 2."""
+    """Grid: (HEADS + 2 KV_HEADS,); HALF is a power of two that holds D / 2. ONCE, WIDE: see `Traits`."""
     head = tl.program_id(0)
     position = tl.load(position_ptr)
     low = tl.arange(0, HALF)
@@ -71,9 +88,23 @@ def qkv_kernel(
     if head < HEADS + KV_HEADS:
         if NORM:
             weight_ptr = q_norm_ptr if head < HEADS else k_norm_ptr
-            scale = inverse_rms(tl.sum(x * x, axis=0) + tl.sum(y * y, axis=0), D, eps)
-            x = scaled_half(x, scale, weight_ptr, low, inside, q_ptr)
-            y = scaled_half(y, scale, weight_ptr, high, inside, q_ptr)
+            if WIDE:
+                if head < HEADS:
+                    squares = squares_of_heads(
+                        partial_ptr, bias_ptr, low, inside, q_ptr, 0, HEADS, width, D, SPLITS, BIAS
+                    )
+                    scale = inverse_rms(squares, HEADS * D, eps)
+                    weight_ptr += head * D
+                else:
+                    squares = squares_of_heads(
+                        partial_ptr, bias_ptr, low, inside, q_ptr, HEADS, KV_HEADS, width, D, SPLITS, BIAS
+                    )
+                    scale = inverse_rms(squares, KV_HEADS * D, eps)
+                    weight_ptr += (head - HEADS) * D
+            else:
+                scale = inverse_rms(tl.sum(x * x, axis=0) + tl.sum(y * y, axis=0), D, eps)
+            x = scaled_half(x, scale, weight_ptr, norm_offset, low, inside, q_ptr, ONCE)
+            y = scaled_half(y, scale, weight_ptr, norm_offset, high, inside, q_ptr, ONCE)
         cos_ptr += position * D
         sin_ptr += position * D
         rotated = rotated_half(x, y, cos_ptr, sin_ptr, low, inside, q_ptr)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.parts.norm.reference import rms_norm_reference
+from teal_kernels.traits import LLAMA, Traits
 
 
 def rotate_reference(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,6 +23,7 @@ def qkv_reference(
     bias: Tensor | None,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
+    traits: Traits = LLAMA,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """partial [S, (heads + 2 kv_heads) head_dim] -> q [heads, head_dim], k and v [kv_heads, head_dim]."""
     qkv = partial.float().sum(0).to(cos.dtype)
@@ -29,5 +31,7 @@ def qkv_reference(
         qkv = qkv + bias
     q, k, v = qkv.view(heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads))
     if norms is not None:
-        q, k = rms_norm_reference(q, norms[0], eps), rms_norm_reference(k, norms[1], eps)
+        vectors = (q.reshape(1, -1), k.reshape(1, -1)) if traits.wide_head_norms else (q, k)
+        normed = (rms_norm_reference(x, weight, eps, traits) for x, weight in zip(vectors, norms, strict=True))
+        q, k = (x.view(shape) for x, shape in zip(normed, (q.shape, k.shape), strict=True))
     return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin), v

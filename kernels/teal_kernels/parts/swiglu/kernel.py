@@ -29,14 +29,20 @@ def swiglu_kernel(
     SPARSE: tl.constexpr,
     RING: tl.constexpr,
     SPLITS: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """Grid: (CHUNKS,). Gate, up, SiLU and the product are each rounded to the model's dtype."""
+    """Grid: (CHUNKS,). Gate, up, activation and the product are each rounded to the model's dtype.
+
+    GELU in its tanh form is g / (1 + exp(-2u)), u = sqrt(2 / pi) (g + 0.044715 g^3), since 1 + tanh(u) is
+    2 / (1 + exp(-2u)).
+    """
     chunk = tl.program_id(0)
     channel = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = channel < K
     gate = rounded(sum_splits(partial_ptr, channel, inside, 2 * K, SPLITS), like_ptr)
     up = rounded(sum_splits(partial_ptr + K, channel, inside, 2 * K, SPLITS), like_ptr)
-    silu = rounded(tl.div_rn(gate, 1.0 + tl.exp(-gate)), like_ptr)
-    x = (silu * up).to(like_ptr.dtype.element_ty)
+    exponent = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    active = rounded(tl.div_rn(gate, 1.0 + tl.exp(-exponent)), like_ptr)
+    x = (active * up).to(like_ptr.dtype.element_ty)
     emit(x, chunk, channel, inside, thresholds_ptr, index_ptr, value_ptr, count_ptr, tally_ptr, row_ptr, ring_ptr,
          slot_ptr, K, P, CHUNKS, CHUNK, SPARSE, RING)  # fmt: skip
