@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from teal_cli.model.families import FAMILIES
+
 VOCAB = 320
 EOS = "<|end|>"
 
@@ -79,10 +81,24 @@ TINY: dict[str, Tiny] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma3": Tiny(
+        "gemma3_text",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 13,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 """Name of a tiny model -> what it is: every family, every rotary type, every kind of bias and window."""
 
-TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3")
+TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "gemma3")
 """One model per family, for tests that need not meet every variant."""
 
 _SENTENCES = (
@@ -143,7 +159,7 @@ def make_tiny(
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in parameter_name:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.copy_(1 - FAMILIES[tiny.family].norm_offset + 0.3 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * noise)
             else:

@@ -13,13 +13,30 @@ from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.model.families import FAMILIES
+from teal_cli.model.families import FAMILIES, Family
 from teal_kernels.spec import Geometry
+from teal_kernels.traits import GELU_TANH, SILU, Traits
 
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
 
+SUPPORTED_ACTIVATIONS: Final[dict[str, str]] = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH}
+"""What transformers calls it -> what it is in `Traits`."""
+
 _HINT = "check the model with `teal models verify NAME`, or fetch it again with `teal download --force`"
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How a layer rotates q and k.
+
+    Attributes:
+        layer_type: whose parameters it takes from `rope_parameters` of the config; None: there is one set for all.
+        rotates: whether it rotates at all; some layers of some families do not.
+    """
+
+    layer_type: str | None
+    rotates: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +46,8 @@ class ModelConfig(Geometry):
     Attributes:
         family: `model_type` of config.json, one of `FAMILIES`.
         context: the longest sequence the positions are made for, in tokens.
+        ropes: per layer, its rotation.
+        traits: what is computed between the matrices.
         sliding_windows: per layer, how many positions a token attends to, itself included; None means all.
         qkv_bias: q, k and v have a bias.
         o_bias: o has one.
@@ -48,6 +67,8 @@ class ModelConfig(Geometry):
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
+    ropes: tuple[Rope, ...]
+    traits: Traits
     tied: bool
     eos_ids: tuple[int, ...]
     bos_id: int | None
@@ -72,10 +93,10 @@ def load_config(path: str | Path) -> ModelConfig:
         )
     _refuse_unsupported(raw)
     hf = _load_hf(folder)
-    _refuse_unsupported_parts(hf)
+    family = FAMILIES[hf.model_type]
+    _refuse_unsupported_parts(family, hf)
     heads: int = hf.num_attention_heads
     head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    family = FAMILIES[hf.model_type]
     config = ModelConfig(
         family=hf.model_type,
         layers=hf.num_hidden_layers,
@@ -91,6 +112,8 @@ def load_config(path: str | Path) -> ModelConfig:
         qkv_bias=family.qkv_bias(hf),
         o_bias=family.o_bias(hf),
         qk_norm="q_norm" in family.layer,
+        ropes=_ropes(family, hf),
+        traits=_traits(family, hf),
         tied=bool(hf.tie_word_embeddings),
         eos_ids=_eos_ids(hf, _read_json(folder / "generation_config.json") or {}),
         bos_id=hf.bos_token_id,
@@ -144,29 +167,60 @@ def _load_hf(folder: Path) -> Any:
         raise TealError(f"{folder / 'config.json'} is not a valid config: {reason.strip()}", hint=_HINT) from error
 
 
-def _refuse_unsupported_parts(hf: Any) -> None:
-    if hf.hidden_act not in ("silu", "swish"):
+def _refuse_unsupported_parts(family: Family, hf: Any) -> None:
+    activation = family.activation(hf)
+    if activation not in SUPPORTED_ACTIVATIONS:
         raise UsageError(
-            f"the activation {hf.hidden_act!r} is not supported; teal runs models whose MLP uses silu",
-            hint="choose a model with hidden_act silu",
+            f"the activation {activation!r} is not supported; teal runs {', '.join(SUPPORTED_ACTIVATIONS)}",
+            hint="choose a model whose MLP uses one of these",
         )
+    if refused := family.refused(hf):
+        raise UsageError(f"the checkpoint has {refused}, which teal does not support", hint="choose a model without it")
     if getattr(hf, "mlp_bias", False):
         raise UsageError(
             "the checkpoint has biases in its MLP (mlp_bias), which teal does not support",
             hint="choose a model without mlp_bias",
         )
-    rope = hf.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in SUPPORTED_ROPE:
-        raise UsageError(
-            f"the rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}",
-            hint="choose a model with one of these rope types",
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(
-            f"a partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported",
-            hint="choose a model that rotates whole heads",
-        )
+    for layer_type in {rope.layer_type for rope in _ropes(family, hf)}:
+        rope = rope_parameters(hf, layer_type)
+        kind = rope.get("rope_type", "default")
+        if kind not in SUPPORTED_ROPE:
+            raise UsageError(
+                f"the rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}",
+                hint="choose a model with one of these rope types",
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UsageError(
+                f"a partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported",
+                hint="choose a model that rotates whole heads",
+            )
+
+
+def rope_parameters(hf: Any, layer_type: str | None) -> Mapping[str, Any]:
+    """The rotary parameters of one type of layers, or of all (None), in a config of transformers."""
+    parameters: Mapping[str, Any] = hf.rope_parameters if layer_type is None else hf.rope_parameters[layer_type]
+    return parameters
+
+
+def _ropes(family: Family, hf: Any) -> tuple[Rope, ...]:
+    by_type = any(isinstance(value, Mapping) for value in hf.rope_parameters.values())
+    types = hf.layer_types if by_type else (None,) * hf.num_hidden_layers
+    return tuple(map(Rope, types, family.rotates(hf)))
+
+
+def _traits(family: Family, hf: Any) -> Traits:
+    return Traits(
+        norm_offset=family.norm_offset,
+        norm_rounds_once=family.norm_rounds_once,
+        wide_head_norms=family.wide_head_norms,
+        activation=SUPPORTED_ACTIVATIONS[family.activation(hf)],
+        attention_scale=family.attention_scale(hf),
+        score_cap=family.score_cap(hf),
+        embedding_scale=family.embedding_scale(hf),
+        residual_scale=family.residual_scale(hf),
+        logit_scale=family.logit_scale(hf),
+        logit_cap=family.logit_cap(hf),
+    )
 
 
 def _eos_ids(hf: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -39,6 +39,10 @@ def _always(hf: Hf) -> bool:
     return True
 
 
+def _all_layers(hf: Hf) -> tuple[bool, ...]:
+    return (True,) * int(hf.num_hidden_layers)
+
+
 def _attention_bias(hf: Hf) -> bool:
     return bool(hf.attention_bias)
 
@@ -86,6 +90,18 @@ _HEAD_NORMS: Final[dict[str, Name]] = {
 }
 
 
+_NORMS_ON_BOTH_SIDES: Final[dict[str, Name]] = {
+    "attn_norm": ("input_layernorm.weight", "attn_norm.weight"),
+    "attn_post_norm": ("post_attention_layernorm.weight", "post_attention_norm.weight"),
+    "mlp_norm": ("pre_feedforward_layernorm.weight", "ffn_norm.weight"),
+    "mlp_post_norm": ("post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+}
+
+
+def _gemma_refused(hf: Hf) -> str | None:
+    return "attention in both directions (use_bidirectional_attention)" if hf.use_bidirectional_attention else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One row. The defaults are Llama's.
@@ -104,8 +120,13 @@ class Family:
         norm_offset: added to the weight of every norm, those of q and k too.
         norm_rounds_once: a norm is multiplied by its weight in float32 and then rounded, not rounded before it, too.
         activation: of the gate, as transformers calls it.
+        wide_head_norms: the norms of q and k, if there are any, take all heads as one vector.
+        rotates: of every layer, whether it rotates q and k.
         attention_scale: factor on the scores; None is 1 / sqrt(head size).
-        embedding_scale: factor on the embedding, rounded to the model's dtype.
+        score_cap, logit_cap: scores and logits become cap * tanh(x / cap).
+        embedding_scale, residual_scale, logit_scale: factors on the embedding of a token (rounded to the model's
+            dtype), on what a half layer adds to the residual stream, and on the logits.
+        refused: a part that a config may ask for and teal lacks, as a noun; None if it asks for none.
     """
 
     title: str
@@ -119,9 +140,16 @@ class Family:
     windows: Callable[[Hf], Windows] = _no_windows
     norm_offset: float = 0.0
     norm_rounds_once: bool = False
+    wide_head_norms: bool = False
+    rotates: Callable[[Hf], tuple[bool, ...]] = _all_layers
     activation: Callable[[Hf], str] = lambda hf: str(hf.hidden_act)
     attention_scale: Callable[[Hf], float | None] = _nothing
+    score_cap: Callable[[Hf], float | None] = _nothing
     embedding_scale: Callable[[Hf], float] = _one
+    residual_scale: Callable[[Hf], float] = _one
+    logit_scale: Callable[[Hf], float] = _one
+    logit_cap: Callable[[Hf], float | None] = _nothing
+    refused: Callable[[Hf], str | None] = _nothing
 
     def parts(self, hf: Hf) -> tuple[str, ...]:
         """The parts of a layer that a checkpoint with this config has."""
@@ -162,6 +190,24 @@ FAMILIES: Final[Mapping[str, Family]] = {
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
         windows=_windows_by_layer_type,
+    ),
+    "gemma3_text": Family(
+        title="Gemma 3 (text)",
+        architecture="Gemma3ForCausalLM",
+        gguf="gemma3",
+        gguf_norm_offset=1.0,
+        layer=_LLAMA | _NORMS_ON_BOTH_SIDES | _HEAD_NORMS | _BIASES,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        windows=_windows_by_layer_type,
+        norm_offset=1.0,
+        norm_rounds_once=True,
+        activation=lambda hf: str(hf.hidden_activation),
+        attention_scale=lambda hf: float(hf.query_pre_attn_scalar**-0.5),
+        score_cap=lambda hf: hf.attn_logit_softcapping,
+        embedding_scale=lambda hf: float(hf.hidden_size**0.5),
+        logit_cap=lambda hf: hf.final_logit_softcapping,
+        refused=_gemma_refused,
     ),
 }
 """`model_type` of config.json -> its row."""

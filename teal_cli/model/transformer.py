@@ -21,6 +21,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.memory import WeightMemory
 from teal_cli.model.rope import RopeTable, Rotation, rotate_
 from teal_cli.model.weights import Checkpoint, Device, LayerWeights
+from teal_kernels.traits import GELU_TANH, LLAMA, Traits
 
 Project: TypeAlias = Callable[[int, str, Tensor, Tensor], Tensor]
 """(layer, site, x [S, K], weight [K, N]) -> [S, N]. It leaves x as it is; the model may overwrite the result."""
@@ -47,18 +48,43 @@ def _matmul_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis: normalised in float32, cast to x's dtype, then multiplied by weight."""
-    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float, traits: Traits = LLAMA) -> Tensor:
+    """RMSNorm over the last axis, in float32: cast to x's dtype before or after it is multiplied by the weight."""
+    normed = F.rms_norm(x.float(), weight.shape, None, eps)
+    if traits.norm_rounds_once:
+        return (normed * (weight.float() + traits.norm_offset)).to(x.dtype)
+    return normed.to(x.dtype) * weight
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def embed(config: ModelConfig, embedding: Tensor, tokens: Tensor) -> Tensor:
+    """Token ids int64 [S], embedding [vocab, hidden] -> the hidden states [S, hidden] before the first layer."""
+    hidden = F.embedding(tokens, embedding)
+    scale = config.traits.embedding_scale
+    return hidden if scale == 1.0 else hidden * torch.tensor(scale, dtype=hidden.dtype)
+
+
+def logits_of(config: ModelConfig, states: Tensor, norm: Tensor, head: Tensor) -> Tensor:
+    """Final norm and head: hidden states [S, hidden] after the last layer -> float32 [S, vocab]."""
+    traits = config.traits
+    logits = F.linear(rms_norm(states, norm, config.norm_eps, traits), head).float()
+    if traits.logit_scale != 1.0:
+        logits *= traits.logit_scale
+    return logits if traits.logit_cap is None else capped(logits, traits.logit_cap)
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, traits: Traits = LLAMA) -> Tensor:
     """Causal attention of the last S of T positions.
 
     Args:
         q: [S, heads, head_dim], the queries of the last S positions.
         k, v: [kv_heads, T, head_dim], T >= S.
         window: how many positions a query sees, its own included; None for all.
+        traits: scale and cap of the scores.
 
     Returns:
         [S, heads * head_dim], heads in the order of q.
@@ -70,23 +96,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
             k, v = k[:, total - window :], v[:, total - window :]
         # Heads that share a key stand in the sequence axis: grouped attention with neither mask nor copy of k.
         grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, k[None], v[None]).view(1, heads * head_dim)
+        return _attend(grouped, k[None], v[None], traits).view(1, heads * head_dim)
     mask = None
-    if count != total or (window is not None and window < total):
+    if count != total or (window is not None and window < total) or traits.score_cap is not None:
         rows = torch.arange(total - count, total, device=q.device)[:, None]
         columns = torch.arange(total, device=q.device)
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k[None],
-        v[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=kv_heads != heads,
-    )
+    out = _attend(q.transpose(0, 1)[None], k[None], v[None], traits, mask=mask, causal=mask is None)
     return out[0].transpose(0, 1).reshape(count, heads * head_dim)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, traits: Traits, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """q [1, heads, S, head_dim], k and v [1, kv_heads, T, head_dim], mask bool [S, T] or None -> as q."""
+    grouped = q.shape[1] != k.shape[1]
+    if traits.score_cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=traits.attention_scale, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if traits.attention_scale is None else traits.attention_scale
+    scores = capped(q.float() @ k.float().transpose(-1, -2) * scale, traits.score_cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ v.float()).to(q.dtype)
 
 
 def attend_alone(config: ModelConfig, prefix: Tensor | None = None) -> Attend:
@@ -99,7 +136,7 @@ def attend_alone(config: ModelConfig, prefix: Tensor | None = None) -> Attend:
 
     def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
         k, v = (kv if prefix is None else torch.cat((prefix, kv))).permute(1, 2, 0, 3)
-        return attention(q, k, v, config.sliding_windows[layer])
+        return attention(q, k, v, config.sliding_windows[layer], config.traits)
 
     return attend
 
@@ -112,7 +149,7 @@ def attend_cached(config: ModelConfig, cache: KVCache, position: int) -> Attend:
         cached = cache.kv[layer]
         cached[:, :, position:end].copy_(kv.permute(1, 2, 0, 3))
         k, v = cached[:, :, :end]
-        return attention(q, k, v, config.sliding_windows[layer])
+        return attention(q, k, v, config.sliding_windows[layer], config.traits)
 
     return attend
 
@@ -130,7 +167,7 @@ def block(
 
     Args:
         hidden: [S, hidden], left as it is.
-        rope: cos and sin of these S positions, from `RopeTable.at`.
+        rope: cos and sin of these S positions for this layer, from `RopeTable.at`.
         attend: `attend_cached` or `attend_alone`.
         project: called at attn_in, attn_out, mlp_in and mlp_mid, in this order.
 
@@ -138,25 +175,34 @@ def block(
         [S, hidden], new memory.
     """
     count, heads, kv_heads, head_dim = len(hidden), config.heads, config.kv_heads, config.head_dim
-    x = rms_norm(hidden, weights.attn_norm, config.norm_eps)
+    traits = config.traits
+
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, config.norm_eps, traits)
+
+    def residual(hidden: Tensor, out: Tensor, post_norm: Tensor | None) -> Tensor:
+        out = norm(out, post_norm)
+        return hidden + (out if traits.residual_scale == 1.0 else out * traits.residual_scale)
+
+    x = norm(hidden, weights.attn_norm)
     qkv = project(index, "attn_in", x, weights.qkv)
     if weights.qkv_bias is not None:
         qkv += weights.qkv_bias
     qkv = qkv.view(count, heads + 2 * kv_heads, head_dim)
     if weights.q_norm is not None and weights.k_norm is not None:
-        qkv[:, :heads] = rms_norm(qkv[:, :heads], weights.q_norm, config.norm_eps)
-        k = qkv[:, heads : heads + kv_heads]
-        k.copy_(rms_norm(k, weights.k_norm, config.norm_eps))
+        for part, weight in ((qkv[:, :heads], weights.q_norm), (qkv[:, heads : heads + kv_heads], weights.k_norm)):
+            vectors = part.flatten(1) if traits.wide_head_norms else part
+            part.copy_(norm(vectors, weight).view(part.shape))
     rotate_(qkv[:, : heads + kv_heads], rope)
     mixed = attend(index, qkv[:, :heads], qkv[:, heads:].view(count, 2, kv_heads, head_dim))
     out = project(index, "attn_out", mixed, weights.attn_out)
     if weights.o_bias is not None:
         out += weights.o_bias
-    hidden = hidden + out
-    x = rms_norm(hidden, weights.mlp_norm, config.norm_eps)
-    gate, up = project(index, "mlp_in", x, weights.gate_up).chunk(2, dim=-1)
-    hidden += project(index, "mlp_mid", F.silu(gate).mul_(up), weights.down)
-    return hidden
+    hidden = residual(hidden, out, weights.attn_post_norm)
+    gate, up = project(index, "mlp_in", norm(hidden, weights.mlp_norm), weights.gate_up).chunk(2, dim=-1)
+    active = F.gelu(gate, approximate="tanh") if traits.activation == GELU_TANH else F.silu(gate)
+    out = project(index, "mlp_mid", active.mul_(up), weights.down)
+    return residual(hidden, out, weights.mlp_post_norm)
 
 
 class Transformer:
@@ -241,13 +287,13 @@ class Transformer:
         cache.check_room(position, len(tokens))
         rope = self.rope.at(position, len(tokens))
         attend = attend_cached(self.config, cache, position)
-        hidden = F.embedding(tokens, self.embedding)
+        hidden = embed(self.config, self.embedding, tokens)
         for index, weights in enumerate(self.layers):
-            hidden = block(self.config, index, weights, hidden, rope, attend, project)
+            hidden = block(self.config, index, weights, hidden, rope[index], attend, project)
         cache.length = position + len(tokens)
         return hidden
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """Final norm and head: [S, hidden] -> float32 [S, vocab]."""
-        return F.linear(rms_norm(states, self.final_norm, self.config.norm_eps), self.lm_head).float()
+        return logits_of(self.config, states, self.final_norm, self.lm_head)

@@ -42,6 +42,8 @@ _VECTORS: Final = {
     "k_norm": ("k_norm",),
     "o_bias": ("o_bias",),
     "mlp_norm": ("mlp_norm",),
+    "attn_post_norm": ("attn_post_norm",),
+    "mlp_post_norm": ("mlp_post_norm",),
 }
 """Our field -> the parts of a layer, as `families` calls them, that lie in it one after the other."""
 
@@ -51,24 +53,27 @@ class LayerWeights:
     """One decoder layer. Matrices are input-major: [K, N] contiguous, one per site; input channel k is row k.
 
     Attributes:
-        attn_norm, mlp_norm: [hidden].
+        attn_norm, mlp_norm: [hidden], of the norm before attention and MLP, or None.
+        attn_post_norm, mlp_post_norm: [hidden], of the norm after them, before the residual addition, or None.
         qkv: [hidden, Nq + 2 Nkv], the columns of q, then k, then v.  qkv_bias: [Nq + 2 Nkv] or None.
-        q_norm, k_norm: [head_dim] or None.
+        q_norm, k_norm: [head_dim], or [Nq] and [Nkv] if `wide_head_norms`, or None.
         attn_out: [Nq, hidden].  o_bias: [hidden] or None.
         gate_up: [hidden, 2 intermediate], the columns of gate, then up.
         down: [intermediate, hidden].
     """
 
-    attn_norm: Tensor
+    attn_norm: Tensor | None
     qkv: Tensor
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
     attn_out: Tensor
     o_bias: Tensor | None
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     gate_up: Tensor
     down: Tensor
+    attn_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
 
 
 class Checkpoint:
@@ -140,7 +145,11 @@ class Checkpoint:
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that will be read, with its shape as stored."""
         config = self.config
-        shapes: dict[str, tuple[int, ...]] = {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+        wide = config.traits.wide_head_norms
+        shapes: dict[str, tuple[int, ...]] = {
+            "q_norm": ((config.heads if wide else 1) * config.head_dim,),
+            "k_norm": ((config.kv_heads if wide else 1) * config.head_dim,),
+        }
         for site, projections in SITE_PROJECTIONS.items():
             for part, width in zip(projections, config.segments(site), strict=True):
                 shapes[part] = (width, config.channels(site))

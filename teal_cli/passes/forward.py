@@ -144,7 +144,7 @@ def forward(
             del embedded
         for index in range(config.layers):
             weights = layers.layer(index)
-            layer = Layer(config, index, weights, rope, variants, visit)
+            layer = Layer(config, index, weights, rope[index], variants, visit)
             for sequence, state in zip(group, states, strict=True):
                 layer.advance(state, sequence)
                 done += 1
@@ -165,7 +165,7 @@ class Layer:
     """One layer under every variant.
 
     Args:
-        rope: cos and sin of positions 0 to S.
+        rope: cos and sin of positions 0 to S for this layer.
         variants, visit: as in `forward`.
     """
 
@@ -180,7 +180,7 @@ class Layer:
     ) -> None:
         self._config, self._index, self._weights, self._rope = config, index, weights, rope
         self._variants, self._visit = variants, visit
-        self._projectors = [PlanProjector(config, v.plan, index, weights.attn_norm.device) for v in variants]
+        self._projectors = [PlanProjector(config, v.plan, index, weights.down.device) for v in variants]
 
     @torch.inference_mode()
     def advance(self, states: States, sequence: int) -> None:

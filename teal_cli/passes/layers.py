@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RopeTable
-from teal_cli.model.transformer import Transformer, rms_norm
+from teal_cli.model.transformer import Transformer, embed, logits_of
 from teal_cli.model.weights import Checkpoint, LayerWeights
 
 
@@ -60,7 +59,7 @@ class Head:
     @torch.inference_mode()
     def __call__(self, states: Tensor) -> Tensor:
         """Hidden states [S, hidden] after the last layer -> logits float32 [S, vocab]."""
-        return F.linear(rms_norm(states, self._norm, self._config.norm_eps), self._weight).float()
+        return logits_of(self._config, states, self._norm, self._weight)
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -87,7 +86,7 @@ class ResidentLayers:
         return self._model.layers[index]
 
     def embed(self, tokens: list[Tensor]) -> list[Tensor]:
-        return [F.embedding(row, self._model.embedding) for row in tokens]
+        return [embed(self.config, self._model.embedding, row) for row in tokens]
 
     def open_head(self) -> Head:
         return Head(self.config, self._model.final_norm, self._model.lm_head)
@@ -112,7 +111,7 @@ class StreamedLayers:
 
     def embed(self, tokens: list[Tensor]) -> list[Tensor]:
         embedding = self._checkpoint.embedding(self.dtype, self.device)
-        return [F.embedding(row, embedding) for row in tokens]
+        return [embed(self.config, embedding, row) for row in tokens]
 
     def open_head(self) -> Head:
         checkpoint = self._checkpoint

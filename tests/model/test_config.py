@@ -105,6 +105,7 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
         "mistral": (False, False, False),
         "qwen2": (True, False, False),
         "qwen3": (False, False, True),
+        "gemma3_text": (False, False, True),
     }
     biased = read(tmp_path, attention_bias=True)
     assert (biased.qkv_bias, biased.o_bias) == (True, True)

@@ -18,7 +18,7 @@ from reference_model import (
     watch,
 )
 
-from teal_cli.model.transformer import Transformer, attend_alone, block
+from teal_cli.model.transformer import Transformer, attend_alone, block, embed
 from teal_cli.model.weights import Checkpoint
 
 
@@ -52,10 +52,10 @@ def test_layer_by_layer_without_a_cache_equals_the_model(tiny_family: Path) -> N
     checkpoint, ours = Checkpoint(tiny_family), Transformer.from_checkpoint(tiny_family)
     config = checkpoint.config
     tokens = tokens_for(config.vocab)
-    hidden = checkpoint.embedding(torch.float32)[tokens]
+    hidden = embed(config, checkpoint.embedding(torch.float32), tokens)
     rope, attend = ours.rope.at(0, len(tokens)), attend_alone(config)
     for index in range(config.layers):
-        hidden = block(config, index, checkpoint.layer(index, torch.float32), hidden, rope, attend)
+        hidden = block(config, index, checkpoint.layer(index, torch.float32), hidden, rope[index], attend)
     torch.testing.assert_close(hidden, ours.states(tokens, 0, ours.cache(len(tokens))), rtol=1e-5, atol=1e-5)
 
 

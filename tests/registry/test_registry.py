@@ -234,5 +234,5 @@ def test_the_catalog_is_consistent(model: catalog.CatalogModel) -> None:
 
 
 def test_families_and_architectures_match() -> None:
-    assert tuple(FAMILIES) == ("llama", "mistral", "qwen2", "qwen3")
+    assert tuple(FAMILIES) == ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     assert len(ARCHITECTURES) == len(FAMILIES)
