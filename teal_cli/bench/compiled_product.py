@@ -18,8 +18,9 @@ from torch import Tensor
 from teal_cli.bench.inputs import Vectors
 from teal_kernels.spec import Geometry
 from teal_kernels.steps.cpu.compiled import KINDS, load
-from teal_kernels.steps.cpu.layout import DOWN, NONE, Shape, Weights
+from teal_kernels.steps.cpu.layout import DOWN, NONE, TENSORS, Shape, Weights
 from teal_kernels.steps.cpu.op import default_threads
+from teal_kernels.traits import LLAMA
 
 _SITE, _THRESHOLD = 3, 6
 """Every matrix plays the part of `down`: one projection at a site of its own."""
@@ -48,10 +49,12 @@ class CompiledProducts:
         self._batch = _batch(dtype)
         self._own = [step.own_buffers(thread, threads, shape) for thread in range(threads)]
         self._shared = step.shared_buffers(self._kind, threads, shape)
+        norm, rules = step.numbers(LLAMA, 1.0, 1)
+        none = np.empty(0, np.int64)
         self._weights = Weights(
-            tensors=np.full((MOST_CALLS, DOWN + 1), NONE, np.int64), windows=np.empty(0, np.int64),
+            tensors=np.full((MOST_CALLS, TENSORS), NONE, np.int64), windows=none, ropes=none,
             edges=step.site_edges(Geometry(outputs, inputs, 1, 1, 0)),
-            eps=np.float32(1), embedding=NONE, final_norm=NONE, lm_head=NONE,
+            norm=norm, rules=rules, embedding=NONE, final_norm=NONE, lm_head=NONE,
         )  # fmt: skip
         self._others = ThreadPoolExecutor(max(1, threads - 1))
         self._copies = copies  # kept alive: the compiled code has addresses only

@@ -18,7 +18,6 @@ from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, e
 from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.rope import Rotation
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError, choose_backend, triton_problem
 from teal_kernels.spec import PROJECTIONS, SITES, columns
@@ -115,8 +114,8 @@ class NumbaStep:
 
         self.backend = NUMBA
         self._step = CpuStep(
-            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head,
-            _rope(model, cache), cache.k, cache.v, thresholds=thresholds,
+            _spec(model), model.layers, model.embedding, model.final_norm, model.lm_head,
+            model.rope.tables(cache.max_tokens), cache.k, cache.v, thresholds=thresholds,
         )  # fmt: skip
         self._cache, self._sparse = cache, thresholds is not None
 
@@ -147,8 +146,9 @@ class GraphStep:
 
         self.backend = TRITON_GRAPH
         self._step = GpuStep(
-            _spec(model.config), model.layers, model.embedding, model.final_norm, model.lm_head,
-            _rope(model, cache), cache.k, cache.v, thresholds=thresholds, ring_slots=1, sparsity=sparsity,
+            _spec(model), model.layers, model.embedding, model.final_norm, model.lm_head,
+            model.rope.tables(cache.max_tokens), cache.k, cache.v,
+            thresholds=thresholds, ring_slots=1, sparsity=sparsity,
         )  # fmt: skip
         self._cache = cache
 
@@ -183,17 +183,12 @@ class GraphStep:
         return self._step.kept()
 
 
-def _spec(config: ModelConfig) -> StepSpec:
+def _spec(model: Transformer) -> StepSpec:
+    config = model.config
     return StepSpec(
         config.hidden, config.intermediate, config.heads, config.kv_heads, config.head_dim, config.vocab,
-        config.norm_eps, config.sliding_windows,
+        config.norm_eps, config.sliding_windows, model.rope.of_layer, config.traits,
     )  # fmt: skip
-
-
-def _rope(model: Transformer, cache: KVCache) -> Rotation:
-    """cos and sin of every position of a cache, each [max_tokens, head_dim]."""
-    cos, sin = model.rope.at(0, cache.max_tokens)
-    return cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous()
 
 
 def open_step(

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from teal_kernels.steps.spec import StepSpec
+from teal_kernels.traits import LLAMA, Traits
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer's tensors; see `teal_kernels.steps.spec.LayerTensors`."""
 
-    attn_norm: Tensor
+    attn_norm: Tensor | None
     qkv: Tensor
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
     attn_out: Tensor
     o_bias: Tensor | None
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     gate_up: Tensor
     down: Tensor
+    attn_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Model:
         return self.spec, self.layers, *self.ends, self.rope, self.keys.clone(), self.values.clone()
 
 
-def rope_table(positions: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, head_dim], the sign folded into sin."""
-    frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2) / head_dim)
+def rope_table(positions: int, head_dim: int, dtype: torch.dtype, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, positions, head_dim], the sign folded into sin."""
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2) / head_dim)
     angles = torch.arange(positions)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    return torch.cat((cos, cos), -1).to(dtype)[None], torch.cat((-sin, sin), -1).to(dtype)[None]
 
 
 def tiny_model(
@@ -62,6 +65,10 @@ def tiny_model(
     windows: tuple[int | None, ...] = (None, None),
     biases: bool = False,
     qk_norm: bool = False,
+    norms_before: bool = True,
+    norms_after: bool = False,
+    ropes: tuple[int, ...] = (),
+    traits: Traits = LLAMA,
     max_tokens: int = 40,
     device: str = "cpu",
 ) -> Model:
@@ -71,26 +78,34 @@ def tiny_model(
     def random(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
 
-    spec = StepSpec(hidden, intermediate, heads, kv_heads, head_dim, 67, 1e-5, windows)
+    spec = StepSpec(hidden, intermediate, heads, kv_heads, head_dim, 67, 1e-5, windows, ropes, traits)
+
+    def norm(size: int, wanted: bool = True) -> Tensor | None:
+        return random(size, scale=0.1, shift=1.0 - traits.norm_offset) if wanted else None
+
     qkv, q = spec.qkv_width, spec.query_width
     layers = [
         Layer(
-            attn_norm=random(hidden, scale=0.1, shift=1.0),
+            attn_norm=norm(hidden, norms_before),
             qkv=random(hidden, qkv, scale=hidden**-0.5),
             qkv_bias=random(qkv, scale=0.3) if biases else None,
-            q_norm=random(head_dim, scale=0.1, shift=1.0) if qk_norm else None,
-            k_norm=random(head_dim, scale=0.1, shift=1.0) if qk_norm else None,
+            q_norm=norm(head_dim * (heads if traits.wide_head_norms else 1), qk_norm),
+            k_norm=norm(head_dim * (kv_heads if traits.wide_head_norms else 1), qk_norm),
             attn_out=random(q, hidden, scale=q**-0.5),
             o_bias=random(hidden, scale=0.3) if biases else None,
-            mlp_norm=random(hidden, scale=0.1, shift=1.0),
+            mlp_norm=norm(hidden, norms_before),
             gate_up=random(hidden, 2 * intermediate, scale=hidden**-0.5),
             down=random(intermediate, hidden, scale=intermediate**-0.5),
+            attn_post_norm=norm(hidden, norms_after),
+            mlp_post_norm=norm(hidden, norms_after),
         )
         for _ in windows
     ]
-    embedding, final_norm = random(67, hidden), random(hidden, scale=0.1, shift=1.0)
+    embedding, final_norm = random(67, hidden), norm(hidden)
     cache = random(2, len(windows), kv_heads, max_tokens, head_dim)
-    cos, sin = (half.to(device) for half in rope_table(max_tokens, head_dim, dtype))
+    bases = (10000.0, 100.0)[: 1 + max(ropes, default=0)]
+    tables = [rope_table(max_tokens, head_dim, dtype, base) for base in bases]
+    cos, sin = (torch.cat(halves).to(device) for halves in zip(*tables, strict=True))
     return Model(spec, layers, (embedding, final_norm, embedding), (cos, sin), cache[0], cache[1])
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 pytest.importorskip("numba")
@@ -25,21 +26,32 @@ from teal_kernels.spec import SITES
 from teal_kernels.steps.cpu import compiled
 from teal_kernels.steps.cpu.op import CpuStep, default_threads
 from teal_kernels.steps.spec import OPTIONAL, StepSpec, layer_shapes
+from teal_kernels.traits import GELU_TANH, Traits
 
 if compiled.unavailable() is not None:
     pytest.skip(str(compiled.unavailable()), allow_module_level=True)
 
 SPEC = StepSpec(96, 160, 6, 2, 16, 300, 1e-5, (None, None))
+GEMMA = Traits(
+    norm_offset=1.0, norm_rounds_once=True, activation=GELU_TANH, attention_scale=0.3, score_cap=3.0,
+    embedding_scale=96**0.5, logit_cap=4.0,
+)  # fmt: skip
 VARIANTS = {
     "grouped": SPEC,
     "odd": StepSpec(63, 77, 3, 1, 10, 101, 1e-6, (None,)),
     "single heads": StepSpec(64, 200, 4, 4, 16, 333, 1e-5, (None, None, None)),
     "window": replace(SPEC, windows=(3, None)),
     "wide": StepSpec(576, 1536, 9, 3, 64, 1000, 1e-5, (None,)),
+    "gemma": replace(SPEC, windows=(3, None), ropes=(0, 1), traits=GEMMA),
+    "scaled": replace(SPEC, traits=Traits(attention_scale=0.2, residual_scale=0.4, logit_scale=0.25)),
+    "norms over all heads": replace(SPEC, traits=Traits(wide_head_norms=True, norm_rounds_once=True)),
 }
+BEFORE, AFTER = {"attn_norm", "mlp_norm"}, {"attn_post_norm", "mlp_post_norm"}
 FLAVOURS = {
-    "plain": frozenset[str](),
-    "with biases and head norms": frozenset(OPTIONAL),
+    "plain": frozenset(BEFORE),
+    "with biases and head norms": OPTIONAL - AFTER,
+    "norms on both sides": frozenset(BEFORE | AFTER | {"q_norm", "k_norm"}),
+    "norms after": frozenset(AFTER | {"q_norm", "k_norm"}),
 }
 SITE_COLUMNS = {"attn_in": (0, 3), "attn_out": (3, 4), "mlp_in": (4, 6), "mlp_mid": (6, 7)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,17 +68,19 @@ class Model:
     lm_head: Tensor
     kv: Tensor
 
-    def rope(self, position: int) -> tuple[Tensor, Tensor]:
+    def rope(self, position: int, table: int = 0) -> tuple[Tensor, Tensor]:
         half = self.spec.head_dim // 2
-        angles = position / 10_000 ** (torch.arange(half) / half)
+        angles = position / (10_000 if table == 0 else 100) ** (torch.arange(half) / half)
         cos, sin = angles.cos(), angles.sin()
         dtype = self.embedding.dtype
         return torch.cat((cos, cos)).to(dtype), torch.cat((-sin, sin)).to(dtype)
 
     def compiled(self, thresholds: Any = None, **options: Any) -> CpuStep:
         tensors = self.embedding, self.final_norm, self.lm_head
-        cos, sin = zip(*map(self.rope, range(self.kv.shape[3])), strict=True)
-        rope = torch.stack(cos), torch.stack(sin)
+        tables, room = range(1 + max(self.spec.rope_of_layer)), range(self.kv.shape[3])
+        halves = [zip(*(self.rope(position, table) for position in room), strict=True) for table in tables]
+        cos, sin = (torch.stack([torch.stack(half) for half in table]) for table in zip(*halves, strict=True))
+        rope = cos, sin
         keys, values = self.kv[:, 0], self.kv[:, 1]
         return CpuStep(self.spec, self.layers, *tensors, rope, keys, values, thresholds=thresholds, **options)
 
@@ -78,7 +92,8 @@ class Model:
         """
         spec = self.spec
         seen: dict[str, list[Tensor]] = {site: [] for site in SITES}
-        hidden = self.embedding[token]
+        traits = spec.traits
+        hidden = self.embedding[token] * torch.tensor(traits.embedding_scale, dtype=self.embedding.dtype)
         for i, layer in enumerate(self.layers):
             limits = np.full(7, -1, np.float32) if thresholds is None else thresholds[i]
 
@@ -93,33 +108,50 @@ class Model:
             qkv = qkv if layer.qkv_bias is None else qkv + layer.qkv_bias
             q, k, v = (part.view(-1, spec.head_dim) for part in qkv.split(widths))
             if layer.q_norm is not None:
-                q, k = norm(q, layer.q_norm, spec), norm(k, layer.k_norm, spec)
-            cos, sin = self.rope(position)
+                over = (1, -1) if traits.wide_head_norms else (-1, spec.head_dim)
+                q = norm(q.reshape(over), layer.q_norm, spec).view(q.shape)
+                k = norm(k.reshape(over), layer.k_norm, spec).view(k.shape)
+            cos, sin = self.rope(position, spec.rope_of_layer[i])
             q, k = (x * cos + torch.roll(x, spec.head_dim // 2, -1) * sin for x in (q, k))
             kv[i, 0, :, position], kv[i, 1, :, position] = k, v
             first = 0 if spec.windows[i] is None else max(0, position + 1 - spec.windows[i])
             keys, values = kv[i, :, :, first : position + 1].double().repeat_interleave(spec.heads // spec.kv_heads, 1)
-            scores = torch.softmax(torch.einsum("hd,htd->ht", q.double(), keys) / math.sqrt(spec.head_dim), -1)
+            scores = torch.einsum("hd,htd->ht", q.double(), keys) * (traits.attention_scale or spec.head_dim**-0.5)
+            scores = torch.softmax(cap(scores, traits.score_cap), -1)
             mixed = torch.einsum("ht,htd->hd", scores, values).flatten().to(hidden.dtype)
             out = project("attn_out", mixed, [layer.attn_out], limits[3:4])
-            hidden = hidden + (out if layer.o_bias is None else out + layer.o_bias)
+            out = norm(out if layer.o_bias is None else out + layer.o_bias, layer.attn_post_norm, spec)
+            hidden = hidden + out * traits.residual_scale
             both = project("mlp_in", norm(hidden, layer.mlp_norm, spec), layer.gate_up.chunk(2, 1), limits[4:6])
             gate, up = both.chunk(2)
-            hidden = hidden + project("mlp_mid", torch.nn.functional.silu(gate) * up, [layer.down], limits[6:])
-        return self.lm_head.float() @ norm(hidden, self.final_norm, spec).float(), seen
+            gelu = traits.activation == GELU_TANH
+            active = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
+            out = norm(project("mlp_mid", active * up, [layer.down], limits[6:]), layer.mlp_post_norm, spec)
+            hidden = hidden + out * traits.residual_scale
+        logits = self.lm_head.float() @ norm(hidden, self.final_norm, spec).float()
+        return cap(logits * traits.logit_scale, traits.logit_cap), seen
 
 
-def norm(x: Tensor, weight: Tensor, spec: StepSpec) -> Tensor:
-    return torch.nn.functional.rms_norm(x.float(), weight.shape, None, spec.norm_eps).to(x.dtype) * weight
+def norm(x: Tensor, weight: Tensor | None, spec: StepSpec) -> Tensor:
+    if weight is None:
+        return x
+    normed, traits = functional.rms_norm(x.float(), weight.shape, None, spec.norm_eps), spec.traits
+    if traits.norm_rounds_once:
+        return (normed * (traits.norm_offset + weight.float())).to(x.dtype)
+    return normed.to(x.dtype) * (traits.norm_offset + weight)
 
 
-def make(spec: StepSpec, dtype: torch.dtype, extra: frozenset[str] = frozenset(), room: int = 24) -> Model:
+def cap(x: Tensor, limit: float | None) -> Tensor:
+    return x if limit is None else torch.tanh(x / limit) * limit
+
+
+def make(spec: StepSpec, dtype: torch.dtype, extra: frozenset[str] = FLAVOURS["plain"], room: int = 24) -> Model:
     generator = torch.Generator().manual_seed(1)
 
     def random(name: str, shape: tuple[int, ...]) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
         if "norm" in name:
-            return (1 + drawn / 10).to(dtype)
+            return (1 - spec.traits.norm_offset + drawn / 10).to(dtype)
         return (drawn / math.sqrt(shape[0]) if len(shape) == 2 else drawn / 4).to(dtype)
 
     layers = [

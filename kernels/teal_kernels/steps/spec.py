@@ -6,12 +6,14 @@ Plain data, without numba, so that a caller may describe a step on a machine tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor
 
 from teal_kernels.spec import Geometry
+from teal_kernels.traits import LLAMA, Traits
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,20 @@ class StepSpec(Geometry):
         vocab: rows of embedding and head.
         norm_eps: epsilon of every RMSNorm.
         windows: per layer, how many positions a token attends to, its own included; None for all.
+        ropes: per layer, which of the rotary tables it takes; empty: the first, for all layers.
+        traits: what is computed between the matrices.
     """
 
     vocab: int
     norm_eps: float
     windows: tuple[int | None, ...]
+    ropes: tuple[int, ...] = ()
+    traits: Traits = LLAMA
+
+    @property
+    def rope_of_layer(self) -> tuple[int, ...]:
+        """Per layer, its rotary table."""
+        return self.ropes or (0,) * len(self.windows)
 
     @property
     def qkv_width(self) -> int:
@@ -37,12 +48,14 @@ class StepSpec(Geometry):
 class LayerTensors(Protocol):
     """One layer. Matrices are input-major, [K, N] contiguous: channel k of the input is row k.
 
-    attn_norm, mlp_norm [hidden]; qkv [hidden, Nq + 2 Nkv]; qkv_bias [Nq + 2 Nkv] or None; q_norm, k_norm [head_dim] or
-    None; attn_out [Nq, hidden]; o_bias [hidden] or None; gate_up [hidden, 2 intermediate]; down [intermediate, hidden].
+    attn_norm, mlp_norm [hidden] or None, of the norm before the half layer; attn_post_norm, mlp_post_norm [hidden] or
+    None, of the one after it; qkv [hidden, Nq + 2 Nkv]; qkv_bias [Nq + 2 Nkv] or None; q_norm, k_norm [head_dim], or
+    [Nq] and [Nkv] with `wide_head_norms`, or None; attn_out [Nq, hidden]; o_bias [hidden] or None; gate_up
+    [hidden, 2 intermediate]; down [intermediate, hidden].
     """
 
     @property
-    def attn_norm(self) -> Tensor: ...
+    def attn_norm(self) -> Tensor | None: ...
     @property
     def qkv(self) -> Tensor: ...
     @property
@@ -56,11 +69,15 @@ class LayerTensors(Protocol):
     @property
     def o_bias(self) -> Tensor | None: ...
     @property
-    def mlp_norm(self) -> Tensor: ...
+    def mlp_norm(self) -> Tensor | None: ...
     @property
     def gate_up(self) -> Tensor: ...
     @property
     def down(self) -> Tensor: ...
+    @property
+    def attn_post_norm(self) -> Tensor | None: ...
+    @property
+    def mlp_post_norm(self) -> Tensor | None: ...
 
 
 def layer_shapes(spec: StepSpec) -> dict[str, tuple[int, ...]]:
@@ -69,14 +86,23 @@ def layer_shapes(spec: StepSpec) -> dict[str, tuple[int, ...]]:
         "attn_norm": (spec.hidden,),
         "qkv": (spec.hidden, spec.qkv_width),
         "qkv_bias": (spec.qkv_width,),
-        "q_norm": (spec.head_dim,),
-        "k_norm": (spec.head_dim,),
+        "q_norm": (spec.head_dim * (spec.heads if spec.traits.wide_head_norms else 1),),
+        "k_norm": (spec.head_dim * (spec.kv_heads if spec.traits.wide_head_norms else 1),),
         "attn_out": (spec.query_width, spec.hidden),
         "o_bias": (spec.hidden,),
         "mlp_norm": (spec.hidden,),
         "gate_up": (spec.hidden, 2 * spec.intermediate),
         "down": (spec.intermediate, spec.hidden),
+        "attn_post_norm": (spec.hidden,),
+        "mlp_post_norm": (spec.hidden,),
     }
 
 
-OPTIONAL: Final = frozenset({"qkv_bias", "q_norm", "k_norm", "o_bias"})
+def traits_in(traits: Traits, dtype: torch.dtype) -> Traits:
+    """The traits with the scale of the embedding as the dtype can represent it."""
+    return replace(traits, embedding_scale=torch.tensor(traits.embedding_scale, dtype=dtype).item())
+
+
+OPTIONAL: Final = frozenset({
+    "attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm", "qkv_bias", "o_bias",
+})  # fmt: skip

@@ -11,6 +11,7 @@ from kernel_models import plan, tiny_model
 from teal_kernels.parts.sample.reference import SamplingRule
 from teal_kernels.steps.gpu.op import GpuStep
 from teal_kernels.steps.gpu.reference import gpu_step_reference
+from teal_kernels.traits import GELU_TANH, Traits
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
@@ -19,8 +20,20 @@ FAMILIES = {
     "qwen2": {"biases": True},
     "qwen3": {"qk_norm": True, "head_dim": 32, "heads": 2, "kv_heads": 1},
     "mistral": {"windows": (5, 5)},
+    "gemma": {
+        "qk_norm": True, "norms_after": True, "windows": (5, None), "ropes": (0, 1),
+        "traits": Traits(
+            norm_offset=1.0, norm_rounds_once=True, activation=GELU_TANH, attention_scale=0.3, score_cap=3.0,
+            embedding_scale=48**0.5, logit_cap=4.0,
+        ),
+    },
+    "scaled": {"traits": Traits(residual_scale=0.4, logit_scale=0.25)},
+    "norms after": {
+        "qk_norm": True, "norms_before": False, "norms_after": True,
+        "traits": Traits(wide_head_norms=True, norm_rounds_once=True),
+    },
     "odd": {"heads": 3, "kv_heads": 3, "head_dim": 24, "hidden": 50, "intermediate": 77, "windows": (None, 3)},
-}
+}  # fmt: skip
 
 
 def reference(model, thresholds, token, position):
@@ -51,7 +64,7 @@ def test_a_step_in_float32(family, sparse):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
 def test_a_step_in_16_bits(family, dtype):
     model = tiny_model(dtype, **FAMILIES[family])
     thresholds = plan(2)
@@ -113,6 +126,6 @@ def test_wrong_tensors_are_named():
     with pytest.raises(ValueError, match="layer 0, attn_norm"):
         GpuStep(*arguments)
     arguments = list(model.arguments())
-    arguments[5] = tuple(t[:10] for t in model.rope)
+    arguments[5] = tuple(t[:, :10] for t in model.rope)
     with pytest.raises(ValueError, match="cos must be"):
         GpuStep(*arguments)

@@ -35,9 +35,11 @@ def test_agrees_with_the_transformer(tiny_family, sparse):
         vocab=config.vocab,
         norm_eps=config.norm_eps,
         windows=config.sliding_windows,
+        ropes=model.rope.of_layer,
+        traits=config.traits,
     )
     thresholds = plan(config.layers) if sparse else None
-    rope = tuple(half[:, 0] for half in model.rope.at(0, 32))
+    rope = model.rope.tables(32)
     ends = model.embedding, model.final_norm, model.lm_head
     keys, values = cache.kv.clone().unbind(1)
     step = GpuStep(spec, model.layers, *ends, rope, keys, values, thresholds=thresholds, ring_slots=4)

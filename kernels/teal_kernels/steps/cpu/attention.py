@@ -18,7 +18,19 @@ from teal_kernels.steps.cpu.intrinsics import item_bytes, narrow, store
 from teal_kernels.steps.cpu.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
 from teal_kernels.steps.cpu.rows import add_rows, add_rows_4, ask, dot_rows, dot_rows_4
 from teal_kernels.steps.cpu.sites import collect
-from teal_kernels.steps.cpu.vectors import INNER, compiled, contracted, exp, reordered, rms_norm, rotate
+from teal_kernels.steps.cpu.vectors import (
+    INNER,
+    apply_norm,
+    cap_all,
+    compiled,
+    contracted,
+    exp,
+    inverse_rms,
+    reordered,
+    rms_norm,
+    rotate,
+    sum_of_squares,
+)
 
 TILE = 256
 """Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
@@ -69,6 +81,9 @@ def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: A
     """This thread's items: rotates queries, appends key and value to the cache, leaves partial sums in `shared`."""
     parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
     begin, end = items_of(shape, parts, own)
+    scales = ZERO, ZERO
+    if weights.rules.wide_head_norms and tensors[Q_NORM] != NONE and begin < end:
+        scales = wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)
     for item in range(begin, end):
         head, start, stop = positions(weights, layer, token, parts, item)
         if start >= stop:
@@ -77,35 +92,81 @@ def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: A
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
         values = cache.values + layer * cache.layer_stride + head * cache.head_stride
         if stop == token.position + 1:
-            append(kind, shape, tensors, weights.eps, token, shared.qkv, head, keys, values, own)
+            append(kind, shape, tensors, weights.norm, scales[1], token, shared.qkv, head, keys, values, own)
         for query in range(head * group, (head + 1) * group, TOGETHER):
             count = min(TOGETHER, (head + 1) * group - query)
             for i in range(count):
                 at = own.queries[i]
-                place(kind, shape, tensors, tensors[Q_NORM], weights.eps, token, shared.qkv, query + i, own, at)
-            attend_part(kind, shape, keys, values, start, stop, query, count, item % parts, shared, own)
+                weight = head_weight(kind, shape, tensors[Q_NORM], query + i, scales[0])
+                place(kind, shape, tensors, weight, weights.norm, scales[0], token, shared.qkv, query + i, own, at)
+            attend_part(kind, shape, weights.rules, keys, values, start, stop, query, count, item % parts, shared, own)
+
+
+@compiled
+def wide_scales(kind: Any, shape: Any, tensors: Any, norm: Any, qkv: Any, own: Any) -> tuple[Any, Any]:
+    """What the norms over all heads of q, and over all of k, multiply by; own.x is free here."""
+    wide, narrower = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    collect(kind, qkv, 0, wide, tensors[QKV_BIAS], own.x)
+    query = inverse_rms(sum_of_squares(own.x, wide), wide, norm)
+    collect(kind, qkv, wide, narrower, tensors[QKV_BIAS], own.x)
+    return query, inverse_rms(sum_of_squares(own.x, narrower), narrower, norm)
+
+
+@compiled
+def head_weight(kind: Any, shape: Any, weight: int, head: int, scale: Any) -> int:
+    """Where one head's part of the weight of a norm over all heads begins; of a norm of each head, the weight."""
+    return weight + head * shape.head_dim * item_bytes(kind) if scale > ZERO else weight
 
 
 @compiled
 def place(
-    kind: Any, shape: Any, tensors: Any, norm: int, eps: Any, token: Any, qkv: Any, head: int, own: Any, out: Any
+    kind: Any,
+    shape: Any,
+    tensors: Any,
+    weight: int,
+    norm: Any,
+    scale: Any,
+    token: Any,
+    qkv: Any,
+    head: int,
+    own: Any,
+    out: Any,
 ) -> None:
-    """out = one head of the product, normalised if the model does that, turned to this token's position."""
+    """out = one head of the product, normalised if the model does that, turned to this token's position.
+
+    Args:
+        weight: address of the norm's weight, or NONE.
+        scale: from `wide_scales`; 0 where each head is normalised by itself.
+    """
     collect(kind, qkv, head * shape.head_dim, shape.head_dim, tensors[QKV_BIAS], own.head)
-    if norm != NONE:
-        rms_norm(kind, own.head, shape.head_dim, norm, eps, own.normed)
-        rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, out)
-    else:
+    if weight == NONE:
         rotate(kind, own.head, shape.head_dim, token.cos, token.sin, out)
+    else:
+        if scale > ZERO:
+            apply_norm(kind, own.head, shape.head_dim, scale, weight, norm, own.normed)
+        else:
+            rms_norm(kind, own.head, shape.head_dim, weight, norm, own.normed)
+        rotate(kind, own.normed, shape.head_dim, token.cos, token.sin, out)
 
 
 @compiled
 def append(
-    kind: Any, shape: Any, tensors: Any, eps: Any, token: Any, qkv: Any, head: int, keys: int, values: int, own: Any
+    kind: Any,
+    shape: Any,
+    tensors: Any,
+    norm: Any,
+    scale: Any,
+    token: Any,
+    qkv: Any,
+    head: int,
+    keys: int,
+    values: int,
+    own: Any,
 ) -> None:
     """Writes this token's key and value of one head into the cache."""
     first = token.position * shape.head_dim
-    place(kind, shape, tensors, tensors[K_NORM], eps, token, qkv, shape.heads + head, own, own.rotated)
+    weight = head_weight(kind, shape, tensors[K_NORM], head, scale)
+    place(kind, shape, tensors, weight, norm, scale, token, qkv, shape.heads + head, own, own.rotated)
     for i in range(shape.head_dim):
         store(kind, keys, first + i, own.rotated[i])
     start = (shape.heads + shape.kv_heads + head) * shape.head_dim
@@ -126,6 +187,7 @@ def largest(x: Any, count: int) -> Any:
 def attend_part(
     kind: Any,
     shape: Any,
+    rules: Any,
     keys: int,
     values: int,
     start: int,
@@ -139,7 +201,7 @@ def attend_part(
     """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
     heads `first` and following. Two or three are reckoned as four, of which some mean nothing."""
     row, width = shape.head_dim * item_bytes(kind), shape.head_dim
-    scale = ONE / np.sqrt(np.float32(width))
+    scale = rules.attention_scale if rules.score_cap == ZERO else ONE
     tops, totals = shared.tops[first : first + queries, part], shared.totals[first : first + queries, part]
     tops[:] = LOWEST
     totals[:] = ZERO
@@ -152,6 +214,8 @@ def attend_part(
         else:
             dot_rows_4(kind, here, row, count, own.queries, width, own.scores, there - here)
         for i in range(queries):
+            if rules.score_cap != ZERO:
+                cap_all(own.scores[i], count, rules.attention_scale, rules.score_cap)
             top = max(tops[i], largest(own.scores[i], count) * scale)
             shrink = exp(tops[i] - top)
             totals[i] = totals[i] * shrink + exponentials(own.scores[i], count, scale, top)

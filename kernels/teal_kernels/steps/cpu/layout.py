@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ATTN_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, ATTN_OUT, O_BIAS, MLP_NORM, GATE_UP, DOWN = range(10)
-"""Columns of `Weights.tensors`, in the order of `spec.layer_shapes`."""
+ATTN_POST_NORM, MLP_POST_NORM, TENSORS = range(10, 13)
+"""Columns of `Weights.tensors`, in the order of `spec.layer_shapes`, and how many there are."""
 
 NONE = 0
 """The address of a tensor that the model does not have."""
@@ -42,14 +43,38 @@ class Shape(NamedTuple):
     vocab: int
 
 
+class Norm(NamedTuple):
+    """How every norm is computed: epsilon and what is added to the weight, float32; whether it rounds only once."""
+
+    eps: Any
+    offset: Any
+    once: bool
+
+
+class Rules(NamedTuple):
+    """The rest of `Traits`; scales and caps float32, 0 where there is no cap."""
+
+    wide_head_norms: bool
+    gelu: bool
+    attention_scale: Any
+    score_cap: Any
+    embedding_scale: Any
+    residual_scale: Any
+    logit_scale: Any
+    logit_cap: Any
+
+
 class Weights(NamedTuple):
-    """tensors int64 [layers, 10], addresses or NONE; windows int64 [layers]; edges int64 [4, 4], see step.site_edges;
-    eps float32; the rest addresses."""
+    """tensors int64 [layers, 12], addresses or NONE; windows int64 [layers]; ropes int64 [layers], bytes from the first
+    rotary table to the layer's; edges int64 [4, 4], see step.site_edges; norm, rules: how to compute; the rest
+    addresses."""
 
     tensors: Any
     windows: Any
+    ropes: Any
     edges: Any
-    eps: Any
+    norm: Norm
+    rules: Rules
     embedding: int
     final_norm: int
     lm_head: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from teal_kernels.spec import PROJECTIONS, SITES
 from teal_kernels.steps.cpu.compiled import KINDS, load
 from teal_kernels.steps.cpu.layout import ALL, NONE, Cache, Shape, Token, Weights
 from teal_kernels.steps.cpu.team import Team
-from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes
+from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes, traits_in
 
 EVERYWHERE = 1 << 62
 """The window of a layer that has none."""
@@ -39,7 +40,7 @@ class CpuStep:
         layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Nothing is copied.
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding
             itself.
-        rope: cos and sin [max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin:
+        rope: cos and sin [tables, max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin:
             rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions
             before the step's must be filled.
@@ -76,13 +77,14 @@ class CpuStep:
         size = threads or default_threads()
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
         kind = np.empty(0, KINDS[self.dtype])
-        weights = self._addresses(layers, embedding, final_norm, lm_head, step.site_edges(spec))
+        weights = self._addresses(layers, (embedding, final_norm, lm_head), step, step.site_edges(spec))
         shared = step.shared_buffers(kind, size, shape)
         own = [step.own_buffers(thread, size, shape) for thread in range(size)]
         shared.thresholds[:] = self._table(thresholds)
         self._max_tokens = keys.shape[2] if keys.dim() == 4 else 0
         self._row_bytes = spec.head_dim * self.dtype.itemsize
         self._rope = self._rope_addresses(rope)
+        weights.ropes[:] = np.array(spec.rope_of_layer, np.int64) * (self._max_tokens * self._row_bytes)
         self._cache = self._cache_addresses(keys, values)
         self._kept_alive = (tuple(layers), embedding, final_norm, lm_head, rope, keys, values)
         self._shared, self._captures = shared, False
@@ -134,9 +136,8 @@ class CpuStep:
     def _addresses(
         self,
         layers: Sequence[LayerTensors],
-        embedding: Tensor,
-        final_norm: Tensor,
-        lm_head: Tensor,
+        ends: tuple[Tensor, Tensor, Tensor],
+        step: ModuleType,
         edges: NDArray[np.int64],
     ) -> Weights:
         spec, shapes = self.spec, layer_shapes(self.spec)
@@ -147,17 +148,16 @@ class CpuStep:
                 if tensor is not None or name not in OPTIONAL:
                     self._check(f"layer {i}, {name}", tensor, shape)
                     table[i, j] = tensor.data_ptr()
-        self._check("embedding", embedding, (spec.vocab, spec.hidden))
-        self._check("final_norm", final_norm, (spec.hidden,))
-        self._check("lm_head", lm_head, (spec.vocab, spec.hidden))
+        end_shapes = (spec.vocab, spec.hidden), (spec.hidden,), (spec.vocab, spec.hidden)
+        for name, tensor, shape in zip(("embedding", "final_norm", "lm_head"), ends, end_shapes, strict=True):
+            self._check(name, tensor, shape)
         return Weights(
             table,
             np.array([EVERYWHERE if window is None else window for window in spec.windows], np.int64),
+            np.zeros(len(layers), np.int64),
             edges,
-            np.float32(spec.norm_eps),
-            embedding.data_ptr(),
-            final_norm.data_ptr(),
-            lm_head.data_ptr(),
+            *step.numbers(traits_in(spec.traits, self.dtype), spec.norm_eps, spec.head_dim),
+            *(tensor.data_ptr() for tensor in ends),
         )
 
     def _table(self, thresholds: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -170,7 +170,7 @@ class CpuStep:
 
     def _rope_addresses(self, rope: tuple[Tensor, Tensor]) -> tuple[int, int]:
         for name, table in zip(("cos", "sin"), rope, strict=True):
-            self._check(name, table, (self._max_tokens, self.spec.head_dim))
+            self._check(name, table, (1 + max(self.spec.rope_of_layer), self._max_tokens, self.spec.head_dim))
         return rope[0].data_ptr(), rope[1].data_ptr()
 
     def _cache_addresses(self, keys: Tensor, values: Tensor) -> Cache:

@@ -16,7 +16,7 @@ from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, UNIT
 from teal_kernels.steps.cpu.rows import add_rows
-from teal_kernels.steps.cpu.vectors import compact, compiled, record, record_all, swish
+from teal_kernels.steps.cpu.vectors import ONE, compact, compiled, gelu, record, record_all, rms_norm, swish
 
 PIECE = 4096
 """Bytes of a row that one thread reads at least, where a row has them."""
@@ -115,17 +115,29 @@ def collect(kind: Any, parts: Any, first: int, count: int, bias: int, out: Any) 
 
 
 @compiled
-def add_product(kind: Any, hidden: Any, count: int, parts: Any, bias: int, own: Any) -> None:
-    """The residual connection: hidden += the product, rounded."""
+def add_product(
+    kind: Any, hidden: Any, count: int, parts: Any, bias: int, post_norm: int, weights: Any, own: Any
+) -> None:
+    """The residual connection: hidden += the product, or its norm if there is a `post_norm`; rounded."""
     collect(kind, parts, 0, count, bias, own.out)
+    if post_norm != NONE:
+        rms_norm(kind, own.out, count, post_norm, weights.norm, own.out)
+    scale = weights.rules.residual_scale
+    if scale != ONE:
+        for i in range(count):
+            own.out[i] = narrow(kind, own.out[i] * scale)
     for i in range(count):
         hidden[i] = narrow(kind, hidden[i] + own.out[i])
 
 
 @compiled
-def activate(kind: Any, count: int, parts: Any, own: Any) -> None:
-    """own.mid = SiLU(gate) * up."""
+def activate(kind: Any, count: int, parts: Any, rules: Any, own: Any) -> None:
+    """own.mid = activation(gate) * up."""
     collect(kind, parts, 0, count, NONE, own.mid)
     collect(kind, parts, count, count, NONE, own.out)
-    for i in range(count):
-        own.mid[i] = swish(kind, own.mid[i], own.out[i])
+    if rules.gelu:
+        for i in range(count):
+            own.mid[i] = gelu(kind, own.mid[i], own.out[i])
+    else:
+        for i in range(count):
+            own.mid[i] = swish(kind, own.mid[i], own.out[i])

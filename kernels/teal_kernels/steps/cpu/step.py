@@ -16,18 +16,23 @@ from numpy.typing import NDArray
 
 from teal_kernels.spec import SITES, Geometry
 from teal_kernels.steps.cpu.attention import TILE, TOGETHER, ask_for_keys, attend, join_parts, parts_for
-from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, put
+from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import (
     ATTN_NORM,
+    ATTN_POST_NORM,
     DONE,
     MEMBERS,
     MLP_NORM,
+    MLP_POST_NORM,
     NONE,
     O_BIAS,
     PLACES,
     RELEASED,
+    TENSORS,
     Cache,
+    Norm,
     Own,
+    Rules,
     Shape,
     Shared,
     Token,
@@ -41,13 +46,15 @@ from teal_kernels.steps.cpu.sites import (
     SITE_ATTN_OUT,
     SITE_MLP_IN,
     SITE_MLP_MID,
+    ZERO,
     activate,
     add_product,
     multiply,
     row_groups,
     share,
 )
-from teal_kernels.steps.cpu.vectors import compiled, rms_norm
+from teal_kernels.steps.cpu.vectors import ONE, cap_all, compiled, rms_norm
+from teal_kernels.traits import GELU_TANH, LLAMA, Traits
 
 BARRIERS, BARRIERS_PER_LAYER = 1, 5
 """How often the threads meet in a step, besides and in each layer."""
@@ -65,30 +72,33 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
         order = shared.order
         token, cache = Token(order[0], order[1], order[2], order[3]), Cache(order[4], order[5], order[6], order[7])
         rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
-        embed(kind, weights.embedding, token.token, shape.hidden, own.hidden)
+        embed(kind, weights.embedding, token.token, shape.hidden, weights.rules.embedding_scale, own.hidden)
         for layer in range(shape.layers):
-            tensors = weights.tensors[layer]
-            rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.eps, own.x)
+            tensors, rope = weights.tensors[layer], weights.ropes[layer]
+            turned = Token(token.token, token.position, token.cos + rope, token.sin + rope)
+            rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.norm, own.x)
             multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
             ask_for_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
             rounds = meet(control, threads, rounds)
-            attend(kind, shape, weights, cache, layer, token, shared, own)
+            attend(kind, shape, weights, cache, layer, turned, shared, own)
             rounds = meet(control, threads, rounds)
             join_parts(kind, shape, shared, own.x)
             multiply(
                 kind, SITE_ATTN_OUT, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own
             )
             rounds = meet(control, threads, rounds)
-            add_product(kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], own)
-            rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.eps, own.x)
+            add_product(
+                kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], tensors[ATTN_POST_NORM], weights, own
+            )
+            rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.norm, own.x)
             multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
             rounds = meet(control, threads, rounds)
-            activate(kind, shape.intermediate, shared.gate_up, own)
+            activate(kind, shape.intermediate, shared.gate_up, weights.rules, own)
             multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
             rounds = meet(control, threads, rounds)
-            add_product(kind, own.hidden, shape.hidden, shared.down, NONE, own)
-        rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.eps, own.x)
-        head(kind, shape, weights.lm_head, own, shared.logits)
+            add_product(kind, own.hidden, shape.hidden, shared.down, NONE, tensors[MLP_POST_NORM], weights, own)
+        rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.norm, own.x)
+        head(kind, shape, weights.lm_head, weights.rules, own, shared.logits)
         control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
         meet(control, threads, rounds)
         if own.thread == 0:
@@ -96,18 +106,23 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
 
 
 @compiled
-def embed(kind: Any, embedding: int, token: int, count: int, hidden: Any) -> None:
-    """hidden = the token's row."""
+def embed(kind: Any, embedding: int, token: int, count: int, scale: Any, hidden: Any) -> None:
+    """hidden = the token's row, scaled."""
     for i in range(count):
-        put(hidden, i, fetch(kind, embedding, token * count + i))
+        put(hidden, i, narrow(kind, fetch(kind, embedding, token * count + i) * scale))
 
 
 @compiled
-def head(kind: Any, shape: Any, lm_head: int, own: Any, logits: Any) -> None:
+def head(kind: Any, shape: Any, lm_head: int, rules: Any, own: Any, logits: Any) -> None:
     """This thread's share of logits = lm_head @ own.x, not rounded."""
     first, last = share(shape.vocab, own.thread, own.threads)
     row = shape.hidden * item_bytes(kind)
     dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
+    if rules.logit_scale != ONE:
+        for i in range(first, last):
+            logits[i] *= rules.logit_scale
+    if rules.logit_cap != ZERO:
+        cap_all(logits[first:last], last - first, ONE, rules.logit_cap)
 
 
 def site_edges(geometry: Geometry) -> NDArray[np.int64]:
@@ -117,6 +132,17 @@ def site_edges(geometry: Geometry) -> NDArray[np.int64]:
         ends = np.cumsum(geometry.segments(site))
         row[1 : 1 + len(ends)] = ends
     return edges
+
+
+def numbers(traits: Traits, eps: float, head_dim: int) -> tuple[Norm, Rules]:
+    """Traits as the compiled code takes them; the scale of the embedding must be one that the dtype can represent."""
+    scale = head_dim**-0.5 if traits.attention_scale is None else traits.attention_scale
+    factors = (
+        scale, traits.score_cap or 0.0, traits.embedding_scale, traits.residual_scale, traits.logit_scale,
+        traits.logit_cap or 0.0,
+    )  # fmt: skip
+    norm = Norm(np.float32(eps), np.float32(traits.norm_offset), traits.norm_rounds_once)
+    return norm, Rules(traits.wide_head_norms, traits.activation == GELU_TANH, *map(np.float32, factors))
 
 
 def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
@@ -167,6 +193,7 @@ def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
 def nothing(kind: Any) -> tuple[Any, ...]:
     """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
     shape = Shape(0, 0, 0, 1, 1, 0, 0)
-    tensors, windows = np.empty((0, 10), np.int64), np.empty(0, np.int64)
-    weights = Weights(tensors, windows, site_edges(Geometry(0, 0, 1, 1, 0)), np.float32(1.0), NONE, NONE, NONE)
+    tensors, per_layer = np.empty((0, TENSORS), np.int64), np.empty(0, np.int64)
+    norm, rules = numbers(LLAMA, 1.0, 1)
+    weights = Weights(tensors, per_layer, per_layer, site_edges(Geometry(0, 0, 1, 1, 0)), norm, rules, NONE, NONE, NONE)
     return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(kind, 1, shape)

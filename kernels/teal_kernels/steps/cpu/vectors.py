@@ -12,8 +12,10 @@ import numpy as np
 from numba import njit
 
 from teal_kernels.steps.cpu.intrinsics import fetch, get, narrow, power_of_two, put, store
+from teal_kernels.steps.cpu.layout import NONE
 
-ONE = np.float32(1.0)
+ONE, TWO = np.float32(1.0), np.float32(2.0)
+GELU_1, GELU_3 = np.float32(1.5957691216057308), np.float32(0.044715)  # 2 sqrt(2 / pi)
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 NEAREST = np.float32(12582912.0)  # adding and subtracting 1.5 * 2^23 rounds a float32 to the nearest integer
@@ -62,11 +64,29 @@ def sum_of_squares(x: Any, count: int) -> Any:
 
 
 @compiled
-def rms_norm(kind: Any, x: Any, count: int, weight: int, eps: Any, out: Any) -> None:
-    """out[:count] = RMSNorm of x[:count]: float32 inside, rounded before and after the weight (an address)."""
-    scale = ONE / np.sqrt(sum_of_squares(x, count) / np.float32(count) + eps)
-    for i in range(count):
-        put(out, i, narrow(kind, narrow(kind, get(x, i) * scale) * fetch(kind, weight, i)))
+def rms_norm(kind: Any, x: Any, count: int, weight: int, norm: Any, out: Any) -> None:
+    """out[:count] = RMSNorm of x[:count] with a weight (an address); x itself where that is NONE. See `Norm`."""
+    if weight == NONE:
+        for i in range(count):
+            out[i] = x[i]
+    else:
+        apply_norm(kind, x, count, inverse_rms(sum_of_squares(x, count), count, norm), weight, norm, out)
+
+
+@compiled
+def inverse_rms(squares: Any, count: int, norm: Any) -> Any:
+    return ONE / np.sqrt(squares / np.float32(count) + norm.eps)
+
+
+@compiled
+def apply_norm(kind: Any, x: Any, count: int, scale: Any, weight: int, norm: Any, out: Any) -> None:
+    """out[:count] = x * scale * weight: float32 inside, rounded in the end, or before the weight as well."""
+    if norm.once:
+        for i in range(count):
+            put(out, i, narrow(kind, get(x, i) * scale * (fetch(kind, weight, i) + norm.offset)))
+    else:
+        for i in range(count):
+            put(out, i, narrow(kind, narrow(kind, get(x, i) * scale) * (fetch(kind, weight, i) + norm.offset)))
 
 
 @compiled
@@ -97,6 +117,20 @@ def record_all(kind: Any, x: Any, start: int, stop: int, row: int) -> None:
 def swish(kind: Any, gate: Any, up: Any) -> Any:
     """SiLU(gate) * up for one element, rounded after SiLU and after the product."""
     return narrow(kind, narrow(kind, gate / (ONE + exp(-gate))) * up)
+
+
+@compiled
+def gelu(kind: Any, gate: Any, up: Any) -> Any:
+    """GELU(gate) * up likewise, GELU in its tanh form: 1 + tanh(u) is 2 / (1 + exp(-2u))."""
+    twice = GELU_1 * (gate + GELU_3 * gate * gate * gate)
+    return narrow(kind, narrow(kind, gate / (ONE + exp(-twice))) * up)
+
+
+@compiled
+def cap_all(x: Any, count: int, scale: Any, cap: Any) -> None:
+    """x[:count] = cap * tanh(x * scale / cap)."""
+    for i in range(count):
+        x[i] = cap * (ONE - TWO / (exp(TWO * (x[i] * scale / cap)) + ONE))
 
 
 @compiled

@@ -27,7 +27,7 @@ from teal_kernels.parts.sample.reference import SamplingRule
 from teal_kernels.parts.swiglu.op import launch_swiglu
 from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.gpu.products import DenseProduct, Product, SparseProduct
-from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes
+from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes, traits_in
 
 _HEADS_CHUNK: Final = 512
 """Entries per program that joins the shares of attention: there may be 32 of them to read for each entry."""
@@ -43,7 +43,7 @@ class GpuStep:
         spec: the model's dimensions.
         layers: its layers; bfloat16, float16 or float32, contiguous, all on one device. Nothing is copied.
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding.
-        rope: cos and sin [max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin.
+        rope: cos and sin [tables, max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim]; the last two axes contiguous.
         thresholds: float32 [layers, 7], q k v o gate up down; None for the dense step.
         ring_slots: length of the capture ring; 0 captures nothing.
@@ -77,6 +77,7 @@ class GpuStep:
         self.spec, self._layers = spec, tuple(layers)
         self.dtype, self.device = embedding.dtype, embedding.device
         self._ends = (embedding, final_norm, lm_head)
+        self._traits = traits_in(spec.traits, self.dtype)
         self._rope, self._keys, self._values = rope, keys, values
         self._check()
         self.token, self.position, self.slot = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
@@ -158,26 +159,37 @@ class GpuStep:
         """The whole step: ten launches per layer, and the head."""
         embedding, final_norm, lm_head = self._ends
         first, second = self._streams
-        eps, position, products = self.spec.norm_eps, self.position, self._products
-        hidden, down = embedding, None
+        eps, position, products, traits = self.spec.norm_eps, self.position, self._products, self._traits
+        hidden, down, post_norm = embedding, None, None
         for i, w in enumerate(self._layers):
             sinks = {site: product.sink(i, self._capture(site, i)) for site, product in products.items()}
             token = self.token if i == 0 else None
-            launch_rms_norm(hidden, first, w.attn_norm, eps, sinks["attn_in"], partial=down, token=token)
+            launch_rms_norm(
+                hidden, first, w.attn_norm, eps, sinks["attn_in"],
+                partial=down, post_norm=post_norm, token=token, traits=traits,
+            )  # fmt: skip
             qkv = products["attn_in"](i, w.qkv)
             norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
             keys, values = self._keys[i], self._values[i]
-            launch_qkv(qkv, self._rope, position, self._q, keys, values, eps, bias=w.qkv_bias, norms=norms)
+            rope = self._rope[0][self.spec.rope_of_layer[i]], self._rope[1][self.spec.rope_of_layer[i]]
+            launch_qkv(qkv, rope, position, self._q, keys, values, eps, bias=w.qkv_bias, norms=norms, traits=traits)
             window = self.spec.windows[i]
-            launch_attention(self._q, keys, values, position, window, self._attention, sinks["attn_out"])
+            launch_attention(self._q, keys, values, position, window, self._attention, sinks["attn_out"], traits)
             out = products["attn_out"](i, w.attn_out)
-            launch_rms_norm(first, second, w.mlp_norm, eps, sinks["mlp_in"], partial=out, bias=w.o_bias)
-            launch_swiglu(products["mlp_in"](i, w.gate_up), first, sinks["mlp_mid"])
-            down = products["mlp_mid"](i, w.down)
+            launch_rms_norm(
+                first, second, w.mlp_norm, eps, sinks["mlp_in"],
+                partial=out, bias=w.o_bias, post_norm=w.attn_post_norm, traits=traits,
+            )  # fmt: skip
+            launch_swiglu(products["mlp_in"](i, w.gate_up), first, sinks["mlp_mid"], traits.activation)
+            down, post_norm = products["mlp_mid"](i, w.down), w.mlp_post_norm
             hidden = second
         end = Sink(chunk_for(self.spec.hidden), None, None, None, self._last, None)
-        launch_rms_norm(hidden, first, final_norm, eps, end, partial=down)
+        launch_rms_norm(hidden, first, final_norm, eps, end, partial=down, post_norm=post_norm, traits=traits)
         torch.mv(lm_head, self._last, out=self.logits)
+        if traits.logit_scale != 1.0:
+            self.logits.mul_(traits.logit_scale)
+        if traits.logit_cap is not None:
+            self.logits.div_(traits.logit_cap).tanh_().mul_(traits.logit_cap)
         self._advance()
 
     def _advance(self) -> None:
@@ -230,7 +242,7 @@ class GpuStep:
             self._check_tensor(name, tensor, shape)
         room = self._keys.shape[2]
         for name, tensor in zip(("cos", "sin"), self._rope, strict=True):
-            self._check_tensor(name, tensor, (room, spec.head_dim))
+            self._check_tensor(name, tensor, (1 + max(spec.rope_of_layer), room, spec.head_dim))
         for name, tensor in (("keys", self._keys), ("values", self._values)):
             self._check_tensor(name, tensor[0, 0], (room, spec.head_dim))
             if tensor.shape != (count, spec.kv_heads, room, spec.head_dim) or tensor.stride() != self._keys.stride():

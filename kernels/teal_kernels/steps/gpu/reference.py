@@ -15,7 +15,7 @@ from teal_kernels.parts.norm.reference import add_partials_reference, rms_norm_r
 from teal_kernels.parts.rope.reference import qkv_reference
 from teal_kernels.parts.swiglu.reference import swiglu_reference
 from teal_kernels.spec import SITES, columns
-from teal_kernels.steps.spec import LayerTensors, StepSpec
+from teal_kernels.steps.spec import LayerTensors, StepSpec, traits_in
 
 
 def gpu_step_reference(
@@ -43,20 +43,24 @@ def gpu_step_reference(
         rows[site].append(threshold_reference(x, own.min()))
         return sparse_gemv_reference(x, weight, own, spec.segments(site))[None]
 
-    cos, sin = rope[0][position], rope[1][position]
-    hidden = ends[0][token]
+    eps, traits = spec.norm_eps, traits_in(spec.traits, ends[0].dtype)
+    hidden = ends[0][token] * traits.embedding_scale
     for i, w in enumerate(layers):
-        x = rms_norm_reference(hidden, w.attn_norm, spec.norm_eps)
+        cos, sin = (table[spec.rope_of_layer[i], position] for table in rope)
+        x = rms_norm_reference(hidden, w.attn_norm, eps, traits)
         qkv = product(i, "attn_in", x, w.qkv)
         norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
-        q, k, v = qkv_reference(qkv, spec.heads, spec.kv_heads, cos, sin, w.qkv_bias, norms, spec.norm_eps)
+        q, k, v = qkv_reference(qkv, spec.heads, spec.kv_heads, cos, sin, w.qkv_bias, norms, eps, traits)
         keys[i, :, position], values[i, :, position] = k, v
-        x = attention_reference(q, keys[i], values[i], position + 1, spec.windows[i])
+        x = attention_reference(q, keys[i], values[i], position + 1, spec.windows[i], traits)
         out = product(i, "attn_out", x, w.attn_out)
-        hidden = add_partials_reference(hidden, out, w.o_bias)
-        x = rms_norm_reference(hidden, w.mlp_norm, spec.norm_eps)
+        hidden = add_partials_reference(hidden, out, w.o_bias, w.attn_post_norm, eps, traits)
+        x = rms_norm_reference(hidden, w.mlp_norm, eps, traits)
         gate_up = product(i, "mlp_in", x, w.gate_up)
-        x = swiglu_reference(gate_up, hidden.dtype)
-        hidden = add_partials_reference(hidden, product(i, "mlp_mid", x, w.down), None)
-    last = rms_norm_reference(hidden, ends[1], spec.norm_eps)
-    return F.linear(last, ends[2]), {site: torch.stack(vectors) for site, vectors in rows.items()}
+        x = swiglu_reference(gate_up, hidden.dtype, traits.activation)
+        out = product(i, "mlp_mid", x, w.down)
+        hidden = add_partials_reference(hidden, out, None, w.mlp_post_norm, eps, traits)
+    logits = F.linear(rms_norm_reference(hidden, ends[1], eps, traits), ends[2]) * traits.logit_scale
+    if traits.logit_cap is not None:
+        logits = torch.tanh(logits / traits.logit_cap) * traits.logit_cap
+    return logits, {site: torch.stack(vectors) for site, vectors in rows.items()}
