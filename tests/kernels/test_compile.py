@@ -119,50 +119,64 @@ def sink(pointer: str, size: int, chunk: int, segments: int, sparse: bool) -> tu
 
 @capabilities
 @halves
+@pytest.mark.parametrize("post", [False, True], ids=["before", "both"])
 @pytest.mark.parametrize(("size", "sparse"), [(576, True), (4096, True), (8192, True), (4096, False)])
-def test_norm_builds(size, sparse, dtype, capability):
+def test_norm_builds(size, sparse, post, dtype, capability):
     pointer, chunk = POINTER_TYPES[dtype], chunk_for(size)
     types, constants = sink(pointer, size, chunk, 3, sparse)
-    names = ("hidden_ptr", "partial_ptr", "weight_ptr", "stream_ptr", "bias_ptr")
-    built = compile_kernel(
-        rms_norm_kernel, types | dict.fromkeys(names, pointer) | {"partial_ptr": "*fp32", "eps": "fp32"},
-        constants | {"SPLITS": 16, "EMBED": False, "BIAS": True, "token_ptr": None}, capability, chunk_warps(chunk),
-    )  # fmt: skip
+    names = ("hidden_ptr", "partial_ptr", "weight_ptr", "stream_ptr", "bias_ptr") + ("post_ptr",) * post
+    numbers = dict.fromkeys(("eps", "norm_offset", "embedding_scale", "residual_scale"), "fp32")
+    constants |= {"SPLITS": 16, "EMBED": False, "BIAS": True, "token_ptr": None, **({} if post else {"post_ptr": None})}
+    constants |= {"POST": post, "NORM": True, "ONCE": post, "SCALED": post}
+    types |= dict.fromkeys(names, pointer) | {"partial_ptr": "*fp32"} | numbers
+    built = compile_kernel(rms_norm_kernel, types, constants, capability, chunk_warps(chunk))
     built.assert_no_spills()
 
 
 @capabilities
 @halves
-def test_swiglu_builds(dtype, capability):
+@pytest.mark.parametrize("gelu", [False, True], ids=["silu", "gelu"])
+def test_swiglu_builds(gelu, dtype, capability):
     pointer = POINTER_TYPES[dtype]
     types, constants = sink(pointer, 14336, 2048, 1, True)
     built = compile_kernel(
-        swiglu_kernel, types | {"partial_ptr": "*fp32", "like_ptr": pointer}, constants | {"SPLITS": 8}, capability, 16
-    )
+        swiglu_kernel, types | {"partial_ptr": "*fp32", "like_ptr": pointer}, constants | {"SPLITS": 8, "GELU": gelu},
+        capability, 16,
+    )  # fmt: skip
     built.assert_no_spills()
 
 
 @capabilities
 @dtypes
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_qkv_builds(norm, dtype, capability):
+@pytest.mark.parametrize(("norm", "wide"), [(True, False), (True, True), (False, False)], ids=["norm", "wide", "plain"])
+def test_qkv_builds(norm, wide, dtype, capability):
     pointer = POINTER_TYPES[dtype]
     names = ("bias_ptr", "q_norm_ptr", "k_norm_ptr", "cos_ptr", "sin_ptr", "q_ptr", "k_ptr", "v_ptr")
     types = dict.fromkeys(names, pointer)
-    types |= {"partial_ptr": "*fp32", "position_ptr": "*i64", "head_stride": "i32", "eps": "fp32"}
+    types |= {"partial_ptr": "*fp32", "position_ptr": "*i64", "head_stride": "i32"}
+    types |= {"eps": "fp32", "norm_offset": "fp32"}
     constants = {"HEADS": 32, "KV_HEADS": 8, "D": 128, "HALF": 64, "SPLITS": 16, "BIAS": True, "NORM": norm}
+    constants |= {"ONCE": wide, "WIDE": wide}
     compile_kernel(qkv_kernel, types, constants, capability, 1).assert_no_spills()
 
 
 @capabilities
 @dtypes
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 128), (8, 128), (3, 64)])
-def test_attention_builds(group, head_dim, dtype, capability):
+@pytest.mark.parametrize(("group", "head_dim", "capped"), [(1, 128, False), (8, 128, True), (3, 64, False)])
+def test_attention_builds(group, head_dim, capped, dtype, capability):
     pointer = POINTER_TYPES[dtype]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), pointer)
     types |= dict.fromkeys(("mixed_ptr", "peak_ptr", "total_ptr"), "*fp32")
-    types |= {"position_ptr": "*i64", "head_stride": "i32", "scale": "fp32"}
-    constants = {"GROUP": group, "D": head_dim, "SHARES": 32, "WINDOW": 4096, "BLOCK_G": 16, "BLOCK_D": head_dim}
+    types |= {"position_ptr": "*i64", "head_stride": "i32", "scale": "fp32", "cap": "fp32"}
+    constants = {
+        "GROUP": group,
+        "D": head_dim,
+        "SHARES": 32,
+        "CAPPED": capped,
+        "WINDOW": 4096,
+        "BLOCK_G": 16,
+        "BLOCK_D": head_dim,
+    }
     built = compile_kernel(attention_kernel, types, constants | {"BLOCK_T": BLOCK_T}, capability)
     built.assert_no_spills()
     assert len(built.vector_loads()) >= 2 or "cp.async" in built.ptx
