@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -28,16 +28,21 @@ LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3_NAMES = LAYER_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, layer_names: dict[str, str] = LAYER_NAMES) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
     stem, _, suffix = name.rpartition(".")
     if stem in NAMES:
         return f"{NAMES[stem]}.{suffix}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{LAYER_NAMES[part]}.{suffix}"
+    return f"blk.{layer}.{layer_names[part]}.{suffix}"
 
 
 def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -76,11 +81,13 @@ def write_gguf(
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, weight in load_file(checkpoint / "model.safetensors").items():
-        out = gguf_name(name)
+        out = gguf_name(name, GEMMA3_NAMES if writer.arch == "gemma3" else LAYER_NAMES)
         if out in drop or (out == "output.weight" and config["tie_word_embeddings"]):
             continue
         if writer.arch == "llama" and ("q_proj" in name or "k_proj" in name):
             weight = interleaved(weight, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        if writer.arch == "gemma3" and name.endswith("norm.weight"):
+            weight = _bfloat16(weight) + 1  # as llama.cpp's converter does, of the bfloat16 that checkpoints hold
         kind = gguf.GGMLQuantizationType[quantisation if weight.ndim > 1 else "F32"]
         writer.add_tensor(out, gguf.quantize(weight, kind), raw_dtype=kind)
     rope = config.get("rope_parameters") or {}
@@ -115,9 +122,23 @@ def llama3_divisors(config: dict[str, Any]) -> np.ndarray[Any, Any]:
     return np.array(divisors, dtype=np.float32)
 
 
+def _bfloat16(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The nearest bfloat16, in float32."""
+    import torch
+
+    return torch.from_numpy(weight).to(torch.bfloat16).float().numpy()
+
+
 def _hyperparameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return {
+    rope = config.get("rope_parameters") or config
+    own: dict[str, Any] = {}
+    if arch == "gemma3":
+        rope = rope["full_attention"]
+        own = {f"{arch}.attention.sliding_window": config["sliding_window"]}
+        if rope["rope_type"] == "linear":
+            own |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": float(rope["factor"])}
+    return own | {
         f"{arch}.block_count": config["num_hidden_layers"],
         f"{arch}.context_length": config["max_position_embeddings"],
         f"{arch}.embedding_length": config["hidden_size"],
@@ -126,7 +147,7 @@ def _hyperparameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
         f"{arch}.attention.key_length": head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        f"{arch}.rope.freq_base": float((config.get("rope_parameters") or config)["rope_theta"]),
+        f"{arch}.rope.freq_base": float(rope["rope_theta"]),
     }
 
 

@@ -32,6 +32,7 @@ MODELS = {
     "mistral": {"sliding_window": None},
     "qwen2.5": {},
     "qwen3": {"use_sliding_window": False},
+    "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 20},  # the period is six layers
 }
 TEXT = "def keep(x, t): return abs(x) > t  # half of 12345 columns rest\n\n  «naïve» 漢字"
 
@@ -67,7 +68,7 @@ def test_what_comes_back_is_what_went_in(name: str, tmp_path: Path, registry: Re
     assert entry.revision == "sha256:" + _sha256(tmp_path / f"{name}.gguf")
 
 
-@pytest.mark.parametrize("quantisation", ["F16", "BF16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("quantisation", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
 def test_quantised_weights_become_the_nearest_bfloat16(quantisation: str, tmp_path: Path, registry: Registry) -> None:
     original = make_tiny(tmp_path / "m", "llama2", hidden_size=64, intermediate_size=96, num_attention_heads=4,
                          num_key_value_heads=4)  # fmt: skip
@@ -142,6 +143,30 @@ def test_a_sentencepiece_vocabulary(tmp_path: Path, registry: Registry) -> None:
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("the  a\né").input_ids)
     assert tokens == ["<s>", "▁the", "▁", "▁a", "<0x0A>", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(tokenizer("the  a\né").input_ids, skip_special_tokens=True) == "the  a\né"
+
+
+def test_gemma_vocabulary(tmp_path: Path, registry: Registry) -> None:
+    """No space before a text; runs of spaces and line ends are tokens of their own, matched in the text as it is."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "\n\n", "  ", *(f"<0x{i:02X}>" for i in range(256))]
+    words = ["▁the", "the", "th", "▁", "t", "h", "e"]
+    original = make_tiny(tmp_path / "m", "gemma3", vocab_size=len(pieces) + len(words), **MODELS["gemma3"])
+    extra = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*pieces, *words],
+        "tokenizer.ggml.scores": [-1000.0] * 263 + [float(-i) for i in range(len(words))],
+        "tokenizer.ggml.token_type": [3, 3, 3, 3, 4, 4, 4] + [6] * 256 + [1] * len(words),
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    path = fetch(str(write_gguf(original, tmp_path / "m.gguf", extra=extra)), registry=registry).path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = "the the  the\n\n\né"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+    assert tokens == ["<bos>", "the", "▁the", "  ", "the", "\n\n", "\n", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
 # ---------------------------------------------------------------- refusals

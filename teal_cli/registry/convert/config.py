@@ -19,6 +19,8 @@ from teal_cli.registry.convert.reader import GgufFile, damaged
 
 # llama.cpp writes Mistral as "llama": the two compute the same where no sliding window is set.
 _FAMILIES: Final[dict[str, str]] = {row.gguf: family for family, row in FAMILIES.items() if row.gguf}
+_GEMMA3_PERIOD: Final = 6
+_GEMMA3_27B_LAYERS: Final = 62
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192  # every released Llama 3.1, 3.2 and 3.3
 
 
@@ -54,7 +56,6 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": int(gguf.get("attention.head_count_kv", heads)),
         "head_dim": int(head_dim),
-        "hidden_act": "silu",
         "max_position_embeddings": int(gguf.require("context_length")),
         "rms_norm_eps": _plain(gguf.require("attention.layer_norm_rms_epsilon")),
         "rope_theta": _plain(gguf.get("rope.freq_base", 10000.0)),
@@ -63,7 +64,29 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
-    return config | _token_ids(gguf)
+    own = _gemma3(gguf, config) if family == "gemma3_text" else {"hidden_act": "silu"}
+    return config | own | _token_ids(gguf)
+
+
+def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of Gemma 3 leaves to the architecture: every release has these, and llama.cpp has them in its code.
+
+    One layer in six attends to everything; the others have a window, and a rotation that no scaling touches.
+    """
+    layers, heads, head_dim = config["num_hidden_layers"], config["num_attention_heads"], config["head_dim"]
+    widest = layers == _GEMMA3_27B_LAYERS  # the one size whose scores are not scaled by the size of a head
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // heads if widest else head_dim,
+        "sliding_window": int(gguf.require("attention.sliding_window")),
+        "layer_types": [
+            "sliding_attention" if (layer + 1) % _GEMMA3_PERIOD else "full_attention" for layer in range(layers)
+        ],
+        "rope_local_base_freq": _plain(gguf.get("rope.freq_base_swa", 10000.0)),
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
 
 
 def generation_config(gguf: GgufFile) -> dict[str, Any]:

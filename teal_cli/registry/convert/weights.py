@@ -41,6 +41,7 @@ def convert_weights(gguf: GgufFile, config: dict[str, Any], target: Path) -> Ite
         UsageError: a tensor that this architecture has no place for, or a quantisation gguf cannot read.
         TealError: a tensor is missing, has another shape than config.json says, or holds NaN or infinity.
     """
+    family = FAMILIES[config["model_type"]]
     names = _names(gguf, config)
     shapes = {hf: [int(n) for n in reversed(gguf.tensors[name].shape)] for name, hf in names.items()}
     _check_shapes(gguf, config, shapes)
@@ -50,7 +51,8 @@ def convert_weights(gguf: GgufFile, config: dict[str, Any], target: Path) -> Ite
         file.write(header)
         for name, hf in names.items():
             heads = _permuted_heads(config, hf)
-            for slab in _bfloat16_slabs(gguf, gguf.tensors[name], heads):
+            offset = family.gguf_norm_offset if hf.endswith("norm.weight") else 0.0
+            for slab in _bfloat16_slabs(gguf, gguf.tensors[name], heads, offset):
                 file.write(slab.data)
                 done += slab.nbytes
                 yield Progress("convert", done, total)
@@ -116,8 +118,15 @@ def _permuted_heads(config: dict[str, Any], hf_name: str) -> int | None:
     return int(config["num_key_value_heads"]) if hf_name.endswith("k_proj.weight") else None
 
 
-def _bfloat16_slabs(gguf: GgufFile, tensor: ReaderTensor, heads: int | None) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensor as bfloat16 bits, uint16 [rows, columns], a slab at a time, in Hugging Face's row order."""
+def _bfloat16_slabs(
+    gguf: GgufFile, tensor: ReaderTensor, heads: int | None, offset: float
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The tensor as bfloat16 bits, uint16 [rows, columns], a slab at a time, in Hugging Face's row order.
+
+    Args:
+        heads: number of heads whose rows are interleaved; None where rows are in order.
+        offset: what llama.cpp's converter added to every value.
+    """
     data = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
     rows = data.shape[0]
     order = np.arange(rows)
@@ -134,7 +143,7 @@ def _bfloat16_slabs(gguf: GgufFile, tensor: ReaderTensor, heads: int | None) -> 
             ) from error
         if not np.isfinite(values).all():
             raise damaged(gguf.path, f"{tensor.name} holds NaN or infinity")
-        yield _round_to_bfloat16(values)
+        yield _round_to_bfloat16(values - np.float32(offset) if offset else values)
 
 
 def _round_to_bfloat16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
