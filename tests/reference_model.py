@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from teal_cli.model.transformer import Transformer, dense
+from teal_kernels.matrix import Matrix
 from teal_kernels.spec import SITE_PROJECTIONS
 
 PROMPT, TOTAL = 13, 24  # both beyond the tiny models' sliding window of 8
@@ -44,9 +45,9 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
-    def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         self.seen[layer, site].append(x.clone())
-        return dense(layer, site, x, weight)
+        return dense(layer, site, x, matrix)
 
 
 def relative_rms(ours: Tensor, theirs: Tensor) -> float:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.decoding.projector import Rows
-from teal_cli.model.config import ModelConfig
-from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS
+from teal_kernels.matrix import Matrix
+from teal_kernels.thresholds import Thresholds
 
 _ROWS = 512
 
@@ -76,22 +74,22 @@ class Follower:
 
     Args:
         rows: what the step consumed, site -> [layers, K].
-        thresholds: float32 [layers, 7], those of the step.
+        thresholds: those of the step.
 
     Attributes:
         differing, decided: entries on which the two chose differently, and all that both chose on.
     """
 
-    def __init__(self, config: ModelConfig, rows: Rows, thresholds: NDArray[np.float32]) -> None:
-        self._config, self._rows, self._thresholds = config, rows, thresholds
+    def __init__(self, rows: Rows, thresholds: Thresholds) -> None:
+        self._rows, self._thresholds = rows, thresholds
         self.differing = self.decided = 0
 
-    def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         own, taken = x[0].float(), self._rows[site][layer].float()
         parts = []
-        widths = self._config.segments(site)
-        for projection, part in zip(SITE_PROJECTIONS[site], weight.split(widths, dim=1), strict=True):
-            threshold = float(self._thresholds[layer, PROJECTION_INDEX[projection]])
+        columns = matrix.tensor().split(matrix.segments, dim=1)
+        limits = torch.from_numpy(self._thresholds.site(layer, site)).to(own.device)
+        for threshold, part in zip(limits, columns, strict=True):
             kept = taken.abs() > threshold
             self.differing += int((kept != (own.abs() > threshold)).sum())
             self.decided += len(own)

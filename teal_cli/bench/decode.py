@@ -174,7 +174,7 @@ class _Bench:
         subject, model = self._subject, self._subject.model
         thresholds = subject.thresholds[engine.sparsity]
         rows = empty_rows(model.config, model.dtype, model.device)
-        follower = None if thresholds is None else Follower(model.config, rows, thresholds)
+        follower = None if thresholds is None else Follower(rows, thresholds)
         other = model.cache(len(subject.prompt) + _CHECKED_STEPS)
         prompt = torch.tensor(subject.prompt, device=model.device)
         for cache in (self.cache, other):
@@ -225,10 +225,10 @@ class _Bench:
 
     def _step_bytes(self, engine: Engine, kept: NDArray[np.float64] | None) -> float:
         """Bytes that a mean step has to read."""
-        config, itemsize = self._subject.config, self._subject.model.dtype.itemsize
+        model = self._subject.model
         context = len(self._subject.prompt) + self._new_tokens / 2
-        size = step_bytes(config, itemsize, context, kept)
+        size = step_bytes(model, context, kept)
         weights = engine.weight_bytes()
         if weights is None:
             return size
-        return weights + size - step_bytes(config, itemsize, 0)
+        return weights + size - step_bytes(model, 0)

@@ -119,9 +119,8 @@ class Dumping:
         self._engine, self._steps, self._device = engine, new_tokens - 1, str(subject.model.device)
         self._header = store_header(subject)
         thresholds = subject.thresholds[engine.sparsity]
-        if thresholds is None:
-            thresholds = np.zeros((subject.config.layers, 7), np.float32)
-        self._level = LevelHeader(engine.sparsity, "uniform", thresholds, self._steps)
+        table = np.zeros((subject.config.layers, 7), np.float32) if thresholds is None else thresholds.table
+        self._level = LevelHeader(engine.sparsity, "uniform", table, self._steps)
 
     def seconds(self) -> float:
         folder = Path(tempfile.mkdtemp(prefix="teal-bench-"))

@@ -17,6 +17,7 @@ from teal_cli.bench.compiled_product import MOST_CALLS, CompiledProducts
 from teal_cli.bench.inputs import Operands
 from teal_cli.bench.timing import replayed, wall_clock
 from teal_kernels.backends import CPU, TRITON, backend_problem
+from teal_kernels.matrix import FloatMatrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.steps.cpu.compiled import unavailable
 
@@ -123,7 +124,7 @@ def _library_call(operands: Operands) -> Callable[[int], Tensor]:
 
     def call(turn: int) -> Tensor:
         x, weight, number = operands.at(turn)
-        return sparse_gemv(x, weight, limits[number], segments, backend=CPU)
+        return sparse_gemv(x, FloatMatrix(weight, segments), limits[number], backend=CPU)
 
     return call
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.bench.inputs import fill_random
@@ -27,10 +26,12 @@ from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import LayerWeights
 from teal_cli.runs.session import Session
 from teal_kernels.backends import BackendError
+from teal_kernels.matrix import FloatMatrix
 from teal_kernels.spec import PROJECTIONS, SITES, columns
+from teal_kernels.thresholds import Thresholds
 
-Thresholds = Mapping[float, NDArray[np.float32] | None]
-"""Sparsity -> float32 [layers, 7]; None for the dense step."""
+Levels = Mapping[float, Thresholds | None]
+"""Sparsity -> what entries are compared with; None for the dense step."""
 
 _TEXT = (
     "Single-batch decoding is bound by memory: for every new token all weights are read once, and each is used for one "
@@ -55,7 +56,7 @@ class Subject:
     model: Transformer
     backend: str
     prompt: tuple[int, ...]
-    thresholds: Thresholds
+    thresholds: Levels
     checkpoint: Path | None
 
     @property
@@ -104,7 +105,7 @@ def stack(
     generator = torch.Generator().manual_seed(seed)
     model = _random_model(_config(shape, layers), dtype, device, generator)
     prompt = torch.randint(model.config.vocab, (prompt_tokens,), generator=generator).tolist()
-    thresholds: dict[float, NDArray[np.float32] | None] = {0.0: None}
+    thresholds: dict[float, Thresholds | None] = {0.0: None}
     thresholds |= _quantiles(model, [s for s in sparsities if s > 0], generator)
     return Subject(f"{name}:{layers}", model, chosen, tuple(prompt), thresholds, None)
 
@@ -127,7 +128,10 @@ def _random_model(
         return torch.ones(width, dtype=dtype, device=device)
 
     def layer() -> LayerWeights:
-        sites = {site: matrix(config.channels(site), sum(config.segments(site))) for site in SITES}
+        sites = {
+            site: FloatMatrix(matrix(config.channels(site), sum(config.segments(site))), config.segments(site))
+            for site in SITES
+        }
         heads = norm(config.head_dim) if config.qk_norm else None
         return LayerWeights(
             attn_norm=norm(config.hidden), qkv=sites["attn_in"], qkv_bias=None, q_norm=heads, k_norm=heads,
@@ -142,7 +146,7 @@ def _random_model(
 
 def _quantiles(
     model: Transformer, sparsities: list[float], generator: torch.Generator
-) -> dict[float, NDArray[np.float32] | None]:
+) -> dict[float, Thresholds | None]:
     """Thresholds that drop these shares of what flows through the model, from some random tokens."""
     config = model.config
     cache = model.cache(_OBSERVED)
@@ -153,12 +157,12 @@ def _quantiles(
         step(int(torch.randint(config.vocab, (), generator=generator)), position, rows)
         for site in SITES:
             seen[site].append(rows[site].float().abs().cpu())
-    found: dict[float, NDArray[np.float32] | None] = {}
+    found: dict[float, Thresholds | None] = {}
     for sparsity in sparsities:
         table = np.empty((config.layers, len(PROJECTIONS)), np.float32)
         for site, vectors in seen.items():
             magnitudes = torch.cat(vectors, dim=1)
             limits = magnitudes.kthvalue(max(1, round(sparsity * magnitudes.shape[1])), dim=1).values
             table[:, columns(site)] = limits.numpy()[:, None]
-        found[sparsity] = table
+        found[sparsity] = Thresholds(table)
     return found

@@ -275,13 +275,14 @@ def _sparse_gemv_error(backend: str, device: str, dtype: Any) -> float:
     """Largest error of a [257] x [257, 96] product at 50% sparsity, relative to the largest output."""
     import torch
 
+    from teal_kernels.matrix import FloatMatrix
     from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(257, generator=generator).to(device, dtype)
     weight = torch.randn(257, 96, generator=generator).to(device, dtype)
     thresholds = torch.tensor([0.6, 0.7], device=device)
-    got = sparse_gemv(x, weight, thresholds, (32, 64), backend=backend).double()
+    got = sparse_gemv(x, FloatMatrix(weight, (32, 64)), thresholds, backend=backend).double()
     parts = [torch.where(x.abs().float() > t, x, 0).double() for t in thresholds]
     exact = torch.cat([parts[0] @ weight[:, :32].double(), parts[1] @ weight[:, 32:].double()])
     return float((got - exact).abs().max() / exact.abs().max())

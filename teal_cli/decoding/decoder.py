@@ -145,5 +145,5 @@ class Decoder:
             return 0.0
         kept = self.step.kept()
         mean_kept = None if kept is None else kept / tally.steps
-        read = step_bytes(self.model.config, self.model.dtype.itemsize, tally.context / tally.steps, mean_kept)
+        read = step_bytes(self.model, tally.context / tally.steps, mean_kept)
         return read * tally.steps / tally.decode_s / 1e9

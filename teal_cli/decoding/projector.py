@@ -6,7 +6,7 @@ the sparse kernel reads, so what a dump holds is what the kernel consumed, bit f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.transformer import dense
+from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.threshold.op import threshold
-from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import SITES
+from teal_kernels.thresholds import Thresholds
 
 Rows = Mapping[str, Tensor]
 """One token's input vectors, site -> [layers, K]; dropped entries are zero."""
@@ -31,10 +32,12 @@ def empty_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
 class SparseProjector:
     """Zero |x| <= t, note what is left, and read only the weight rows that it needs (TEAL, section 4).
 
+    Where there is a centre c, x - c takes the place of x, rounded to its dtype, and c @ matrix is added to the product.
+
     Args:
         config: the model's shape.
-        thresholds: float32 [layers, 7] in projection order. A site is cut at the lowest threshold of its projections,
-            and each projection then drops what its own threshold drops.
+        thresholds: what entries are compared with. A site is cut at the lowest threshold of its projections, and each
+            projection then drops what its own threshold drops.
         backend: a backend of `teal_kernels.ops.sparse_gemv`.
         device: where weights and activations live.
 
@@ -43,23 +46,31 @@ class SparseProjector:
     """
 
     def __init__(
-        self, config: ModelConfig, thresholds: NDArray[np.float32], backend: str, device: torch.device, rows: Rows
+        self, config: ModelConfig, thresholds: Thresholds, backend: str, device: torch.device, rows: Rows
     ) -> None:
         self.backend = backend
         self.rows = rows
-        self._segments = {site: config.segments(site) for site in SITES}
-        self._thresholds: list[dict[str, Tensor]] = []
-        self._lowest: list[dict[str, Tensor]] = []
-        for layer in thresholds:
-            per_site = {site: layer[[PROJECTION_INDEX[p] for p in group]] for site, group in SITE_PROJECTIONS.items()}
-            self._thresholds.append({site: torch.tensor(t, device=device) for site, t in per_site.items()})
-            self._lowest.append({site: t.min() for site, t in self._thresholds[-1].items()})
+        thresholds.check_widths({site: config.channels(site) for site in SITES})
 
-    def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
-        kept = self.rows[site][layer]
-        kept.copy_(threshold(x[0], self._lowest[layer][site]))
-        thresholds, segments = self._thresholds[layer][site], self._segments[site]
-        return sparse_gemv(kept, weight, thresholds, segments, backend=self.backend)[None]
+        def on_device(find: Callable[[int, str], NDArray[np.float32]]) -> list[dict[str, Tensor]]:
+            layers = range(thresholds.layers)
+            return [{site: torch.tensor(find(layer, site), device=device) for site in SITES} for layer in layers]
+
+        self._thresholds, self._lowest = on_device(thresholds.site), on_device(thresholds.lowest)
+        self._centre = {site: torch.tensor(centre, device=device) for site, centre in thresholds.centre.items()}
+        self._biases: dict[tuple[int, str], Tensor] = {}
+
+    def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+        kept, thresholds = self.rows[site][layer], self._thresholds[layer][site]
+        if site not in self._centre:
+            kept.copy_(threshold(x[0], self._lowest[layer][site]))
+            return sparse_gemv(kept, matrix, thresholds, backend=self.backend)[None]
+        centre = self._centre[site][layer]
+        kept.copy_(threshold((x[0].float() - centre).to(x.dtype), self._lowest[layer][site]))
+        if (layer, site) not in self._biases:
+            self._biases[layer, site] = matrix.dense(centre[None].to(x.dtype))
+        product = sparse_gemv(kept, matrix, thresholds, backend=self.backend)
+        return product[None] + self._biases[layer, site]
 
 
 class DenseProjector:
@@ -68,7 +79,7 @@ class DenseProjector:
     def __init__(self) -> None:
         self.rows: Rows | None = None
 
-    def __call__(self, layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         if self.rows is not None:
             self.rows[site][layer].copy_(x[0])
-        return dense(layer, site, x, weight)
+        return matrix.dense(x)

@@ -19,10 +19,11 @@ from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
-from teal_kernels.backends import BackendError, choose_backend, triton_problem
+from teal_kernels.backends import BACKENDS, BackendError, choose_backend, triton_problem
 from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.cpu.compiled import is_compiled, load, unavailable
 from teal_kernels.steps.spec import StepSpec
+from teal_kernels.thresholds import Thresholds
 
 NUMBA: Final = "numba"
 TRITON_GRAPH: Final = "triton-graph"
@@ -67,13 +68,11 @@ class PlainStep:
     Args:
         model: the weights.
         cache: keys and values; prefill has filled it up to the first position.
-        thresholds: float32 [layers, 7]; None for the dense step.
+        thresholds: what entries are compared with; None for the dense step.
         backend: the `teal_kernels.ops.sparse_gemv` backend; unused by the dense step.
     """
 
-    def __init__(
-        self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, backend: str
-    ) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, thresholds: Thresholds | None, backend: str) -> None:
         self._model, self._cache = model, cache
         self._projector: SparseProjector | DenseProjector
         self._counter: KeptCounter | None = None
@@ -109,7 +108,7 @@ class NumbaStep:
         CpuStepUnavailableError: no numba, or a processor without the needed instructions.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, thresholds: Thresholds | None) -> None:
         from teal_kernels.steps.cpu.op import CpuStep
 
         self.backend = NUMBA
@@ -139,9 +138,7 @@ class GraphStep:
         sparsity: about how much the thresholds drop; chooses among tuned configurations.
     """
 
-    def __init__(
-        self, model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, sparsity: float
-    ) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, thresholds: Thresholds | None, sparsity: float) -> None:
         from teal_kernels.steps.gpu.op import GpuStep
 
         self.backend = TRITON_GRAPH
@@ -191,10 +188,15 @@ def _spec(model: Transformer) -> StepSpec:
     )  # fmt: skip
 
 
-def open_step(
-    model: Transformer, cache: KVCache, thresholds: NDArray[np.float32] | None, backend: str, sparsity: float
-) -> Step:
-    """The step that `choose_step` named."""
+def open_step(model: Transformer, cache: KVCache, thresholds: Thresholds | None, backend: str, sparsity: float) -> Step:
+    """The step that `choose_step` named.
+
+    Raises:
+        BackendError: it cannot run under these thresholds; the message names those that can.
+    """
+    if thresholds is not None and thresholds.centre and backend in (NUMBA, TRITON_GRAPH):
+        others = ", ".join(BACKENDS)
+        raise BackendError(f"backend {backend!r} cannot run a criterion with a centre; {others} can")
     if backend == NUMBA:
         return NumbaStep(model, cache, thresholds)
     if backend == TRITON_GRAPH:
@@ -248,22 +250,24 @@ def compile_step(dtype: torch.dtype) -> None:
 class KeptCounter:
     """Counts, per layer and projection, the entries that a step kept; stays on the device until asked."""
 
-    def __init__(self, config: ModelConfig, thresholds: NDArray[np.float32], device: torch.device) -> None:
-        self._thresholds = torch.tensor(thresholds, device=device)
+    def __init__(self, config: ModelConfig, thresholds: Thresholds, device: torch.device) -> None:
         self._counts = torch.zeros(config.layers, len(PROJECTIONS), dtype=torch.int64, device=device)
-        self._shared = {
-            site: bool((thresholds[:, columns(site)] == thresholds[:, columns(site)][:, :1]).all()) for site in SITES
-        }
+        self._limits: dict[str, Tensor | None] = {}
+        """Per site [layers, P, 1 or K]; None where the row was cut at the one threshold already."""
+        for site in SITES:
+            limits = np.stack([thresholds.site(layer, site) for layer in range(config.layers)])
+            limits = limits.reshape(*limits.shape[:2], -1)
+            same = bool((limits == limits[:, :1]).all())
+            self._limits[site] = None if same else torch.tensor(limits, device=device)
 
     def add(self, rows: Rows) -> None:
-        for site in SITES:
-            own = columns(site)
-            if self._shared[site]:  # the row was cut at the one threshold already
-                self._counts[:, own] += torch.count_nonzero(rows[site], dim=1)[:, None]
+        for site, limits in self._limits.items():
+            counts = self._counts[:, columns(site)]
+            if limits is None:
+                counts += torch.count_nonzero(rows[site], dim=1)[:, None]
                 continue
-            magnitude = rows[site].float().abs()
-            for column in range(own.start, own.stop):
-                self._counts[:, column] += ((magnitude > self._thresholds[:, column, None]) & (magnitude > 0)).sum(1)
+            magnitude = rows[site].float().abs()[:, None]
+            counts += ((magnitude > limits) & (magnitude > 0)).sum(2)
 
     def counts(self) -> NDArray[np.int64]:
         return self._counts.cpu().numpy().copy()

@@ -9,24 +9,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from teal_cli.model.config import ModelConfig
-from teal_kernels.spec import PROJECTIONS
+from teal_cli.model.transformer import Transformer
+from teal_kernels.steps.spec import MATRICES
 
 
 def step_bytes(
-    config: ModelConfig, itemsize: int, context: float, kept: NDArray[np.floating] | NDArray[np.integer] | None = None
+    model: Transformer, context: float, kept: NDArray[np.floating] | NDArray[np.integer] | None = None
 ) -> float:
     """Bytes of weights and KV cache that one step reads.
 
     Args:
-        config: the model's shape.
-        itemsize: bytes per element of weights and cache.
+        model: its matrices say what a row costs.
         context: tokens in the cache that the step attends to (a mean will do).
         kept: kept input entries [layers, 7] of the step; None for a dense one.
     """
-    if kept is None:
-        kept = np.broadcast_to(config.inputs(), (config.layers, len(PROJECTIONS)))
-    weights = float((np.asarray(kept, np.float64) * config.outputs()).sum())
-    head = config.vocab * config.hidden
-    cache = sum(2 * config.kv_width * min(context, window or context) for window in config.sliding_windows)
-    return itemsize * (weights + head + cache)
+    config = model.config
+    rows = np.array([[size for name in MATRICES for size in getattr(w, name).row_bytes] for w in model.layers])
+    weights = float(np.sum(rows * (config.inputs() if kept is None else kept)))
+    attended = sum(min(context, window or context) for window in config.sliding_windows)
+    return weights + model.lm_head.nbytes + 2 * config.kv_width * model.dtype.itemsize * attended

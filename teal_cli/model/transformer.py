@@ -18,34 +18,21 @@ from torch import Tensor
 
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.memory import WeightMemory
 from teal_cli.model.rope import RopeTable, Rotation, rotate_
 from teal_cli.model.weights import Checkpoint, Device, LayerWeights
+from teal_kernels.matrix import Matrix
 from teal_kernels.traits import GELU_TANH, LLAMA, Traits
 
-Project: TypeAlias = Callable[[int, str, Tensor, Tensor], Tensor]
-"""(layer, site, x [S, K], weight [K, N]) -> [S, N]. It leaves x as it is; the model may overwrite the result."""
+Project: TypeAlias = Callable[[int, str, Tensor, Matrix], Tensor]
+"""(layer, site, x [S, K], matrix [K, N]) -> [S, N]. It leaves x as it is; the model may overwrite the result."""
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, q [S, heads, head_dim], kv [S, 2, kv_heads, head_dim]) -> [S, heads * head_dim]; q, k already rotated."""
 
-_WIDENED_ROWS = 256
 
-
-def dense(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+def dense(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
     """The plain linear layer, the default `Project`."""
-    if x.dtype == torch.float16 and not x.is_cuda:
-        return _matmul_in_float32(x, weight)
-    return x @ weight
-
-
-def _matmul_in_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight for fp16 on a CPU, where torch has no fast kernel for an input-major matrix: 128 tokens through
-    2048x4096 took 5.7 s by itself and take 0.04 s in pieces that are widened while they lie in the cache."""
-    result = x.new_zeros(len(x), weight.shape[1], dtype=torch.float32)
-    for piece, rows in zip(x.split(_WIDENED_ROWS, dim=1), weight.split(_WIDENED_ROWS), strict=True):
-        result.addmm_(piece.float(), rows.float())
-    return result.to(x.dtype)
+    return matrix.dense(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, traits: Traits = LLAMA) -> Tensor:
@@ -251,10 +238,9 @@ class Transformer:
         if dtype is None:
             dtype = getattr(torch, config.torch_dtype)
         embedding = checkpoint.embedding(dtype, device)
-        empty = WeightMemory().empty if torch.device(device).type == "cpu" else torch.empty
         layers = []
         for index in range(config.layers):
-            layers.append(checkpoint.layer(index, dtype, device, empty))
+            layers.append(checkpoint.layer(index, dtype, device))
             if progress is not None:
                 progress(index + 1, config.layers)
         head = embedding if checkpoint.tied() else checkpoint.lm_head(dtype, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
+from teal_kernels.matrix import FloatMatrix, Matrix
 from teal_kernels.spec import SITE_PROJECTIONS
+from teal_kernels.steps.spec import MATRICES
 
 Device: TypeAlias = torch.device | str
 
@@ -31,9 +33,6 @@ _INDEX = "model.safetensors.index.json"
 _STORED: Final = ("BF16", "F16", "F32")
 _HINT = "check the files with `teal models verify NAME`, or fetch them again with `teal download --force`"
 _EMBEDDING, _NORM, _HEAD = (TOP[part][0] for part in ("embedding", "final_norm", "lm_head"))
-
-_MATRICES: Final = {"qkv": "attn_in", "attn_out": "attn_out", "gate_up": "mlp_in", "down": "mlp_mid"}
-"""Our field -> the site that is multiplied by it."""
 
 _VECTORS: Final = {
     "attn_norm": ("attn_norm",),
@@ -50,7 +49,7 @@ _VECTORS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Matrices are input-major: [K, N] contiguous, one per site; input channel k is row k.
+    """One decoder layer. Matrices are input-major, one per site: input channel k is row k.
 
     Attributes:
         attn_norm, mlp_norm: [hidden], of the norm before attention and MLP, or None.
@@ -63,15 +62,15 @@ class LayerWeights:
     """
 
     attn_norm: Tensor | None
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    attn_out: Tensor
+    attn_out: Matrix
     o_bias: Tensor | None
     mlp_norm: Tensor | None
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     attn_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
 
@@ -98,19 +97,17 @@ class Checkpoint:
         self._files: dict[str, Path] = _index(self.path)
         self._check()
 
-    def layer(
-        self, index: int, dtype: torch.dtype, device: Device = "cpu", empty: Callable[..., Tensor] = torch.empty
-    ) -> LayerWeights:
-        """The weights of one layer, cast to `dtype` on `device`; new memory at each call, matrices from `empty`."""
-        fields: dict[str, Tensor | None] = {}
+    def layer(self, index: int, dtype: torch.dtype, device: Device = "cpu") -> LayerWeights:
+        """The weights of one layer, cast to `dtype` on `device`; new memory at each call."""
+        fields: dict[str, Matrix | Tensor | None] = {}
         prefix = _layer(index)
         with self._reading() as read:
-            for field, site in _MATRICES.items():
+            for field, site in MATRICES.items():
                 widths = self.config.segments(site)
-                fused = empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
+                fused = torch.empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
                 for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
                     _transpose_into(columns, read(prefix + self._names[part]))
-                fields[field] = fused
+                fields[field] = FloatMatrix(fused, widths)
             for field, parts in _VECTORS.items():
                 vectors = [read(prefix + self._names[part]).to(device, dtype) for part in parts if part in self._names]
                 fields[field] = torch.cat(vectors) if vectors else None

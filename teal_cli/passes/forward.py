@@ -26,6 +26,7 @@ from teal_cli.model.weights import LayerWeights
 from teal_cli.passes.layers import Layers
 from teal_cli.passes.projector import PlanProjector
 from teal_cli.sparsity.plan import Plan
+from teal_kernels.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Layer:
     ) -> None:
         self._config, self._index, self._weights, self._rope = config, index, weights, rope
         self._variants, self._visit = variants, visit
-        self._projectors = [PlanProjector(config, v.plan, index, weights.down.device) for v in variants]
+        self._projectors = [PlanProjector(v.plan, index, weights.down.device) for v in variants]
 
     @torch.inference_mode()
     def advance(self, states: States, sequence: int) -> None:
@@ -212,9 +213,9 @@ class Layer:
         if visit is None:
             return dense
 
-        def project(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+        def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
             visit(Where(layer, site, sequence, None, 0), x, x)
-            return dense(layer, site, x, weight)
+            return matrix.dense(x)
 
         return project
 
@@ -223,8 +224,8 @@ class Layer:
         kept_entries = self._variants[number].kept
         counts = None if kept_entries is None else kept_entries[self._index]
 
-        def project(layer: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
-            kept, out = projector(site, x, weight, counts)
+        def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+            kept, out = projector(site, x, matrix, counts)
             if visit is not None:
                 visit(Where(layer, site, sequence, number, start), x, kept)
             return out

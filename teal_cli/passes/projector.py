@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teal_cli.model.config import ModelConfig
-from teal_cli.model.transformer import dense
 from teal_cli.sparsity.plan import Plan
+from teal_kernels.matrix import Matrix
 from teal_kernels.ops.threshold.reference import threshold_reference
 from teal_kernels.spec import SITES, columns
 
@@ -22,27 +21,24 @@ class PlanProjector:
     """The projections of one layer under a plan.
 
     Args:
-        config: the model's shape.
         plan: its thresholds; layer: which of its layers.
         device: of the activations.
     """
 
-    def __init__(self, config: ModelConfig, plan: Plan, layer: int, device: torch.device) -> None:
-        self._layer = layer
-        self._segments = {site: config.segments(site) for site in SITES}
-        thresholds = plan.scoring.thresholds(plan.thresholds)
+    def __init__(self, plan: Plan, layer: int, device: torch.device) -> None:
+        thresholds = plan.applied()
         self._limits = {site: torch.from_numpy(thresholds.site(layer, site)).to(device) for site in SITES}
         self._lowest = {site: torch.from_numpy(thresholds.lowest(layer, site)).to(device) for site in SITES}
         self._shared = {site: bool((limits == limits[0]).all()) for site, limits in self._limits.items()}
         self._centre = {site: torch.from_numpy(c[layer]).to(device) for site, c in plan.scoring.centre.items()}
 
     def __call__(
-        self, site: str, x: Tensor, weight: Tensor, counts: NDArray[np.int64] | None = None
+        self, site: str, x: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The product of a site.
 
         Args:
-            x: [S, K]; weight: [K, N].
+            x: [S, K]; matrix: [K, N].
             counts: int64 [7], to which the number of entries that each projection keeps is added.
 
         Returns:
@@ -53,21 +49,21 @@ class PlanProjector:
         if centre is not None:
             x = (x.float() - centre).to(x.dtype)
         kept = threshold_reference(x, self._lowest[site])
-        out = self._multiply(site, kept, weight, counts)
+        out = self._multiply(site, kept, matrix, counts)
         if centre is not None:
-            out += dense(self._layer, site, centre.to(x.dtype)[None], weight)
+            out += matrix.dense(centre.to(x.dtype)[None])
         return kept, out
 
-    def _multiply(self, site: str, kept: Tensor, weight: Tensor, counts: NDArray[np.int64] | None) -> Tensor:
+    def _multiply(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None) -> Tensor:
         group = columns(site)
         if self._shared[site]:
             if counts is not None:
                 counts[group] += int(torch.count_nonzero(kept))
-            return dense(self._layer, site, kept, weight)
+            return matrix.dense(kept)
         parts: list[Tensor] = []
-        for limits, part in zip(self._limits[site], weight.split(self._segments[site], dim=1), strict=True):
+        for projection, limits in enumerate(self._limits[site]):
             read = threshold_reference(kept, limits)
             if counts is not None:
-                counts[group.start + len(parts)] += int(torch.count_nonzero(read))
-            parts.append(dense(self._layer, site, read, part))
+                counts[group.start + projection] += int(torch.count_nonzero(read))
+            parts.append(matrix.dense(read, projection))
         return torch.cat(parts, dim=1)

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
@@ -27,6 +25,7 @@ from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
 from teal_kernels.backends import BackendError
+from teal_kernels.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,13 +84,13 @@ class Session:
             return dense_plan(self.config.layers)
         return uniform_plan(self.calibration, sparsity)
 
-    def thresholds(self, plan: Plan) -> NDArray[np.float32] | None:
-        """What a decoder applies, [layers, 7]; None for the dense path.
+    def thresholds(self, plan: Plan) -> Thresholds | None:
+        """What a decoder applies; None for the dense path.
 
         A negative threshold, which an imported calibration of TEAL can give, drops nothing; 0 drops zeros only, which
         is the same product.
         """
-        return None if plan.target == 0 else np.maximum(plan.thresholds, 0)
+        return None if plan.target == 0 else plan.applied()
 
     def cache(self, tokens: int) -> KVCache:
         """A key/value cache for that many tokens, but never more than the context."""

@@ -20,6 +20,7 @@ from teal_cli.files import disk_errors, write_json
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.criterion import Scoring
 from teal_kernels.spec import PROJECTIONS, SITES, columns
+from teal_kernels.thresholds import Thresholds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,10 @@ class Plan:
     def site_threshold(self, layer: int, site: str) -> float:
         """The lowest threshold among the projections that read a site: what every one of them drops."""
         return float(self.thresholds[layer, columns(site)].min())
+
+    def applied(self) -> Thresholds:
+        """What steps and passes compare with."""
+        return self.scoring.thresholds(self.thresholds)
 
     def by_projection(self) -> dict[str, list[float]]:
         """Projection -> its threshold in each layer."""

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from teal_cli.bench.checks import Check, Follower, check_greedy, check_logits, check_product, exact_product
+from teal_kernels.matrix import FloatMatrix
+from teal_kernels.thresholds import Thresholds
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,15 +55,11 @@ def test_greedy_allows_near_equals_only() -> None:
 
 
 def test_a_follower_multiplies_what_the_step_kept_and_counts_what_it_would_not_have() -> None:
-    class Config:
-        def segments(self, site: str) -> tuple[int, ...]:
-            return (4,)
-
     x = torch.tensor([[1.0, -2.0, 3.0, 0.1]])
     rows = {"mlp_mid": torch.tensor([[0.0, -2.0, 3.0, 0.0]])}
-    thresholds = np.full((1, 7), 0.5, np.float32)
-    follower = Follower(Config(), rows, thresholds)  # type: ignore[arg-type]
-    out = follower(0, "mlp_mid", x, torch.eye(4))
+    thresholds = Thresholds(np.full((1, 7), 0.5, np.float32))
+    follower = Follower(rows, thresholds)
+    out = follower(0, "mlp_mid", x, FloatMatrix(torch.eye(4)))
     assert out.tolist() == [[0.0, -2.0, 3.0, 0.0]]
     assert (follower.differing, follower.decided) == (1, 4)
     assert not follower.check().passed

@@ -56,7 +56,7 @@ def test_figures_of_a_row() -> None:
     made = subject()
     found = rows(made, request())
     dense, sparse = found["teal dense"], found["teal 50%"]
-    assert dense.bytes == round(step_bytes(made.config, 4, 8 + 5 / 2))
+    assert dense.bytes == round(step_bytes(made.model, 8 + 5 / 2))
     assert sparse.bytes < dense.bytes
     for row in found.values():
         assert row.p20 is not None

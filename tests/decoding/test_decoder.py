@@ -18,6 +18,7 @@ from teal_cli.errors import UsageError
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError
 from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS
+from teal_kernels.thresholds import Thresholds
 
 GREEDY = Sampling(temperature=0)
 PROMPT = [5, 9, 17, 3]
@@ -36,7 +37,9 @@ def mixed_thresholds(layers: int) -> np.ndarray:
 
 def decoder(model: Transformer, thresholds: np.ndarray | None, backend: str, room: int = 64) -> Decoder:
     cache = model.cache(room)
-    return Decoder(model, cache, open_step(model, cache, thresholds, backend, 0.5))
+    return Decoder(
+        model, cache, open_step(model, cache, None if thresholds is None else Thresholds(thresholds), backend, 0.5)
+    )
 
 
 class Recorder:
@@ -141,15 +144,15 @@ def test_the_floor_counts_every_matrix_once(model: Transformer) -> None:
     config = model.config
     matrices = sum(w.nbytes for layer in model.layers for w in (layer.qkv, layer.attn_out, layer.gate_up, layer.down))
     cache = config.layers * 2 * config.kv_heads * config.head_dim * 10 * 4
-    assert step_bytes(config, 4, context=10) == matrices + model.lm_head.nbytes + cache
+    assert step_bytes(model, context=10) == matrices + model.lm_head.nbytes + cache
     half = np.broadcast_to(np.array(config.inputs()) / 2, (config.layers, 7))
-    assert step_bytes(config, 4, 10, half) == matrices / 2 + model.lm_head.nbytes + cache
+    assert step_bytes(model, 10, half) == matrices / 2 + model.lm_head.nbytes + cache
     assert list(config.outputs()) == [72, 24, 24, 72, 100, 100, 72]
 
 
 def test_a_sliding_window_bounds_what_is_read_of_the_cache(tiny: Callable[[str], Path]) -> None:
-    config = Transformer.from_checkpoint(tiny("mistral"), torch.float32).config
-    assert step_bytes(config, 4, context=100) == step_bytes(config, 4, context=8)
+    model = Transformer.from_checkpoint(tiny("mistral"), torch.float32)
+    assert step_bytes(model, context=100) == step_bytes(model, context=8)
 
 
 def test_the_fastest_step_is_chosen_and_an_impossible_one_refused() -> None:

@@ -46,6 +46,14 @@ def threshold_sets(x: Tensor, segments: int) -> dict[str, Tensor]:
     return {name: torch.tensor(v, dtype=torch.float32, device=x.device) for name, v in values.items()}
 
 
+def channel_limits(x: Tensor, segments: int, seed: int = 5) -> Tensor:
+    """Thresholds [segments, K] of which every segment keeps other channels, some of them never."""
+    generator = torch.Generator().manual_seed(seed)
+    limits = torch.rand(segments, len(x), generator=generator) * 1.5
+    limits[torch.rand(limits.shape, generator=generator) < 0.1] = torch.inf
+    return limits.to(x.device)
+
+
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """||got - wanted|| / ||wanted||, and 0 only if both are zero; NaN never passes a comparison."""
     difference = (got.double().cpu() - wanted.double().cpu()).norm().item()

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teal_kernels.matrix import FloatMatrix
+from teal_kernels.spec import SITE_PROJECTIONS
 from teal_kernels.steps.spec import StepSpec
+from teal_kernels.thresholds import Thresholds
 from teal_kernels.traits import LLAMA, Traits
 
 
@@ -17,15 +20,15 @@ class Layer:
     """One layer's tensors; see `teal_kernels.steps.spec.LayerTensors`."""
 
     attn_norm: Tensor | None
-    qkv: Tensor
+    qkv: FloatMatrix
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    attn_out: Tensor
+    attn_out: FloatMatrix
     o_bias: Tensor | None
     mlp_norm: Tensor | None
-    gate_up: Tensor
-    down: Tensor
+    gate_up: FloatMatrix
+    down: FloatMatrix
     attn_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
 
@@ -87,15 +90,15 @@ def tiny_model(
     layers = [
         Layer(
             attn_norm=norm(hidden, norms_before),
-            qkv=random(hidden, qkv, scale=hidden**-0.5),
+            qkv=FloatMatrix(random(hidden, qkv, scale=hidden**-0.5), spec.segments("attn_in")),
             qkv_bias=random(qkv, scale=0.3) if biases else None,
             q_norm=norm(head_dim * (heads if traits.wide_head_norms else 1), qk_norm),
             k_norm=norm(head_dim * (kv_heads if traits.wide_head_norms else 1), qk_norm),
-            attn_out=random(q, hidden, scale=q**-0.5),
+            attn_out=FloatMatrix(random(q, hidden, scale=q**-0.5)),
             o_bias=random(hidden, scale=0.3) if biases else None,
             mlp_norm=norm(hidden, norms_before),
-            gate_up=random(hidden, 2 * intermediate, scale=hidden**-0.5),
-            down=random(intermediate, hidden, scale=intermediate**-0.5),
+            gate_up=FloatMatrix(random(hidden, 2 * intermediate, scale=hidden**-0.5), spec.segments("mlp_in")),
+            down=FloatMatrix(random(intermediate, hidden, scale=intermediate**-0.5)),
             attn_post_norm=norm(hidden, norms_after),
             mlp_post_norm=norm(hidden, norms_after),
         )
@@ -109,6 +112,20 @@ def tiny_model(
     return Model(spec, layers, (embedding, final_norm, embedding), (cos, sin), cache[0], cache[1])
 
 
-def plan(layers: int, values: tuple[float, ...] = (0.4, 0.6, 0.5, 0.2, 0.7, 0.5, 0.1)) -> np.ndarray:
-    """Thresholds float32 [layers, 7], different for projections that share a site."""
-    return np.tile(np.array(values, np.float32), (layers, 1))
+def plan(layers: int, values: tuple[float, ...] = (0.4, 0.6, 0.5, 0.2, 0.7, 0.5, 0.1)) -> Thresholds:
+    """Thresholds different for projections that share a site."""
+    return Thresholds(np.tile(np.array(values, np.float32), (layers, 1)))
+
+
+def scaled(thresholds: Thresholds, spec: StepSpec, seed: int = 3) -> Thresholds:
+    """The same under a made-up criterion: every projection weighs every channel, some by zero, by a factor of its own,
+    but for `attn_out`, which has one threshold."""
+    random = np.random.default_rng(seed)
+    scale = {}
+    for site in ("attn_in", "mlp_in", "mlp_mid"):
+        shape = thresholds.layers, len(SITE_PROJECTIONS[site]), spec.channels(site)
+        factors = random.uniform(0.5, 2, shape).astype(np.float32)
+        factors[random.random(shape) < 0.05] = 0
+        scale[site] = factors
+    scale["mlp_in"][:, 1] = scale["mlp_in"][:, 0]
+    return Thresholds(thresholds.table, scale)

@@ -33,7 +33,9 @@ dtypes = pytest.mark.parametrize("dtype", list(ITEMSIZE))
 halves = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
-def compile_gather(inputs: int, segments: tuple[int, ...], dtype: str, capability: int, chunk: int) -> Compiled:
+def compile_gather(
+    inputs: int, segments: tuple[int, ...], dtype: str, capability: int, chunk: int, per_channel: bool = False
+) -> Compiled:
     config = default_gemv_config(inputs, sum(segments), ITEMSIZE[dtype])
     edges = (0, *accumulate(segments))
     tiles = (0, *accumulate(-(-n // config.block_n) for n in segments))
@@ -42,9 +44,10 @@ def compile_gather(inputs: int, segments: tuple[int, ...], dtype: str, capabilit
         gather_gemv_kernel,
         {"weight_ptr": pointer, "index_ptr": "*i32", "value_ptr": pointer, "count_ptr": "*i32",
          "thresholds_ptr": "*fp32", "partial_ptr": "*fp32"},
-        {"N": edges[-1], "EDGES": edges, "TILES": tiles[:-1], "CHUNKS": -(-inputs // chunk), "CHUNK": chunk,
-         "SPLITS": config.splits, "ROWS": config.rows, "BLOCK_N": config.block_n,
-         "ALIGN": math.gcd(config.block_n, *edges), "EVEN": all(n % config.block_n == 0 for n in segments)},
+        {"K": inputs, "N": edges[-1], "EDGES": edges, "TILES": tiles[:-1], "CHUNKS": -(-inputs // chunk),
+         "CHUNK": chunk, "SPLITS": config.splits, "ROWS": config.rows, "BLOCK_N": config.block_n,
+         "ALIGN": math.gcd(config.block_n, *edges), "EVEN": all(n % config.block_n == 0 for n in segments),
+         "PER_CHANNEL": per_channel},
         capability, config.warps,
     )  # fmt: skip
 
@@ -79,12 +82,25 @@ def test_a_width_no_vector_divides_still_builds(capability):
 
 @capabilities
 @dtypes
-def test_compaction_and_reduction_build(dtype, capability):
+@pytest.mark.parametrize(("inputs", "segments"), [(4096, (4096, 1024, 1024)), (14336, (4096,))], ids=["qkv", "down"])
+def test_gather_with_a_threshold_for_every_channel_streams_as_well(inputs, segments, dtype, capability):
+    built = compile_gather(inputs, segments, dtype, capability, 2048, per_channel=True)
+    config = default_gemv_config(inputs, sum(segments), ITEMSIZE[dtype])
+    (loop,) = built.loops()
+    assert len(wide_loads(loop)) >= config.rows * config.block_n * ITEMSIZE[dtype] // (16 * 32 * config.warps)
+    assert "bar." not in loop
+    built.assert_no_spills()
+
+
+@capabilities
+@dtypes
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one", "per-channel"])
+def test_compaction_and_reduction_build(per_channel, dtype, capability):
     pointer = POINTER_TYPES[dtype]
     lists = {"index_ptr": "*i32", "value_ptr": pointer, "count_ptr": "*i32"}
     compile_kernel(
-        compact_kernel, {"x_ptr": pointer, "thresholds_ptr": "*fp32", **lists, "K": "i32"}, {"P": 3, "CHUNK": 2048},
-        capability, chunk_warps(2048),
+        compact_kernel, {"x_ptr": pointer, "thresholds_ptr": "*fp32", **lists, "K": "i32"},
+        {"P": 3, "CHUNK": 2048, "PER_CHANNEL": per_channel}, capability, chunk_warps(2048),
     ).assert_no_spills()  # fmt: skip
     compile_kernel(
         reduce_kernel,
@@ -94,13 +110,14 @@ def test_compaction_and_reduction_build(dtype, capability):
         2,
     ).assert_no_spills()
     compile_kernel(
-        threshold_kernel, {"x_ptr": pointer, "thresholds_ptr": "*fp32", "out_ptr": pointer, "size": "i32"},
-        {"BLOCK": 1024}, capability,
+        threshold_kernel, {"x_ptr": pointer, "thresholds_ptr": "*fp32", "out_ptr": pointer, "size": "i32", "K": "i32"},
+        {"BLOCK": 1024, "PER_CHANNEL": per_channel}, capability,
     ).assert_no_spills()  # fmt: skip
 
 
-def sink(pointer: str, size: int, chunk: int, segments: int, sparse: bool) -> tuple[dict, dict]:
-    """Argument types and constants of `emit`, with capture; what is not given is None, as at run time."""
+def sink(pointer: str, size: int, chunk: int, segments: int, sparse: int) -> tuple[dict, dict]:
+    """Argument types and constants of `emit`, with capture; what is not given is None, as at run time. `sparse` is 0
+    for a dense product, else the axes of the thresholds."""
     types = {"ring_ptr": pointer, "slot_ptr": "*i64"}
     lists = {
         "thresholds_ptr": "*fp32",
@@ -120,7 +137,7 @@ def sink(pointer: str, size: int, chunk: int, segments: int, sparse: bool) -> tu
 @capabilities
 @halves
 @pytest.mark.parametrize("post", [False, True], ids=["before", "both"])
-@pytest.mark.parametrize(("size", "sparse"), [(576, True), (4096, True), (8192, True), (4096, False)])
+@pytest.mark.parametrize(("size", "sparse"), [(576, 1), (4096, 1), (8192, 1), (4096, 0), (4096, 2)])
 def test_norm_builds(size, sparse, post, dtype, capability):
     pointer, chunk = POINTER_TYPES[dtype], chunk_for(size)
     types, constants = sink(pointer, size, chunk, 3, sparse)
@@ -135,10 +152,11 @@ def test_norm_builds(size, sparse, post, dtype, capability):
 
 @capabilities
 @halves
+@pytest.mark.parametrize("sparse", [1, 2])
 @pytest.mark.parametrize("gelu", [False, True], ids=["silu", "gelu"])
-def test_swiglu_builds(gelu, dtype, capability):
+def test_swiglu_builds(gelu, sparse, dtype, capability):
     pointer = POINTER_TYPES[dtype]
-    types, constants = sink(pointer, 14336, 2048, 1, True)
+    types, constants = sink(pointer, 14336, 2048, 1, sparse)
     built = compile_kernel(
         swiglu_kernel, types | {"partial_ptr": "*fp32", "like_ptr": pointer}, constants | {"SPLITS": 8, "GELU": gelu},
         capability, 16,
@@ -180,7 +198,7 @@ def test_attention_builds(group, head_dim, capped, dtype, capability):
     built = compile_kernel(attention_kernel, types, constants | {"BLOCK_T": BLOCK_T}, capability)
     built.assert_no_spills()
     assert len(built.vector_loads()) >= 2 or "cp.async" in built.ptx
-    types, constants = sink(pointer, 4096, 512, 1, True)
+    types, constants = sink(pointer, 4096, 512, 1, 1)
     types |= dict.fromkeys(("mixed_ptr", "peak_ptr", "total_ptr"), "*fp32") | {"like_ptr": pointer}
     compile_kernel(join_kernel, types, constants | {"D": head_dim, "SHARES": 32}, capability, 4).assert_no_spills()
 

@@ -22,10 +22,14 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from teal_kernels.spec import SITES
+from kernel_models import scaled
+
+from teal_kernels.matrix import FloatMatrix
+from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu import compiled
 from teal_kernels.steps.cpu.op import CpuStep, default_threads
-from teal_kernels.steps.spec import OPTIONAL, StepSpec, layer_shapes
+from teal_kernels.steps.spec import MATRICES, OPTIONAL, StepSpec, layer_shapes
+from teal_kernels.thresholds import Thresholds
 from teal_kernels.traits import GELU_TANH, Traits
 
 if compiled.unavailable() is not None:
@@ -82,7 +86,9 @@ class Model:
         cos, sin = (torch.stack([torch.stack(half) for half in table]) for table in zip(*halves, strict=True))
         rope = cos, sin
         keys, values = self.kv[:, 0], self.kv[:, 1]
-        return CpuStep(self.spec, self.layers, *tensors, rope, keys, values, thresholds=thresholds, **options)
+        limits = Thresholds(thresholds) if isinstance(thresholds, np.ndarray) else thresholds
+        layers = [with_matrices(layer) for layer in self.layers]
+        return CpuStep(self.spec, layers, *tensors, rope, keys, values, thresholds=limits, **options)
 
     def step(self, token: int, position: int, thresholds: Any, kv: Tensor, rows: Any = None) -> tuple[Tensor, Any]:
         """Logits, and per site the inputs of every layer; rounds where a plain PyTorch model does.
@@ -95,12 +101,12 @@ class Model:
         traits = spec.traits
         hidden = self.embedding[token] * torch.tensor(traits.embedding_scale, dtype=self.embedding.dtype)
         for i, layer in enumerate(self.layers):
-            limits = np.full(7, -1, np.float32) if thresholds is None else thresholds[i]
+            limits: Any = np.full(7, -1, np.float32) if thresholds is None else thresholds[i]
 
             def project(site: str, x: Tensor, parts: list[Tensor], limits: Any) -> Tensor:
                 size = (x if rows is None else rows[site][len(seen[site])]).float().abs()
                 seen[site].append(x)
-                kept = [torch.where(size > float(limit), x, torch.zeros_like(x)) for limit in limits]
+                kept = [torch.where(size > torch.as_tensor(limit), x, torch.zeros_like(x)) for limit in limits]
                 return torch.cat([(k.double() @ w.double()).to(x.dtype) for k, w in zip(kept, parts, strict=True)])
 
             widths = [spec.query_width, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
@@ -130,6 +136,10 @@ class Model:
             hidden = hidden + out * traits.residual_scale
         logits = self.lm_head.float() @ norm(hidden, self.final_norm, spec).float()
         return cap(logits * traits.logit_scale, traits.logit_cap), seen
+
+
+def with_matrices(layer: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(layer), **{name: FloatMatrix(getattr(layer, name)) for name in MATRICES}})
 
 
 def norm(x: Tensor, weight: Tensor | None, spec: StepSpec) -> Tensor:
@@ -188,7 +198,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def poison(step: CpuStep) -> None:
     for name, buffer in step._shared._asdict().items():
-        if buffer.dtype == np.float32 and name != "thresholds":
+        if buffer.dtype == np.float32 and name not in ("thresholds", "limits"):
             buffer.fill(np.nan)
 
 
@@ -240,6 +250,33 @@ def test_captured_rows_are_what_was_multiplied(dtype: torch.dtype) -> None:
         assert torch.equal(rows["attn_in"][0], kept)
     torch.testing.assert_close(rows["attn_in"][0], kept, atol=0, rtol=1e-6)
     assert (rows["attn_in"][0] == 0).sum() == x.numel() // 3 + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_threshold_for_every_channel(dtype: torch.dtype) -> None:
+    """Logits, captured rows and counts under a scale of each projection's own."""
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    model = make(SPEC, dtype)
+    reference_kv = model.kv.clone()
+    thresholds = scaled(Thresholds(threshold_table("own", 2)), SPEC)
+    by_projection = [[limit for site in SITES for limit in thresholds.site(layer, site)] for layer in range(2)]
+    step, counts = model.compiled(thresholds), np.zeros((2, 7), np.int64)
+    for position in range(3):
+        rows = poisoned_rows(SPEC, dtype)
+        logits = step.step(position, position, rows)
+        expected, inputs = model.step(position, position, by_projection, reference_kv, rows)
+        assert distance(logits, expected) < tolerance
+        for site in SITES:
+            for layer in range(2):
+                row = rows[site][layer].float().abs().numpy()
+                limits = thresholds.site(layer, site)
+                counts[layer, columns(site)] += (row > limits.reshape(len(limits), -1)).sum(1)
+                assert ((row == 0) | (row > thresholds.lowest(layer, site))).all()
+                x = inputs[site][layer].float().abs().numpy()
+                differing = (x > thresholds.lowest(layer, site)) != (row > 0)
+                assert differing.mean() < 0.02
+        reference_kv[:, :, :, position] = model.kv[:, :, :, position]
+    assert (step.kept() == counts).all()
 
 
 def test_counts_what_is_kept() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
 
+from teal_kernels.matrix import FloatMatrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 from teal_kernels.ops.threshold.op import threshold
@@ -29,10 +30,10 @@ def test_matches_float64_and_repeats_bit_for_bit(shape, dtype):
     x, weight = operands(inputs, sum(segments), dtype, device="cuda")
     for name, thresholds in threshold_sets(x, len(segments)).items():
         wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, segments)
-        got = sparse_gemv(x, weight, thresholds, segments)
+        got = sparse_gemv(x, FloatMatrix(weight, segments), thresholds)
         assert relative_error(got, wanted) < TOLERANCE[dtype], name
         for _ in range(5):
-            assert torch.equal(sparse_gemv(x, weight, thresholds, segments), got), name
+            assert torch.equal(sparse_gemv(x, FloatMatrix(weight, segments), thresholds), got), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,18 +49,18 @@ def test_offsets_beyond_32_bits():
     x = torch.zeros(inputs, dtype=torch.bfloat16, device="cuda")
     x[-1] = 1.0
     weight = torch.randn(inputs, outputs, dtype=torch.bfloat16, device="cuda")
-    got = sparse_gemv(x, weight, torch.zeros(1, device="cuda"), (outputs,))
+    got = sparse_gemv(x, FloatMatrix(weight, (outputs,)), torch.zeros(1, device="cuda"))
     assert torch.equal(got, weight[-1])
 
 
 def test_is_captured_in_a_graph_without_knowing_how_much_is_kept():
     x, weight = operands(4096, 4096, torch.bfloat16, device="cuda")
     thresholds = torch.tensor([0.5], device="cuda")
-    sparse_gemv(x, weight, thresholds, (4096,))
+    sparse_gemv(x, FloatMatrix(weight, (4096,)), thresholds)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = sparse_gemv(x, weight, thresholds, (4096,))
+        out = sparse_gemv(x, FloatMatrix(weight, (4096,)), thresholds)
     for limit in (0.0, 1.0, 9e9):
         thresholds.fill_(limit)
         graph.replay()
-        assert torch.equal(out, sparse_gemv(x, weight, thresholds, (4096,)))
+        assert torch.equal(out, sparse_gemv(x, FloatMatrix(weight, (4096,)), thresholds))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
+from kernel_cases import DTYPES, SHAPES, TOLERANCE, channel_limits, operands, relative_error, threshold_sets
 
 from teal_kernels.backends import BackendError, available, choose_backend
+from teal_kernels.matrix import FloatMatrix, Matrix
 from teal_kernels.ops.sparse_gemv.cpu import slices_per_segment
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
@@ -24,9 +25,32 @@ def test_matches_float64(shape, dtype, backend):
     x, weight = operands(inputs, sum(segments), dtype)
     for name, thresholds in threshold_sets(x, len(segments)).items():
         wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, segments)
-        got = sparse_gemv(x, weight, thresholds, segments, backend=backend)
+        got = sparse_gemv(x, FloatMatrix(weight, segments), thresholds, backend=backend)
         assert got.dtype == dtype
         assert relative_error(got, wanted) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4]], ids=str)
+def test_a_threshold_for_every_channel(shape, dtype, backend):
+    inputs, segments = shape
+    x, weight = operands(inputs, sum(segments), dtype)
+    limits = channel_limits(x, len(segments))
+    parts = [
+        torch.where(x.float().abs() > own, x, 0).double() @ part.double()
+        for own, part in zip(limits, weight.split(segments, dim=1), strict=True)
+    ]
+    got = sparse_gemv(x, FloatMatrix(weight, segments), limits, backend=backend)
+    assert relative_error(got, torch.cat(parts)) < TOLERANCE[dtype]
+    same = limits[:1].expand(len(segments), -1).contiguous()
+    wanted = sparse_gemv_reference(x.double(), weight.double(), same, segments)
+    assert (
+        relative_error(sparse_gemv(x, FloatMatrix(weight, segments), same, backend=backend), wanted) < TOLERANCE[dtype]
+    )
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    cut = threshold(x, limits[0], backend="reference")
+    assert torch.equal(cut.view(integer), torch.where(x.float().abs() > limits[0], x, 0.0).view(integer))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -37,8 +61,8 @@ def test_the_number_of_threads_changes_no_more_than_the_order(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = sparse_gemv(x, weight, thresholds, (64, 32), backend="cpu")
-        again = sparse_gemv(x, weight, thresholds, (64, 32), backend="cpu")
+        got = sparse_gemv(x, FloatMatrix(weight, (64, 32)), thresholds, backend="cpu")
+        again = sparse_gemv(x, FloatMatrix(weight, (64, 32)), thresholds, backend="cpu")
     finally:
         torch.set_num_threads(before)
     assert relative_error(got, wanted) < TOLERANCE[torch.float32]
@@ -59,14 +83,16 @@ def test_dropped_rows_are_not_read(backend):
     x, weight = operands(100, 48, torch.float32)
     weight[~keep_mask(x, 0.4)] = torch.inf
     weight[~keep_mask(x, 0.7), :16] = torch.nan
-    got = sparse_gemv(x, weight, torch.tensor([0.7, 0.4]), (16, 32), backend=backend)
+    got = sparse_gemv(x, FloatMatrix(weight, (16, 32)), torch.tensor([0.7, 0.4]), backend=backend)
     assert torch.isfinite(got).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_all_dropped_gives_zeros(backend):
     x, weight = operands(40, 12, torch.bfloat16)
-    assert torch.equal(sparse_gemv(x, weight, torch.tensor([9e9]), (12,), backend=backend), torch.zeros_like(weight[0]))
+    assert torch.equal(
+        sparse_gemv(x, FloatMatrix(weight, (12,)), torch.tensor([9e9]), backend=backend), torch.zeros_like(weight[0])
+    )
 
 
 def test_the_threshold_is_not_rounded_to_the_dtype_of_x():
@@ -111,7 +137,8 @@ def test_wrong_arguments_are_named(change, error, says):
         "segments": (6,),
     }
     with pytest.raises(error, match=says):
-        sparse_gemv(**{**arguments, **change})
+        given = {**arguments, **change}
+        sparse_gemv(given["x"], FloatMatrix(given["weight"], given["segments"]), given["thresholds"])
 
 
 def test_backends_never_fall_back_silently():
@@ -144,3 +171,44 @@ def test_registration():
         torch.library.opcheck(torch.ops.teal.sparse_gemv.default, (*arguments, backend))
     torch.library.opcheck(torch.ops.teal.threshold.default, (x, torch.tensor([0.3]), "reference"))
     assert torch.equal(threshold(x, 0.3), threshold_reference(x, 0.3))
+
+
+class Eighths(Matrix):
+    """A kind of matrix that no kernel knows: int8 codes, eight of which are one."""
+
+    def __init__(self, codes, segments):
+        self.data, self.segments, self.dtype, self.kind = codes, segments, torch.float32, "eighths"
+
+    @property
+    def row_bytes(self):
+        return self.segments
+
+    def tensor(self):
+        return self.data.float() / 8
+
+    def dense(self, x, projection=None):
+        raise NotImplementedError
+
+
+def test_the_reference_takes_every_kind_of_matrix_and_others_say_what_they_take():
+    x, _ = operands(40, 12, torch.float32)
+    codes = torch.randint(-8, 8, (40, 12), dtype=torch.int8)
+    thresholds = torch.tensor([0.4, 0.8])
+    got = sparse_gemv(x, Eighths(codes, (8, 4)), thresholds, backend="reference")
+    assert torch.equal(got, sparse_gemv(x, FloatMatrix(codes / 8, (8, 4)), thresholds, backend="reference"))
+    with pytest.raises(ValueError, match=r"the cpu backend multiplies by matrices of .* floats, not by eighths"):
+        sparse_gemv(x, Eighths(codes, (8, 4)), thresholds, backend="cpu")
+
+
+def test_a_matrix_of_floats():
+    x, weight = operands(300, 48, torch.float16)
+    matrix = FloatMatrix(weight, (16, 32))
+    rows = torch.stack([x, -x])
+    assert matrix.shape == (300, 48)
+    assert matrix.kind == "float16"
+    assert matrix.row_bytes == (32, 64)
+    assert matrix.nbytes == 300 * 96
+    assert matrix.tensor() is weight
+    wanted = (rows.double() @ weight.double()).half()
+    torch.testing.assert_close(matrix.dense(rows), wanted, rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(matrix.dense(rows, 1), wanted[:, 16:], rtol=2e-3, atol=2e-2)

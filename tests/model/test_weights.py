@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint, LayerWeights, config_sha256
+from teal_kernels.matrix import Matrix
 
 WEIGHTS = "model.safetensors"
 
 
 def tensors_of(weights: LayerWeights) -> dict[str, Tensor]:
     values = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    return {name: value for name, value in values.items() if value is not None}
+    tensors = {name: value.tensor() if isinstance(value, Matrix) else value for name, value in values.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -40,11 +42,11 @@ def test_matrices_are_fused_and_input_major(tiny_model: Path) -> None:
         weights = checkpoint.layer(index, torch.float32)
         part = {name.removeprefix(f"model.layers.{index}."): t for name, t in stored.items()}
         qkv = torch.cat([part[f"self_attn.{p}_proj.weight"] for p in "qkv"])
-        assert torch.equal(weights.qkv, qkv.t())
-        assert torch.equal(weights.attn_out, part["self_attn.o_proj.weight"].t())
+        assert torch.equal(weights.qkv.tensor(), qkv.t())
+        assert torch.equal(weights.attn_out.tensor(), part["self_attn.o_proj.weight"].t())
         gate_up = torch.cat([part[f"mlp.{p}_proj.weight"] for p in ("gate", "up")])
-        assert torch.equal(weights.gate_up, gate_up.t())
-        assert torch.equal(weights.down, part["mlp.down_proj.weight"].t())
+        assert torch.equal(weights.gate_up.tensor(), gate_up.t())
+        assert torch.equal(weights.down.tensor(), part["mlp.down_proj.weight"].t())
         assert all(t.is_contiguous() for t in tensors_of(weights).values())
         for site, matrix in zip(
             ("attn_in", "attn_out", "mlp_in", "mlp_mid"),
@@ -59,7 +61,7 @@ def test_a_matrix_taller_than_one_piece_is_turned_whole(tmp_path: Path) -> None:
     stored = load_file(folder / WEIGHTS)
     weights = Checkpoint(folder).layer(1, torch.bfloat16)
     expected = torch.cat([stored[f"model.layers.1.mlp.{p}_proj.weight"] for p in ("gate", "up")])
-    assert torch.equal(weights.gate_up, expected.t().bfloat16())
+    assert torch.equal(weights.gate_up.tensor(), expected.t().bfloat16())
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
@@ -69,7 +71,7 @@ def test_weights_are_cast_as_transformers_casts_them(tmp_path: Path, stored: str
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model.layers[2]
     ours = Checkpoint(folder).layer(2, dtype)
     assert {t.dtype for t in tensors_of(ours).values()} == {dtype}
-    assert torch.equal(ours.attn_out, theirs.self_attn.o_proj.weight.t())
+    assert torch.equal(ours.attn_out.tensor(), theirs.self_attn.o_proj.weight.t())
     assert torch.equal(ours.q_norm, theirs.self_attn.q_norm.weight)
     assert Transformer.from_checkpoint(folder).dtype == getattr(torch, stored)
 

@@ -79,7 +79,7 @@ def test_it_equals_the_decoder_token_by_token(tiny_family: Path) -> None:
     seen = Seen().run(ResidentLayers(model), tokens, [Sparse(plan, START)])
     logits = ResidentLayers(model).open_head()(seen.states[0].sparse[0])
     cache = model.cache(COUNT)
-    step = open_step(model, cache, plan.thresholds, "reference", plan.target)
+    step = open_step(model, cache, plan.applied(), "reference", plan.target)
     model.forward(torch.from_numpy(tokens[0, :START]), 0, cache)
     for position in range(START, COUNT):
         rows = empty_rows(model.config, model.dtype, CPU)

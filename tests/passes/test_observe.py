@@ -18,6 +18,7 @@ from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint
 from teal_cli.passes.observe import LayerDone, Observed, expected_peak, observe
 from teal_cli.sparsity.histogram import MagnitudeHistogram
+from teal_kernels.matrix import Matrix
 from teal_kernels.spec import SITES
 
 CPU = torch.device("cpu")
@@ -38,9 +39,9 @@ def through_the_whole_model(path: Path, blocks: np.ndarray, dtype: torch.dtype) 
     model = Transformer.from_checkpoint(path, dtype)
     histogram = MagnitudeHistogram.empty(model.config.layers, str(dtype).removeprefix("torch."))
 
-    def project(layer: int, site: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def project(layer: int, site: str, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         histogram.add(layer, site, x)
-        return x @ weight
+        return x @ matrix.tensor()
 
     for row in blocks:
         model.forward(torch.from_numpy(row), 0, model.cache(len(row)), project)

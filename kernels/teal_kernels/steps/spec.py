@@ -12,7 +12,9 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from teal_kernels.spec import Geometry
+from teal_kernels.matrix import Matrix
+from teal_kernels.spec import PROJECTIONS, SITES, Geometry
+from teal_kernels.thresholds import Thresholds
 from teal_kernels.traits import LLAMA, Traits
 
 
@@ -57,7 +59,7 @@ class LayerTensors(Protocol):
     @property
     def attn_norm(self) -> Tensor | None: ...
     @property
-    def qkv(self) -> Tensor: ...
+    def qkv(self) -> Matrix: ...
     @property
     def qkv_bias(self) -> Tensor | None: ...
     @property
@@ -65,15 +67,15 @@ class LayerTensors(Protocol):
     @property
     def k_norm(self) -> Tensor | None: ...
     @property
-    def attn_out(self) -> Tensor: ...
+    def attn_out(self) -> Matrix: ...
     @property
     def o_bias(self) -> Tensor | None: ...
     @property
     def mlp_norm(self) -> Tensor | None: ...
     @property
-    def gate_up(self) -> Tensor: ...
+    def gate_up(self) -> Matrix: ...
     @property
-    def down(self) -> Tensor: ...
+    def down(self) -> Matrix: ...
     @property
     def attn_post_norm(self) -> Tensor | None: ...
     @property
@@ -106,3 +108,19 @@ def traits_in(traits: Traits, dtype: torch.dtype) -> Traits:
 OPTIONAL: Final = frozenset({
     "attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm", "qkv_bias", "o_bias",
 })  # fmt: skip
+
+MATRICES: Final = {"qkv": "attn_in", "attn_out": "attn_out", "gate_up": "mlp_in", "down": "mlp_mid"}
+"""The matrices of a layer, and the site that each multiplies."""
+
+
+def check_thresholds(spec: StepSpec, thresholds: Thresholds) -> None:
+    """Refuse what a compiled step cannot compare with.
+
+    Raises:
+        ValueError: another number of layers or channels than the model's, or a centre.
+    """
+    if thresholds.layers != len(spec.windows):
+        raise ValueError(f"thresholds must be float32 {[len(spec.windows), len(PROJECTIONS)]} and not negative")
+    thresholds.check_widths({site: spec.channels(site) for site in SITES})
+    if thresholds.centre:
+        raise ValueError("a compiled step cannot take a centre from its vectors")

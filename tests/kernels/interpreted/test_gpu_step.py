@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import relative_error
-from kernel_models import plan, tiny_model
+from kernel_models import plan, scaled, tiny_model
 
 from teal_kernels.parts.sample.reference import SamplingRule
+from teal_kernels.spec import columns
 from teal_kernels.steps.gpu.op import GpuStep
 from teal_kernels.steps.gpu.reference import gpu_step_reference
 from teal_kernels.traits import GELU_TANH, Traits
@@ -38,8 +39,7 @@ FAMILIES = {
 
 def reference(model, thresholds, token, position):
     _, layers, *ends, rope, keys, values = model.arguments()
-    table = None if thresholds is None else torch.from_numpy(thresholds)
-    logits, rows = gpu_step_reference(model.spec, layers, tuple(ends), rope, keys, values, table, token, position)
+    logits, rows = gpu_step_reference(model.spec, layers, tuple(ends), rope, keys, values, thresholds, token, position)
     return logits, rows, keys, values
 
 
@@ -61,6 +61,23 @@ def test_a_step_in_float32(family, sparse):
         assert torch.equal(step.ring[site][:, 0] == 0, vectors == 0), site
         assert relative_error(step.ring[site][:, 0], vectors) < 1e-5, site
     assert step.slot.item() == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "odd"])
+def test_a_threshold_for_every_channel(family):
+    """Rows, counts and logits under a scale of each projection's own."""
+    model = tiny_model(torch.float32, **FAMILIES[family])
+    thresholds = scaled(plan(2), model.spec)
+    step = GpuStep(*model.arguments(), thresholds=thresholds, ring_slots=1)
+    wanted, rows, *_ = reference(model, thresholds, 11, 17)
+    assert relative_error(step.step(11, 17), wanted) < TOLERANCE[torch.float32]
+    kept = step.kept()
+    for site, vectors in rows.items():
+        assert torch.equal(step.ring[site][:, 0] == 0, vectors == 0), site
+        for layer in range(2):
+            limits = thresholds.site(layer, site)
+            counts = (vectors[layer].abs().numpy() > limits.reshape(len(limits), -1)).sum(1)
+            assert kept[layer, columns(site)].tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

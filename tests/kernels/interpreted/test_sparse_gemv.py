@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
+from kernel_cases import DTYPES, SHAPES, TOLERANCE, channel_limits, operands, relative_error, threshold_sets
 
 from teal_kernels.configs import GemvConfig, default_gemv_config
+from teal_kernels.matrix import FloatMatrix
 from teal_kernels.ops.kept.op import KeptList, launch_compact
 from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce, sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
@@ -26,9 +27,31 @@ def test_matches_the_float64_reference(shape, dtype):
     for name in few:
         thresholds = every[name]
         wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, segments)
-        got = sparse_gemv(x, weight, thresholds, segments, backend="triton")
+        got = sparse_gemv(x, FloatMatrix(weight, segments), thresholds, backend="triton")
         assert got.dtype == dtype
         assert relative_error(got, wanted) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4]], ids=str)
+def test_a_threshold_for_every_channel(shape, dtype):
+    inputs, segments = shape
+    x, weight = operands(inputs, sum(segments), dtype)
+    limits = channel_limits(x, len(segments))
+    parts = [
+        torch.where(x.float().abs() > own, x, 0).double() @ part.double()
+        for own, part in zip(limits, weight.split(segments, dim=1), strict=True)
+    ]
+    got = sparse_gemv(x, FloatMatrix(weight, segments), limits, backend="triton")
+    assert relative_error(got, torch.cat(parts)) < TOLERANCE[dtype]
+    same = limits[:1].expand(len(segments), -1).contiguous()
+    wanted = sparse_gemv_reference(x.double(), weight.double(), same, segments)
+    assert (
+        relative_error(sparse_gemv(x, FloatMatrix(weight, segments), same, backend="triton"), wanted) < TOLERANCE[dtype]
+    )
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    cut = threshold(x, limits[0], backend="triton")
+    assert torch.equal(cut.view(integer), torch.where(x.float().abs() > limits[0], x, 0.0).view(integer))
 
 
 def poisoned(inputs, outputs, dtype, config, chunk=2048):
@@ -64,7 +87,7 @@ def test_dropped_rows_are_not_read():
     thresholds = torch.tensor([0.7, 0.4])
     weight[~keep_mask(x, 0.4)] = torch.inf
     weight[~keep_mask(x, 0.7), :16] = torch.nan
-    got = sparse_gemv(x, weight, thresholds, (16, 32), backend="triton")
+    got = sparse_gemv(x, FloatMatrix(weight, (16, 32)), thresholds, backend="triton")
     assert torch.isfinite(got).all()
 
 
@@ -75,8 +98,8 @@ def test_nan_and_negative_zero_are_dropped():
     clean = x.clone()
     clean[3] = 0.0
     assert torch.equal(
-        sparse_gemv(x, weight, thresholds, (32,), backend="triton"),
-        sparse_gemv(clean, weight, thresholds, (32,), backend="triton"),
+        sparse_gemv(x, FloatMatrix(weight, (32,)), thresholds, backend="triton"),
+        sparse_gemv(clean, FloatMatrix(weight, (32,)), thresholds, backend="triton"),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.ops.threshold.kernel import is_kept, lowest_threshold
+from teal_kernels.ops.threshold.kernel import is_kept, lowest_threshold, projection_threshold
 
 
 @triton.jit
@@ -28,12 +28,23 @@ def write_kept(index_ptr, value_ptr, count_ptr, chunk, channel, x, kept, CHUNK: 
 
 
 @triton.jit
-def compact_kernel(x_ptr, thresholds_ptr, index_ptr, value_ptr, count_ptr, K, P: tl.constexpr, CHUNK: tl.constexpr):
-    """The kept list of x [K] at the lowest of P thresholds. Grid: (cdiv(K, CHUNK),)."""
+def compact_kernel(
+    x_ptr,
+    thresholds_ptr,  # [P], or [P, K] where PER_CHANNEL
+    index_ptr,
+    value_ptr,
+    count_ptr,
+    K,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    """The kept list of x [K] at the lowest of the thresholds of P projections. Grid: (cdiv(K, CHUNK),)."""
     chunk = tl.program_id(0)
     channel = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(x_ptr + channel, mask=channel < K, other=0.0)
-    kept = is_kept(x, lowest_threshold(thresholds_ptr, P))
+    inside = channel < K
+    x = tl.load(x_ptr + channel, mask=inside, other=0.0)
+    kept = is_kept(x, lowest_threshold(thresholds_ptr, channel, inside, K, P, PER_CHANNEL))
     write_kept(index_ptr, value_ptr, count_ptr, chunk, channel, x, kept, CHUNK)
 
 
@@ -55,7 +66,7 @@ def emit(
     P: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    SPARSE: tl.constexpr,
+    SPARSE: tl.constexpr,  # 0: dense; 1: a threshold per projection, [P]; 2: one per projection and channel, [P, K]
     RING: tl.constexpr,
 ):
     """Hand one chunk of a site's vector to the product that reads it.
@@ -65,10 +76,10 @@ def emit(
     program has cells of its own.
     """
     if SPARSE:
-        kept = is_kept(x, lowest_threshold(thresholds_ptr, P)) & inside
+        kept = is_kept(x, lowest_threshold(thresholds_ptr, channel, inside, K, P, SPARSE == 2)) & inside
         write_kept(index_ptr, value_ptr, count_ptr, chunk, channel, x, kept, CHUNK)
         for p in tl.static_range(P):
-            counted = is_kept(x, tl.load(thresholds_ptr + p)) & inside
+            counted = is_kept(x, projection_threshold(thresholds_ptr, p, channel, inside, K, SPARSE == 2)) & inside
             cell = tally_ptr + p * CHUNKS + chunk
             tl.store(cell, tl.load(cell) + tl.sum(counted.to(tl.int32), axis=0))
         x = tl.where(kept, x, 0.0).to(x.dtype)

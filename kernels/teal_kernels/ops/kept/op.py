@@ -70,8 +70,8 @@ class Sink:
 
     Attributes:
         chunk: entries each program of the fused kernel handles, a power of two; the chunk of the list.
-        kept, thresholds, tally: the list, float32 [P], and int64 [P, chunks] that grows by the entries each projection
-            keeps; None for a dense product.
+        kept, thresholds, tally: the list, float32 [P] or [P, K], and int64 [P, chunks] that grows by the entries each
+            projection keeps; None for a dense product.
         row: [K], for a dense product; None for a sparse one.
         capture: a ring that gets a copy, thresholded at the lowest threshold; None for no copy.
     """
@@ -99,16 +99,17 @@ class Sink:
             "P": 1 if self.thresholds is None else len(self.thresholds),
             "CHUNKS": -(-size // self.chunk),
             "CHUNK": self.chunk,
-            "SPARSE": kept is not None,
+            "SPARSE": 0 if self.thresholds is None else self.thresholds.dim(),
             "RING": capture is not None,
         }
 
 
 def launch_compact(x: Tensor, thresholds: Tensor, kept: KeptList) -> None:
-    """Fill `kept` with the entries of x [K] above the lowest of the thresholds."""
+    """Fill `kept` with the entries of x [K] above the lowest of the thresholds float32 [P] or [P, K]."""
     from teal_kernels.ops.kept.kernel import compact_kernel
 
     compact_kernel[(len(kept.count),)](
         x, thresholds, kept.index, kept.value, kept.count, len(x),
-        P=len(thresholds), CHUNK=kept.chunk, num_warps=chunk_warps(kept.chunk), **EXACT,
+        P=len(thresholds), CHUNK=kept.chunk, PER_CHANNEL=thresholds.dim() == 2,
+        num_warps=chunk_warps(kept.chunk), **EXACT,
     )  # fmt: skip

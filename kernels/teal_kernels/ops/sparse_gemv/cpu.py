@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +38,12 @@ def sparse_gemv_cpu(x: Tensor, weight: Tensor, thresholds: Tensor, segments: tup
     counts = slices_per_segment(segments, torch.get_num_threads())
     slices = sum(counts)
     table = weight.view(weight.shape[0] * slices, weight.shape[1] // slices)
-    limits = thresholds.tolist()
-    if limits.count(limits[0]) == len(limits):
+    limits: Sequence[float | Tensor] = list(thresholds) if thresholds.dim() == 2 else thresholds.tolist()
+    if thresholds.dim() == 2:
+        same = bool((thresholds == thresholds[0]).all())
+    else:
+        same = all(limit == limits[0] for limit in limits)
+    if same:
         limits, counts = limits[:1], (slices,)
     rows: list[Tensor] = []
     scales: list[Tensor] = []

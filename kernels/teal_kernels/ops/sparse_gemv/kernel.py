@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import kept_total, list_address
-from teal_kernels.ops.threshold.kernel import is_kept
+from teal_kernels.ops.threshold.kernel import is_kept, projection_threshold
 
 
 @triton.jit
@@ -36,8 +36,9 @@ def gather_gemv_kernel(
     index_ptr,  # kept list
     value_ptr,
     count_ptr,
-    thresholds_ptr,  # [P]
+    thresholds_ptr,  # [P], or [P, K] where PER_CHANNEL
     partial_ptr,  # [SPLITS, N] float32, every element is written
+    K: tl.constexpr,
     N: tl.constexpr,
     EDGES: tl.constexpr,
     TILES: tl.constexpr,
@@ -48,6 +49,7 @@ def gather_gemv_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
     EVEN: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
 ):
     """partial[s, j] = sum over the s-th share of the kept entries r of value[r] * weight[index[r], j].
 
@@ -60,7 +62,6 @@ def gather_gemv_kernel(
     split = tl.program_id(1)
     columns = tl.multiple_of(first, ALIGN) + tl.arange(0, BLOCK_N)
     inside = columns < tl.multiple_of(stop, ALIGN)
-    threshold = tl.load(thresholds_ptr + segment)
 
     total = kept_total(count_ptr, CHUNKS)
     begin = (total.to(tl.int64) * split // SPLITS).to(tl.int32)
@@ -70,6 +71,7 @@ def gather_gemv_kernel(
     address = list_address(position, count_ptr, CHUNKS, CHUNK)
     row = tl.load(index_ptr + address, mask=position < end, other=0)
     value = tl.load(value_ptr + address, mask=position < end, other=0.0).to(tl.float32)
+    threshold = projection_threshold(thresholds_ptr, segment, row, position < end, K, PER_CHANNEL)
     sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for _ in range(begin, end, ROWS):
         used = is_kept(value, threshold)
@@ -81,6 +83,8 @@ def gather_gemv_kernel(
         address = list_address(position, count_ptr, CHUNKS, CHUNK)
         row = tl.load(index_ptr + address, mask=position < end, other=0)
         value = tl.load(value_ptr + address, mask=position < end, other=0.0).to(tl.float32)
+        if PER_CHANNEL:
+            threshold = projection_threshold(thresholds_ptr, segment, row, position < end, K, PER_CHANNEL)
         sums = tl.fma(tl.broadcast_to(scale[:, None], (ROWS, BLOCK_N)), weight.to(tl.float32), sums)
     tl.store(partial_ptr + split.to(tl.int64) * N + columns, tl.sum(sums, axis=0), mask=inside)
 

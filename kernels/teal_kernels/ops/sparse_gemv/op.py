@@ -1,4 +1,4 @@
-"""`sparse_gemv(x, weight, thresholds, segments)`: checks, device dispatch, registration as
+"""`sparse_gemv(x, matrix, thresholds)`: checks, device dispatch, registration as
 `torch.ops.teal.sparse_gemv`."""
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from teal_kernels.backends import CPU, TRITON, choose_backend
+from teal_kernels.backends import CPU, REFERENCE, TRITON, choose_backend
 from teal_kernels.configs import EXACT, GemvConfig, gemv_config
+from teal_kernels.matrix import Matrix, floats
 from teal_kernels.ops.kept.op import KeptList, launch_compact
 from teal_kernels.ops.sparse_gemv.cpu import sparse_gemv_cpu
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
@@ -35,9 +36,10 @@ def launch_gather(
     tiles = (0, *accumulate(-(-n // config.block_n) for n in segments))
     gather_gemv_kernel[(tiles[-1], config.splits)](
         weight, kept.index, kept.value, kept.count, thresholds, partial,
-        N=edges[-1], EDGES=edges, TILES=tiles[:-1], CHUNKS=len(kept.count), CHUNK=kept.chunk,
+        K=weight.shape[0], N=edges[-1], EDGES=edges, TILES=tiles[:-1], CHUNKS=len(kept.count), CHUNK=kept.chunk,
         SPLITS=config.splits, ROWS=config.rows, BLOCK_N=config.block_n, ALIGN=math.gcd(config.block_n,
-        *edges), EVEN=all(n % config.block_n == 0 for n in segments), num_warps=config.warps, **EXACT,
+        *edges), EVEN=all(n % config.block_n == 0 for n in segments),
+        PER_CHANNEL=thresholds.dim() == 2, num_warps=config.warps, **EXACT,
     )  # fmt: skip
 
 
@@ -81,17 +83,16 @@ torch.library.register_fake("teal::sparse_gemv", _sparse_gemv_fake, lib=_LIBRARY
 
 
 def _check(x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int]) -> None:
-    if x.ndim != 1 or weight.ndim != 2 or x.shape[0] != weight.shape[0]:
+    if x.ndim != 1 or x.shape[0] != weight.shape[0]:
         raise ValueError(f"x [K] and weight [K, N] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
         raise TypeError(f"x and weight share one dtype of bfloat16, float16, float32; got {x.dtype} and {weight.dtype}")
-    if thresholds.dtype != torch.float32 or thresholds.shape != (len(segments),):
+    count = len(segments)
+    if thresholds.dtype != torch.float32 or thresholds.shape not in ((count,), (count, len(x))):
         raise ValueError(
-            f"thresholds are float32 [{len(segments)}], one per segment; "
+            f"thresholds are float32 [{count}], one per segment, or [{count}, {len(x)}]; "
             f"got {thresholds.dtype} {tuple(thresholds.shape)}"
         )
-    if sum(segments) != weight.shape[1] or min(segments) < 1:
-        raise ValueError(f"segments {tuple(segments)} do not add up to the {weight.shape[1]} columns of the weight")
     if not (x.is_contiguous() and weight.is_contiguous() and thresholds.is_contiguous()):
         raise ValueError("x, weight and thresholds must be contiguous (weights are stored input-major, [K, N])")
     if not x.device == weight.device == thresholds.device:
@@ -100,28 +101,29 @@ def _check(x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int
         )
 
 
-def sparse_gemv(
-    x: Tensor, weight: Tensor, thresholds: Tensor, segments: tuple[int, ...], *, backend: str | None = None
-) -> Tensor:
+def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str | None = None) -> Tensor:
     """A vector times a matrix, reading only the rows whose input entry is kept (TEAL, section 4).
 
-    `y[j] = sum of x[i] * weight[i, j] over the i with |x[i]| > thresholds[p]`, j in segment p of the
-    outputs. Sums are in float32 and their order is fixed: the same inputs, backend, device and thread count
+    `y[j] = sum of x[i] * weight[i, j] over the i with |x[i]| > thresholds[p]` (or `thresholds[p, i]`), j in the columns
+    of projection p. Sums are in float32 and their order is fixed: the same inputs, backend, device and thread count
     give the same bits.
 
     Args:
         x: [K], bfloat16, float16 or float32; thresholded already or not, both give the same.
-        weight: [K, N] contiguous, the dtype of `x`: row i holds what input i contributes to every output.
-        thresholds: [P] float32, not negative, on the device of `x`; compared with |x| in float32.
-        segments: widths of the P groups of outputs (q, k, v; gate, up; or one), sum N.
+        matrix: [K, N] of the dtype of `x`, with P projections: row i holds what input i contributes to every output.
+            The reference takes every kind of matrix, the other backends floats.
+        thresholds: [P] or [P, K] float32, not negative, on the device of `x`; compared with |x| in float32.
         backend: "reference", "cpu" or "triton"; by default the fastest that works on the device of `x`.
 
     Returns:
         [N], dtype of `x`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or memory layout do not fit; the message says which.
+        ValueError, TypeError: shapes, dtypes, devices or memory layout do not fit, or the backend does not take such a
+            matrix; the message says which.
         BackendError: the backend does not exist or cannot run on the device of `x`.
     """
-    _check(x, weight, thresholds, segments)
-    return torch.ops.teal.sparse_gemv(x, weight, thresholds, segments, choose_backend(x.device.type, backend))
+    name = choose_backend(x.device.type, backend)
+    weight = matrix.tensor() if name == REFERENCE else floats(matrix, f"the {name} backend")
+    _check(x, weight, thresholds, matrix.segments)
+    return torch.ops.teal.sparse_gemv(x, weight, thresholds, matrix.segments, name)

@@ -10,15 +10,15 @@ from teal_kernels.ops.threshold.reference import keep_mask
 
 def sparse_gemv_reference(x: Tensor, weight: Tensor, thresholds: Tensor, segments: tuple[int, ...]) -> Tensor:
     """`y[j] = sum over kept i of x[i] * weight[i, j]`, where segment p of the outputs keeps `|x| >
-    thresholds[p]`.
+    thresholds[p]`, or `|x[i]| > thresholds[p, i]`.
 
     Rows whose entry is dropped are left out of the sum, not multiplied by zero: an infinity in such a row
     does no harm. Sums are in float32 (float64 if `x` is float64, which only tests use), rounded once to the
     dtype of `x`.
 
     Args:
-        x: [K], the input vector; weight: [K, N], input-major; thresholds: [P] float32; segments: P widths,
-            sum N.
+        x: [K], the input vector; weight: [K, N], input-major; thresholds: [P] or [P, K] float32; segments: P
+            widths, sum N.
 
     Returns:
         [N], dtype of `x`.

@@ -1,4 +1,4 @@
-"""The Triton kernel of `threshold`, and the two device functions every other kernel builds on.
+"""The Triton kernel of `threshold`, and the device functions every other kernel builds on.
 
 Device code only: sizes, launches and checks live in `op.py`.
 """
@@ -16,19 +16,29 @@ def is_kept(value, threshold):
 
 
 @triton.jit
-def lowest_threshold(thresholds_ptr, COUNT: tl.constexpr):
-    """The smallest of COUNT float32 thresholds: whoever keeps the most decides what a shared list holds."""
-    lowest = tl.load(thresholds_ptr)
+def projection_threshold(thresholds_ptr, projection, channel, inside, K, PER_CHANNEL: tl.constexpr):
+    """What a projection compares with: its one threshold of float32 [P], or those of `channel` of float32 [P, K]."""
+    if PER_CHANNEL:
+        threshold = tl.load(thresholds_ptr + projection * K + channel, mask=inside, other=0.0)
+    else:
+        threshold = tl.load(thresholds_ptr + projection)
+    return threshold
+
+
+@triton.jit
+def lowest_threshold(thresholds_ptr, channel, inside, K, COUNT: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """The smallest of the thresholds of COUNT projections: what one of them keeps, a shared list holds."""
+    lowest = projection_threshold(thresholds_ptr, 0, channel, inside, K, PER_CHANNEL)
     for i in tl.static_range(1, COUNT):
-        lowest = tl.minimum(lowest, tl.load(thresholds_ptr + i))
+        lowest = tl.minimum(lowest, projection_threshold(thresholds_ptr, i, channel, inside, K, PER_CHANNEL))
     return lowest
 
 
 @triton.jit
-def threshold_kernel(x_ptr, thresholds_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    """out[i] = x[i] if |x[i]| > thresholds[0] else 0. Grid: (cdiv(size, BLOCK),)."""
+def threshold_kernel(x_ptr, thresholds_ptr, out_ptr, size, K, BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """out[i] = x[i] if |x[i]| > t else 0, with t = thresholds[0], or thresholds[i % K]. Grid: (cdiv(size, BLOCK),)."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
     x = tl.load(x_ptr + offset, mask=inside, other=0.0)
-    kept = is_kept(x, tl.load(thresholds_ptr))
+    kept = is_kept(x, projection_threshold(thresholds_ptr, 0, offset % K, inside, K, PER_CHANNEL))
     tl.store(out_ptr + offset, tl.where(kept, x, 0.0).to(x.dtype), mask=inside)

@@ -20,7 +20,10 @@ def _threshold_triton(x: Tensor, threshold: Tensor) -> Tensor:
     out = torch.empty_like(flat)
     size = flat.numel()
     if size:
-        threshold_kernel[(-(-size // _BLOCK),)](flat, threshold, out, size, BLOCK=_BLOCK, num_warps=4, **EXACT)
+        threshold_kernel[(-(-size // _BLOCK),)](
+            flat, threshold, out, size, len(threshold), BLOCK=_BLOCK, PER_CHANNEL=len(threshold) > 1, num_warps=4,
+            **EXACT,
+        )  # fmt: skip
     return out
 
 
@@ -44,7 +47,8 @@ def threshold(x: Tensor, t: float | Tensor, *, backend: str | None = None) -> Te
     Args:
         x: float16, bfloat16 or float32, any shape.
         t: the threshold, not negative: a float, or a float32 tensor of one element on the device of `x` (a
-            tensor costs no copy to the device, so a decode step should pass one).
+            tensor costs no copy to the device, so a decode step should pass one), or of one per channel, [K], where
+            K is the last axis of `x`.
         backend: "reference" or "triton"; by default triton on a GPU, the reference elsewhere.
 
     Returns:
@@ -58,9 +62,10 @@ def threshold(x: Tensor, t: float | Tensor, *, backend: str | None = None) -> Te
         raise TypeError(f"threshold needs a floating point tensor, got {x.dtype}")
     if not isinstance(t, Tensor):
         t = torch.tensor([t], dtype=torch.float32, device=x.device)
-    elif t.dtype != torch.float32 or t.numel() != 1 or t.device != x.device:
+    elif t.dtype != torch.float32 or t.device != x.device or (t.numel() != 1 and t.shape != x.shape[-1:]):
         raise ValueError(
-            f"a threshold tensor has one float32 element on {x.device}; got {t.dtype} {tuple(t.shape)} on {t.device}"
+            f"a threshold tensor has one float32 element on {x.device}, or one per channel; "
+            f"got {t.dtype} {tuple(t.shape)} on {t.device}"
         )
     name = choose_backend(x.device.type, backend)
-    return torch.ops.teal.threshold(x, t, name if name == TRITON else REFERENCE)
+    return torch.ops.teal.threshold(x, t.reshape(-1), name if name == TRITON else REFERENCE)

@@ -20,6 +20,9 @@ NONE = 0
 ALL = np.float32(-1.0)
 """The threshold of a dense step: nothing is compared, everything is kept."""
 
+SINGLE = -1
+"""The place in `Shared.limits` of a projection that has one threshold for all channels."""
+
 ARRIVALS, ABANDON, RELEASED, MEMBERS = 0, 8, 16, 24
 """Places in `Shared.control`: how often a thread came to a barrier; whether one of them will never come; how many steps
 were released; then for each thread DONE and PARKED. All a cache line apart."""
@@ -85,6 +88,9 @@ class Shared(NamedTuple):
 
         order: int64 [8], a `Token` and a `Cache`, so that members need no word from Python.
         thresholds: float32 [layers, 7], ALL where dense.
+        limits: float32 [any], the thresholds of projections that have one for each channel.
+        limit_of, lowest_of: int64 [layers, 7] and [layers, 4], where those of a projection begin in `limits`, and the
+            lowest of a site's projections; SINGLE where one threshold serves all channels.
         rows: int64 [4, 2], per site the address of layer 0's row and the bytes from layer to layer; address NONE when
             nothing is captured.
 
@@ -95,6 +101,9 @@ class Shared(NamedTuple):
 
     order: Any
     thresholds: Any
+    limits: Any
+    limit_of: Any
+    lowest_of: Any
     rows: Any
     qkv: Any
     tops: Any

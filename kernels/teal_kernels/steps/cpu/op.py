@@ -16,11 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teal_kernels.spec import PROJECTIONS, SITES
+from teal_kernels.matrix import floats
+from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.compiled import KINDS, load
-from teal_kernels.steps.cpu.layout import ALL, NONE, Cache, Shape, Token, Weights
+from teal_kernels.steps.cpu.layout import ALL, NONE, Cache, Shape, Shared, Token, Weights
 from teal_kernels.steps.cpu.team import Team
-from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes, traits_in
+from teal_kernels.steps.spec import (
+    MATRICES,
+    OPTIONAL,
+    LayerTensors,
+    StepSpec,
+    check_thresholds,
+    layer_shapes,
+    traits_in,
+)
+from teal_kernels.thresholds import Thresholds
 
 EVERYWHERE = 1 << 62
 """The window of a layer that has none."""
@@ -44,8 +54,8 @@ class CpuStep:
             rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions
             before the step's must be filled.
-        thresholds: float32 [layers, 7], q k v o gate up down, none negative: entries with |x| <= t are dropped. None
-            for the dense step.
+        thresholds: what entries are compared with: those with |x| <= t are dropped. None for the dense step. A centre
+            is not supported.
         threads: default `default_threads()`. Results are the same from run to run for the same number.
 
     Raises:
@@ -64,7 +74,7 @@ class CpuStep:
         keys: Tensor,
         values: Tensor,
         *,
-        thresholds: NDArray[np.float32] | None = None,
+        thresholds: Thresholds | None = None,
         threads: int | None = None,
     ) -> None:
         self.spec = spec
@@ -78,9 +88,8 @@ class CpuStep:
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
         kind = np.empty(0, KINDS[self.dtype])
         weights = self._addresses(layers, (embedding, final_norm, lm_head), step, step.site_edges(spec))
-        shared = step.shared_buffers(kind, size, shape)
+        shared = self._with_thresholds(step.shared_buffers(kind, size, shape), thresholds)
         own = [step.own_buffers(thread, size, shape) for thread in range(size)]
-        shared.thresholds[:] = self._table(thresholds)
         self._max_tokens = keys.shape[2] if keys.dim() == 4 else 0
         self._row_bytes = spec.head_dim * self.dtype.itemsize
         self._rope = self._rope_addresses(rope)
@@ -145,6 +154,8 @@ class CpuStep:
         for i, layer in enumerate(layers):
             for j, (name, shape) in enumerate(shapes.items()):
                 tensor = getattr(layer, name)
+                if name in MATRICES:
+                    tensor = floats(tensor, "the compiled step")
                 if tensor is not None or name not in OPTIONAL:
                     self._check(f"layer {i}, {name}", tensor, shape)
                     table[i, j] = tensor.data_ptr()
@@ -160,13 +171,28 @@ class CpuStep:
             *(tensor.data_ptr() for tensor in ends),
         )
 
-    def _table(self, thresholds: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        shape = (len(self.spec.windows), len(PROJECTIONS))
+    def _with_thresholds(self, shared: Shared, thresholds: Thresholds | None) -> Shared:
         if thresholds is None:
-            return np.full(shape, ALL)
-        if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
-            raise ValueError(f"thresholds must be float32 {list(shape)} and not negative")
-        return thresholds
+            shared.thresholds.fill(ALL)
+            return shared
+        check_thresholds(self.spec, thresholds)
+        shared.thresholds[:] = thresholds.table
+        limits: list[NDArray[np.float32]] = []
+        filled = 0
+        for layer in range(thresholds.layers):
+            for number, site in enumerate(SITES):
+                if site not in thresholds.scale:
+                    continue
+                own = thresholds.site(layer, site)
+                width = own.shape[1]
+                starts = filled + width * np.arange(len(own))
+                for p in range(1, len(own)):  # equal thresholds are told by their place
+                    starts[p] = starts[p - 1] if (own[p] == own[p - 1]).all() else starts[p]
+                shared.limit_of[layer, columns(site)] = starts
+                shared.lowest_of[layer, number] = filled + own.size
+                limits += [own.ravel(), thresholds.lowest(layer, site)]
+                filled += own.size + width
+        return shared._replace(limits=np.concatenate(limits)) if limits else shared
 
     def _rope_addresses(self, rope: tuple[Tensor, Tensor]) -> tuple[int, int]:
         for name, table in zip(("cos", "sin"), rope, strict=True):

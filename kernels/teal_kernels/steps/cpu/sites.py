@@ -14,9 +14,20 @@ import numpy as np
 
 from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, narrow, put
-from teal_kernels.steps.cpu.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, UNIT
+from teal_kernels.steps.cpu.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, SINGLE, UNIT
 from teal_kernels.steps.cpu.rows import add_rows
-from teal_kernels.steps.cpu.vectors import ONE, compact, compiled, gelu, record, record_all, rms_norm, swish
+from teal_kernels.steps.cpu.vectors import (
+    ONE,
+    compact,
+    compact_each,
+    compiled,
+    gelu,
+    record,
+    record_all,
+    record_each,
+    rms_norm,
+    swish,
+)
 
 PIECE = 4096
 """Bytes of a row that one thread reads at least, where a row has them."""
@@ -42,25 +53,39 @@ def multiply(
 ) -> None:
     """This thread's part of (x where |x| > threshold) @ weight, and its share of the captured row.
 
-    Neighbouring projections with equal thresholds are walked as one.
+    Neighbouring projections with the same thresholds are walked as one.
 
     Args:
         x: float32, `count` channels.
         parts: float32 [row groups, columns of the fused matrix].
     """
     thresholds = shared.thresholds[layer, FIRST[site] : LAST[site]]
+    limit_of = shared.limit_of[layer, FIRST[site] : LAST[site]]
     edges = weights.edges[site]
     weight, width, size = weights.tensors[layer, MATRIX[site]], edges[len(thresholds)], item_bytes(kind)
     groups = len(parts)
     group, column, shares = own.thread % groups, own.thread // groups, own.threads // groups
     if shared.rows[site, 0] != NONE:
-        capture(kind, shared.rows[site, 0] + layer * shared.rows[site, 1], x, count, thresholds, own)
+        row, lowest = shared.rows[site, 0] + layer * shared.rows[site, 1], shared.lowest_of[layer, site]
+        if lowest == SINGLE:
+            capture(kind, row, x, count, thresholds, own)
+        else:
+            first, last = share(count, own.thread, own.threads)
+            record_each(kind, x, first, last, shared.limits[lowest : lowest + count], row)
     segment, listed, kept, places = 0, np.float32(np.nan), count, own.all
     while segment < len(thresholds):
         following = segment + 1
-        while following < len(thresholds) and thresholds[following] == thresholds[segment]:
+        while (
+            following < len(thresholds)
+            and thresholds[following] == thresholds[segment]
+            and limit_of[following] == limit_of[segment]
+        ):
             following += 1
-        if thresholds[segment] >= ZERO and thresholds[segment] != listed:
+        limits = limit_of[segment]
+        if limits != SINGLE:
+            listed = np.float32(np.nan)
+            kept, places = compact_each(x, count, shared.limits[limits : limits + count], own.index), own.index
+        elif thresholds[segment] >= ZERO and thresholds[segment] != listed:
             listed = thresholds[segment]
             kept, places = compact(x, count, listed, own.index), own.index
         if own.thread == 0:

@@ -28,6 +28,7 @@ from teal_kernels.steps.cpu.layout import (
     O_BIAS,
     PLACES,
     RELEASED,
+    SINGLE,
     TENSORS,
     Cache,
     Norm,
@@ -155,6 +156,9 @@ def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
     return Shared(
         order=np.zeros(len(Token._fields) + len(Cache._fields), np.int64),
         thresholds=np.zeros((shape.layers, 7), np.float32),
+        limits=np.zeros(0, np.float32),
+        limit_of=np.full((shape.layers, 7), SINGLE, np.int64),
+        lowest_of=np.full((shape.layers, 4), SINGLE, np.int64),
         rows=np.zeros((4, 2), np.int64),
         qkv=parts((shape.heads + 2 * shape.kv_heads) * shape.head_dim),
         tops=np.zeros(heads, np.float32),

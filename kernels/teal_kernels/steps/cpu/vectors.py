@@ -100,10 +100,27 @@ def compact(x: Any, count: int, threshold: Any, index: Any) -> int:
 
 
 @compiled
+def compact_each(x: Any, count: int, thresholds: Any, index: Any) -> int:
+    """`compact` with a threshold for each channel, float32 [count]."""
+    kept = 0
+    for i in range(count):
+        index[kept] = i
+        kept += int(abs(x[i]) > thresholds[i])
+    return kept
+
+
+@compiled
 def record(kind: Any, x: Any, start: int, stop: int, threshold: Any, row: int) -> None:
     """Writes x[start:stop] to the row at an address, entries with |x| <= threshold (or NaN) as zero."""
     for i in range(start, stop):
         store(kind, row, i, x[i] if abs(x[i]) > threshold else np.float32(0.0))
+
+
+@compiled
+def record_each(kind: Any, x: Any, start: int, stop: int, thresholds: Any, row: int) -> None:
+    """`record` with a threshold for each channel."""
+    for i in range(start, stop):
+        store(kind, row, i, x[i] if abs(x[i]) > thresholds[i] else np.float32(0.0))
 
 
 @compiled

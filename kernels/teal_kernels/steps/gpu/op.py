@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_kernels.configs import gemv_config
+from teal_kernels.matrix import floats
 from teal_kernels.ops.kept.op import CHUNK, Capture, Sink, chunk_for
 from teal_kernels.parts.attention.op import AttentionShares, launch_attention
 from teal_kernels.parts.norm.op import launch_rms_norm
@@ -25,9 +26,18 @@ from teal_kernels.parts.rope.op import launch_qkv
 from teal_kernels.parts.sample.op import Chooser
 from teal_kernels.parts.sample.reference import SamplingRule
 from teal_kernels.parts.swiglu.op import launch_swiglu
-from teal_kernels.spec import PROJECTIONS, SITES, columns
+from teal_kernels.spec import SITES
 from teal_kernels.steps.gpu.products import DenseProduct, Product, SparseProduct
-from teal_kernels.steps.spec import OPTIONAL, LayerTensors, StepSpec, layer_shapes, traits_in
+from teal_kernels.steps.spec import (
+    MATRICES,
+    OPTIONAL,
+    LayerTensors,
+    StepSpec,
+    check_thresholds,
+    layer_shapes,
+    traits_in,
+)
+from teal_kernels.thresholds import Thresholds
 
 _HEADS_CHUNK: Final = 512
 """Entries per program that joins the shares of attention: there may be 32 of them to read for each entry."""
@@ -45,7 +55,7 @@ class GpuStep:
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding.
         rope: cos and sin [tables, max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim]; the last two axes contiguous.
-        thresholds: float32 [layers, 7], q k v o gate up down; None for the dense step.
+        thresholds: what entries are compared with; None for the dense step. A centre is not supported.
         ring_slots: length of the capture ring; 0 captures nothing.
         sparsity: about how much the thresholds drop; chooses among tuned configurations.
 
@@ -70,7 +80,7 @@ class GpuStep:
         keys: Tensor,
         values: Tensor,
         *,
-        thresholds: NDArray[np.float32] | None = None,
+        thresholds: Thresholds | None = None,
         ring_slots: int = 0,
         sparsity: float = 0.5,
     ) -> None:
@@ -206,26 +216,22 @@ class GpuStep:
     def _buffer(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def _make_products(self, thresholds: NDArray[np.float32] | None, sparsity: float) -> dict[str, Product]:
+    def _make_products(self, thresholds: Thresholds | None, sparsity: float) -> dict[str, Product]:
         spec = self.spec
-        table = None if thresholds is None else self._table(thresholds)
+        if thresholds is not None:
+            check_thresholds(spec, thresholds)
         products: dict[str, Product] = {}
         for site in SITES:
             size, widths = spec.channels(site), spec.segments(site)
             chunk = _HEADS_CHUNK if site == "attn_out" else CHUNK
-            if table is None:
+            if thresholds is None:
                 products[site] = DenseProduct(size, sum(widths), chunk, self.dtype, self.device)
                 continue
-            own = table[:, columns(site)].contiguous().to(self.device)
+            limits = np.stack([thresholds.site(layer, site) for layer in range(len(self._layers))])
+            own = torch.from_numpy(limits).to(self.device)
             config = gemv_config(size, sum(widths), self.dtype.itemsize, sparsity, self.device)
             products[site] = SparseProduct(size, widths, own, config, chunk, self.dtype)
         return products
-
-    def _table(self, thresholds: NDArray[np.float32]) -> Tensor:
-        shape = (len(self._layers), len(PROJECTIONS))
-        if thresholds.shape != shape or thresholds.dtype != np.float32 or not (thresholds >= 0).all():
-            raise ValueError(f"thresholds must be float32 {list(shape)} and not negative")
-        return torch.tensor(thresholds)
 
     def _check(self) -> None:
         """Kernels trust pointers, so nothing may reach them unchecked."""
@@ -235,6 +241,8 @@ class GpuStep:
         for i, layer in enumerate(self._layers):
             for name, shape in layer_shapes(spec).items():
                 tensor = getattr(layer, name)
+                if name in MATRICES:
+                    tensor = floats(tensor, "the compiled step")
                 if tensor is not None or name not in OPTIONAL:
                     self._check_tensor(f"layer {i}, {name}", tensor, shape)
         ends = ((spec.vocab, spec.hidden), (spec.hidden,), (spec.vocab, spec.hidden))

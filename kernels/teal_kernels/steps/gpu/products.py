@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.configs import GemvConfig
+from teal_kernels.matrix import Matrix
 from teal_kernels.ops.kept.op import Capture, KeptList, Sink, chunk_for
 from teal_kernels.ops.sparse_gemv.op import launch_gather
 
@@ -23,8 +24,8 @@ class Product(Protocol):
         """Where the kernel before it leaves the vector of this layer."""
         ...
 
-    def __call__(self, layer: int, weight: Tensor) -> Tensor:
-        """Shares [splits, N] of the product with weight [K, N]; overwritten by the next call."""
+    def __call__(self, layer: int, matrix: Matrix) -> Tensor:
+        """Shares [splits, N] of the product with a matrix [K, N]; overwritten by the next call."""
         ...
 
 
@@ -34,7 +35,7 @@ class SparseProduct:
     Args:
         size: K, entries of the site's vector.
         segments: output widths of its projections.
-        thresholds: float32 [layers, P] on the device; may be overwritten between steps.
+        thresholds: float32 [layers, P] or [layers, P, K] on the device; may be overwritten between steps.
         config: of the gather GEMV.
         chunk: entries per chunk of the kept list at most.
         dtype: of vector and weight.
@@ -55,14 +56,14 @@ class SparseProduct:
         device = thresholds.device
         self.segments, self.thresholds, self.config = segments, thresholds, config
         self.kept = KeptList.empty(size, dtype, device, chunk)
-        self.tally = torch.zeros(*thresholds.shape, len(self.kept.count), dtype=torch.int64, device=device)
+        self.tally = torch.zeros(*thresholds.shape[:2], len(self.kept.count), dtype=torch.int64, device=device)
         self._shares = torch.empty(config.splits, sum(segments), dtype=torch.float32, device=device)
 
     def sink(self, layer: int, capture: Capture | None) -> Sink:
         return Sink(self.kept.chunk, self.kept, self.thresholds[layer], self.tally[layer], None, capture)
 
-    def __call__(self, layer: int, weight: Tensor) -> Tensor:
-        launch_gather(self.kept, weight, self.thresholds[layer], self.segments, self._shares, self.config)
+    def __call__(self, layer: int, matrix: Matrix) -> Tensor:
+        launch_gather(self.kept, matrix.data, self.thresholds[layer], self.segments, self._shares, self.config)
         return self._shares
 
 
@@ -82,5 +83,5 @@ class DenseProduct:
     def sink(self, layer: int, capture: Capture | None) -> Sink:
         return Sink(self._chunk, None, None, None, self._row[0], capture)
 
-    def __call__(self, layer: int, weight: Tensor) -> Tensor:
-        return torch.mm(self._row, weight, out=self._out)
+    def __call__(self, layer: int, matrix: Matrix) -> Tensor:
+        return torch.mm(self._row, matrix.data, out=self._out)

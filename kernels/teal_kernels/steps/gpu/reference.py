@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 from teal_kernels.ops.threshold.reference import threshold_reference
 from teal_kernels.parts.attention.reference import attention_reference
 from teal_kernels.parts.norm.reference import add_partials_reference, rms_norm_reference
 from teal_kernels.parts.rope.reference import qkv_reference
 from teal_kernels.parts.swiglu.reference import swiglu_reference
-from teal_kernels.spec import SITES, columns
+from teal_kernels.spec import SITES
 from teal_kernels.steps.spec import LayerTensors, StepSpec, traits_in
+from teal_kernels.thresholds import Thresholds
 
 
 def gpu_step_reference(
@@ -25,22 +27,23 @@ def gpu_step_reference(
     rope: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    thresholds: Tensor | None,
+    thresholds: Thresholds | None,
     token: int,
     position: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [vocab] of one step, and per site the vectors [layers, K] that its products consumed.
 
-    Arguments as for `GpuStep`; `ends` are embedding, final norm and head, `thresholds` a tensor. The cache is written.
+    Arguments as for `GpuStep`; `ends` are embedding, final norm and head. The cache is written.
     """
     rows: dict[str, list[Tensor]] = {site: [] for site in SITES}
 
-    def product(i: int, site: str, x: Tensor, weight: Tensor) -> Tensor:
+    def product(i: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+        weight = matrix.tensor()
         if thresholds is None:
             rows[site].append(x)
             return (x.float() @ weight.float()).to(x.dtype)[None]
-        own = thresholds[i, columns(site)]
-        rows[site].append(threshold_reference(x, own.min()))
+        own = torch.from_numpy(thresholds.site(i, site)).to(x.device)
+        rows[site].append(threshold_reference(x, torch.from_numpy(thresholds.lowest(i, site)).to(x.device)))
         return sparse_gemv_reference(x, weight, own, spec.segments(site))[None]
 
     eps, traits = spec.norm_eps, traits_in(spec.traits, ends[0].dtype)
