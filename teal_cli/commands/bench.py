@@ -49,6 +49,7 @@ def bench() -> None:
 
 @app.command()
 def kernels(
+    *,
     shapes: Annotated[
         str | None,
         typer.Option(
@@ -75,8 +76,8 @@ def kernels(
         typer.Option("--tune", help="First search launch configurations on this GPU; all commands use what it finds."),
     ] = False,
     quick: QuickOption = False,
-    seed: options.SeedOption = None,
-    device: options.DeviceOption = None,
+    seed: options.FixedSeedOption = None,
+    device: options.DeviceOption,
     path: OutOption = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -92,7 +93,6 @@ def kernels(
     from teal_cli.runs.session import DTYPES, choose_device
 
     out = output(json, quiet)
-    given = settings.load()
     _check_path(path, force)
     store = Replay(replay) if replay else None
     matrices = _matrices(shapes, model, store.store.header.model if store else None)
@@ -102,8 +102,8 @@ def kernels(
         dtypes = store.store.header.dtype if store else "bfloat16" if quick else "bfloat16,float16"
     levels = _levels(sparsity or (None if store else LEVELS), tuple(store.levels) if store else None)
     request = KernelRequest(
-        matrices, tuple(DTYPES[name] for name in _dtypes(dtypes)), levels, choose_device(given.pick("device", device)),
-        rounds or (7 if quick else 25), given.pick("seed", seed) or 0, store, tune,
+        matrices, tuple(DTYPES[name] for name in _dtypes(dtypes)), levels, choose_device(device),
+        rounds or (7 if quick else 25), seed or 0, store, tune,
     )  # fmt: skip
     asked = {"shapes": shapes, "model": model, "dtypes": dtypes, "sparsities": levels, "rounds": request.rounds,
              "seed": request.seed, "replay": str(replay) if replay else None, "tune": tune, "quick": quick}  # fmt: skip
@@ -112,6 +112,8 @@ def kernels(
 
 @app.command()
 def decode(
+    context: typer.Context,
+    *,
     model: options.ModelOption = None,
     stacks: Annotated[
         list[str] | None,
@@ -137,10 +139,10 @@ def decode(
     rounds: RoundsOption = None,
     quick: QuickOption = False,
     calibration: options.CalibrationOption = None,
-    seed: options.SeedOption = None,
+    seed: options.FixedSeedOption = None,
     dtype: options.DtypeOption = None,
-    device: options.DeviceOption = None,
-    backend: options.BackendOption = None,
+    device: options.DeviceOption,
+    backend: options.BackendOption,
     path: OutOption = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -157,26 +159,24 @@ def decode(
     from teal_cli.runs.session import choose_device
 
     out = output(json, quiet)
-    given = settings.load()
     _check_path(path, force)
     check_gguf(gguf or [])
-    if stacks and not model and gguf:
+    named = options.on_command_line(context, "model")
+    if stacks and not named and gguf:
         raise UsageError("a stack of random layers has no GGUF", hint="name a model with --model, or leave out --gguf")
     shapes = [parse_stack(text) for text in stacks or ()]
     levels = _levels(sparsity or (QUICK_LEVELS if quick else LEVELS), None)
     dumped = (0.5 if 0.5 in levels else levels[0],) if dump else ()
     request = DecodeRequest(
-        levels, dumped, tokens or (32 if quick else 64), rounds or (5 if quick else 15), given.pick("seed", seed) or 0,
+        levels, dumped, tokens or (32 if quick else 64), rounds or (5 if quick else 15), seed or 0,
         dumped_blocks=1 if quick else 2, transformers=transformers, gguf=gguf or [],
     )  # fmt: skip
-    where = choose_device(given.pick("device", device))
-    chosen = {"dtype": given.pick("dtype", dtype), "backend": given.pick("backend", backend)}
+    where = choose_device(device)
+    chosen = {"dtype": dtype, "backend": backend}
 
     def measured() -> Iterator[Iterable[Progress | Row]]:
-        if model or not shapes:
-            yield bench_decode(
-                _registered(out, given, model, str(where), calibration, levels, prompt_tokens, chosen), request
-            )
+        if named or not shapes:
+            yield bench_decode(_registered(out, model, str(where), calibration, levels, prompt_tokens, chosen), request)
         for shape in shapes:
             subject = _stack(shape, where, levels, prompt_tokens, request.seed, chosen)
             yield bench_decode(subject, replace(request, gguf=[]))  # a GGUF is of the model
@@ -189,7 +189,6 @@ def decode(
 
 def _registered(
     out: Output,
-    given: settings.Settings,
     model: str | None,
     device: str,
     calibration: str | None,
@@ -200,9 +199,7 @@ def _registered(
     from teal_cli.bench.subjects import registered
     from teal_cli.runs.session import open_session
 
-    session = open_session(
-        given.pick("model", model), device=device, calibration=given.pick("calibration", calibration), **chosen
-    )
+    session = open_session(model, device=device, calibration=calibration, **chosen)
     subject = registered(session, levels, prompt_tokens)
     for note in session.notes:
         out.note(note)

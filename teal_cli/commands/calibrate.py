@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from teal_cli import settings
 from teal_cli.errors import UsageError
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
@@ -25,17 +24,19 @@ _FURTHEST = 3
 
 
 def calibrate(
+    context: typer.Context,
+    *,
     model: options.ModelOption = None,
-    dataset: options.DatasetOption = None,
+    dataset: Annotated[str, options.dataset("calibrate.dataset")],
     split: options.SplitOption = None,
     text_column: Annotated[
         str | None,
         typer.Option("--text-column", metavar="NAME", help="Column of the dataset that holds the text."),
     ] = None,
-    num_sequences: options.NumSequencesOption = None,
-    seq_len: options.SeqLenOption = None,
+    num_sequences: Annotated[int, options.num_sequences("calibrate.num_sequences")],
+    seq_len: options.SeqLenOption,
     dtype: options.DtypeOption = None,
-    device: options.DeviceOption = None,
+    device: options.DeviceOption,
     name: Annotated[
         str | None,
         typer.Option("--name", metavar="ID", help="Name of the calibration; made of the text if not given."),
@@ -61,7 +62,17 @@ def calibrate(
         str | None,
         typer.Option("--check-split", metavar="SPLIT", help="With --check: the split; else the held-out one."),
     ] = None,
-    calibration: options.CalibrationOption = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="ID|DIR",
+            help="With --check: check this one, and calibrate nothing.",
+            show_default="the one that is made",
+            autocompletion=completion.calibrations,
+        ),
+    ] = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -77,30 +88,24 @@ def calibrate(
     """
     out = output(json, quiet)
     _refuse_mixtures(
-        {"--from": source, "--calibration": calibration, "--check": check, "--check-split": check_split},
-        to_calibrate={"--dataset": dataset, "--split": split, "--dtype": dtype},
-        to_run={"--text-column": text_column, "--seq-len": seq_len, "--num-sequences": num_sequences},
+        context,
+        ("source", "calibration", "check", "check_split"),
+        to_calibrate=("dataset", "split", "dtype"),
+        to_run=("text_column", "seq_len", "num_sequences"),
     )
-    given = settings.load()
 
     from teal_cli.registry.registry import Registry
     from teal_cli.runs import calibrate as library
     from teal_cli.runs.session import choose_device
 
-    registry, where = Registry(), choose_device(given.pick("device", device))
-    model = given.pick("model", model)
-    amounts = {
-        "num_sequences": given.pick("calibrate.num_sequences", num_sequences),
-        "seq_len": given.pick("calibrate.seq_len", seq_len),
-    }
+    registry, where = Registry(), choose_device(device)
+    amounts = {"num_sequences": num_sequences, "seq_len": seq_len}
     made: Calibrated | None = None
     if source is not None:
         made = library.import_teal(registry, model, source, rule=rule, name=name, force=force)
     elif calibration is None:
-        text = library.Text(given.pick("calibrate.dataset", dataset), split, text_column, **amounts)
-        events = library.calibrate(
-            registry, model, text, dtype=given.pick("dtype", dtype), device=where, name=name, force=force
-        )
+        text = library.Text(dataset, split, text_column, **amounts)
+        events = library.calibrate(registry, model, text, dtype=dtype, device=where, name=name, force=force)
         made = watch(out, f"Calibrating on {text.dataset}", events)
     checked: Checked | None = None
     if check is not None:
@@ -117,16 +122,19 @@ def calibrate(
         out.note(note)
 
 
-def _refuse_mixtures(kind: dict[str, object], *, to_calibrate: dict[str, object], to_run: dict[str, object]) -> None:
-    """Refuse options that would go unheard: an import and a check of what is there run no text of their own."""
-    given = {option for option, value in {**kind, **to_calibrate, **to_run}.items() if value is not None}
+def _refuse_mixtures(
+    context: typer.Context, kind: tuple[str, ...], *, to_calibrate: tuple[str, ...], to_run: tuple[str, ...]
+) -> None:
+    """Refuse options that would have no effect: an import and a check of what is there run no text of their own."""
+    flags = {name: "--from" if name == "source" else "--" + name.replace("_", "-") for name in context.params}
+    given = {flags[name] for name in (*kind, *to_calibrate, *to_run) if options.on_command_line(context, name)}
     if "--check" not in given:
         for option in ("--calibration", "--check-split"):
             if option in given:
                 raise UsageError(f"{option} is about a check, but there is no --check", hint="add --check DATASET")
-    unheard = ["--calibration", *to_calibrate, *(() if "--check" in given else to_run)]
+    without_effect = [flags[name] for name in to_calibrate + (() if "--check" in given else to_run)]
     for maker in ("--from", "--calibration"):
-        for option in unheard:
+        for option in ("--calibration", *without_effect):
             if maker in given and option in given and maker != option:
                 raise UsageError(f"{option} does not go with {maker}", hint="leave one of them away")
 

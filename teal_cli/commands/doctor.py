@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MARKS = {"ok": "[green]ok[/green]  ", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 
 
-def doctor(offline: OfflineOption = False, json: JsonOption = False) -> None:
+def doctor(*, offline: OfflineOption, json: JsonOption = False) -> None:
     """What this machine can do, and what is missing.
 
     Looks at versions, settings, storage, devices, kernels (each is run against exact arithmetic), models and

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teal_cli import settings
 from teal_cli.commands.models import entry_payload
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
@@ -29,6 +28,7 @@ _STAGES = {
 
 
 def download(
+    *,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -46,7 +46,7 @@ def download(
         str | None,
         typer.Option("--token", metavar="TOKEN", help="Hub token; else that of `hf auth login` or HF_TOKEN."),
     ] = None,
-    offline: options.OfflineOption = False,
+    offline: options.OfflineOption,
     dry_run: options.DryRunOption = False,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -61,7 +61,7 @@ def download(
     from teal_cli.registry.resolve import Options
 
     out = output(json, quiet)
-    chosen = Options(revision, token, bool(settings.load().pick("offline", offline or None)), force)
+    chosen = Options(revision, token, offline, force)
     if dry_run:
         found = library.dry_run(model, name=name, options=chosen)
         for note in found.notes:

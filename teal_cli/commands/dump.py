@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teal_cli import settings
 from teal_cli.commands.opening import opened
 from teal_cli.errors import UsageError
-from teal_cli.runs.recipe import load_recipe
+from teal_cli.runs.recipe import load_recipe, shipped_recipes
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import amount, progress
@@ -22,42 +21,58 @@ if TYPE_CHECKING:
     from teal_cli.runs.dump import Dump
 
 
+def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Put what a recipe says before the settings, in the parser's default map."""
+    if name is not None and not context.resilient_parsing:
+        said = {key: value for key, value in load_recipe(name).items() if key != "about"}
+        context.default_map = {**(context.default_map or {}), **said}
+    return name
+
+
 def dump(
+    context: typer.Context,
+    *,
     model: options.ModelOption = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            "--sparsity", "-s", metavar="LEVELS", help="One level, a list 0.5,0.9, or a range 0.50:0.95:0.05."
+    levels: Annotated[
+        str,
+        options.setting(
+            "dump.levels",
+            "--sparsity",
+            "-s",
+            metavar="LEVELS",
+            help="One level, a list 0.5,0.9, or a range: LOW:HIGH:STEP.",
         ),
-    ] = None,
-    recipe_name: Annotated[
+    ],
+    recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe",
             "-r",
             metavar="NAME|FILE",
-            help="Take what is not given here from a recipe.",
+            help="Take what is not given here from a recipe: " + ", ".join(shipped_recipes()) + ", or a .toml file.",
+            callback=_take_recipe,
+            is_eager=True,
             autocompletion=completion.recipes,
         ),
     ] = None,
-    dataset: options.DatasetOption = None,
+    dataset: Annotated[str, options.dataset("dump.dataset")],
     split: options.SplitOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or JSON lines with `prompt`."),
     ] = None,
-    num_sequences: options.NumSequencesOption = None,
+    num_sequences: Annotated[int, options.num_sequences("dump.num_sequences")],
     prompt_tokens: Annotated[
-        int | None,
+        int,
         typer.Option(
             "--prompt-tokens", min=1, metavar="TOKENS", help="Tokens of each document of a dataset that make a prompt."
         ),
-    ] = None,
-    max_new_tokens: options.MaxNewTokensOption = None,
-    temperature: options.TemperatureOption = None,
-    top_k: options.TopKOption = None,
-    top_p: options.TopPOption = None,
-    seed: options.SeedOption = None,
+    ] = 64,
+    max_new_tokens: Annotated[int, options.max_new_tokens("dump.max_new_tokens")],
+    temperature: options.TemperatureOption,
+    top_k: options.TopKOption,
+    top_p: options.TopPOption,
+    seed: options.FixedSeedOption = None,
     ignore_eos: Annotated[
         bool,
         typer.Option(
@@ -70,8 +85,8 @@ def dump(
     dry_run: options.DryRunOption = False,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
-    device: options.DeviceOption = None,
-    backend: options.BackendOption = None,
+    device: options.DeviceOption,
+    backend: options.BackendOption,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -85,51 +100,24 @@ def dump(
         raise UsageError("where should the store go?", hint="name it with -o, e.g. -o activations.zarr")
     if resume and force:
         raise UsageError("--resume and --force exclude each other", hint="--resume goes on, --force begins anew")
-    if dataset and prompts:
+    if prompts and options.on_command_line(context, "dataset"):
         raise UsageError("--dataset and --prompts exclude each other", hint="give one of them")
-    given = settings.load()
-    chosen = load_recipe(recipe_name) if recipe_name else {}
-
-    def pick(key: str, option: Any, default: Any = None) -> Any:
-        """Command line, then recipe, then settings."""
-        value = option if option is not None else chosen.get(key)
-        setting = f"dump.{key}"
-        if value is None and setting in settings.KEYS:
-            value = given.pick(setting)
-        return default if value is None else value
-
     from teal_cli.data.prompts import PromptSource
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.dump import Dump, DumpRequest
     from teal_cli.store.placing import check_target
     from teal_cli.store.schema import parse_levels
 
-    source = (
-        PromptSource(file=prompts, count=num_sequences)
-        if prompts
-        else PromptSource(
-            pick("dataset", dataset),
-            pick("split", split),
-            None,
-            pick("num_sequences", num_sequences),
-            pick("prompt_tokens", prompt_tokens, 64),
-        )
-    )
-    request = DumpRequest(
-        parse_levels(pick("levels", sparsity)),
-        source,
-        pick("max_new_tokens", max_new_tokens),
-        Sampling(
-            pick("temperature", temperature, given.pick("generate.temperature")),
-            pick("top_k", top_k, given.pick("generate.top_k")),
-            pick("top_p", top_p, given.pick("generate.top_p")),
-            given.pick("seed", seed) or 0,
-        ),
-        ignore_eos,
-    )
+    if prompts:  # all of them, unless a number was typed
+        count = num_sequences if options.on_command_line(context, "num_sequences") else None
+        source = PromptSource(file=prompts, count=count)
+    else:
+        source = PromptSource(dataset, split, None, num_sequences, prompt_tokens)
+    sampling = Sampling(temperature, top_k, top_p, seed or 0)
+    request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos)
     if not (resume or dry_run):
         check_target(out_path, force=force)
-    session = opened(out, given, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     job = Dump(session, request)
     for note in session.notes:
         out.note(note)

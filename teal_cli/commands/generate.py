@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teal_cli import settings
 from teal_cli.commands.opening import opened
 from teal_cli.errors import UsageError
 from teal_cli.ui import options
@@ -22,22 +21,23 @@ if TYPE_CHECKING:
 
 
 def generate(
+    *,
     model: options.ModelOption = None,
-    sparsity: options.SparsityOption = None,
+    sparsity: options.SparsityOption,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; standard input if not given.")
     ] = None,
-    max_new_tokens: options.MaxNewTokensOption = None,
-    temperature: options.TemperatureOption = None,
-    top_k: options.TopKOption = None,
-    top_p: options.TopPOption = None,
+    max_new_tokens: Annotated[int, options.max_new_tokens("generate.max_new_tokens")],
+    temperature: options.TemperatureOption,
+    top_k: options.TopKOption,
+    top_p: options.TopPOption,
     seed: options.SeedOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
-    device: options.DeviceOption = None,
-    backend: options.BackendOption = None,
+    device: options.DeviceOption,
+    backend: options.BackendOption,
     dump: Annotated[
         Path | None,
         typer.Option("--dump", metavar="STORE", help="Write what flowed into each projection to this Zarr store."),
@@ -54,7 +54,6 @@ def generate(
     The text goes to stdout; speed, realised sparsity and backend go to stderr.
     """
     out = output(json, quiet)
-    given = settings.load()
     text = _prompt(prompt)
 
     from teal_cli.decoding.sampling import Sampling
@@ -62,20 +61,14 @@ def generate(
     from teal_cli.runs.generate import generate as run
     from teal_cli.store.placing import check_target
 
-    chosen_seed = given.pick("seed", seed)
-    sampling = Sampling(
-        given.pick("generate.temperature", temperature),
-        given.pick("generate.top_k", top_k),
-        given.pick("generate.top_p", top_p),
-        secrets.randbits(32) if chosen_seed is None else chosen_seed,
-    )
+    sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
     if dump is not None:
         check_target(dump, force=force)
-    session = opened(out, given, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     request = GenerateRequest(
         text,
-        given.pick("sparsity", sparsity),
-        given.pick("generate.max_new_tokens", max_new_tokens),
+        sparsity,
+        max_new_tokens,
         sampling,
         chat,
         ignore_eos,

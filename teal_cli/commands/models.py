@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teal_cli import settings
 from teal_cli.errors import UsageError
 from teal_cli.files import readable_size
 from teal_cli.registry.entry import ModelEntry
@@ -64,8 +65,29 @@ def list_models(
 @app.command("info")
 def info(
     name: DefaultedModel = None,
-    calibration: options.CalibrationOption = None,
-    sparsity: options.SparsityOption = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="ID|DIR",
+            help="With --sparsity: whose thresholds to show.",
+            show_default="the model's newest",
+            autocompletion=completion.calibrations,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            metavar="S",
+            help="Also show the thresholds of a uniform plan for it, in [0, 1).",
+            show_default="none",
+            callback=options.checked(settings.sparsity),
+            autocompletion=completion.sparsities,
+        ),
+    ] = None,
     json: options.JsonOption = False,
 ) -> None:
     """Everything known about one model; with --sparsity, also the thresholds of a uniform plan."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teal_cli import settings
 from teal_cli.commands.calibrate import watch
 from teal_cli.commands.download import follow
+from teal_cli.commands.opening import opened
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from teal_cli.registry.registry import ModelEntry, Registry
     from teal_cli.runs.generate import Generation
+    from teal_cli.runs.session import Session
 
 PROMPT = "Explain in a few sentences why the sea is salty."
 DATASET = "python-docs"
@@ -27,11 +28,15 @@ SEQUENCES, SEQ_LEN = 8, 512
 
 
 def quickstart(
+    *,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", metavar="MODEL", help="What to download; the small default model if not given."),
     ] = None,
-    sparsity: options.SparsityOption = None,
+    sparsity: options.SparsityOption,
+    dtype: options.DtypeOption = None,
+    device: options.DeviceOption,
+    backend: options.BackendOption,
     out_path: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")] = Path(
         "teal-quickstart.zarr"
     ),
@@ -52,9 +57,10 @@ def quickstart(
     out.note("1/4  the model")
     entry = _download(out, registry, model)
     out.note("2/4  thresholds, from a histogram of |x| at every site of every layer")
-    calibration = _calibrate(out, registry, entry)
+    calibration = _calibrate(out, registry, entry, device)
     out.note("3/4  sparse decoding, with every step's activations written to a store\n")
-    result = _generate(out, entry, calibration, 0.5 if sparsity is None else sparsity, out_path, force=force)
+    session = opened(out, model=entry.name, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    result = _generate(out, session, sparsity, out_path, force=force)
     out.note("4/4  every byte of the store checked")
     problems = _verify(out_path)
     payload = {**result.as_dict(), "calibration": calibration, "verified": not problems, "problems": problems}
@@ -72,25 +78,21 @@ def _download(out: Output, registry: Registry, model: str | None) -> ModelEntry:
     return entry
 
 
-def _calibrate(out: Output, registry: Registry, entry: ModelEntry) -> str:
+def _calibrate(out: Output, registry: Registry, entry: ModelEntry, device: str) -> str:
     from teal_cli.runs.calibrate import Text, calibrate
     from teal_cli.runs.session import choose_device
 
     text = Text(DATASET, num_sequences=SEQUENCES, seq_len=SEQ_LEN)
-    made = watch(out, f"Calibrating on {DATASET}", calibrate(registry, entry.name, text, device=choose_device(None)))
+    made = watch(out, f"Calibrating on {DATASET}", calibrate(registry, entry.name, text, device=choose_device(device)))
     out.note(f"     calibration {made.calibration.id}, {SEQUENCES * SEQ_LEN:,} tokens")
     return str(made.calibration.id)
 
 
-def _generate(
-    out: Output, entry: ModelEntry, calibration: str, sparsity: float, path: Path, *, force: bool
-) -> Generation:
+def _generate(out: Output, session: Session, sparsity: float, path: Path, *, force: bool) -> Generation:
     from teal_cli.commands.generate import show_figures
-    from teal_cli.commands.opening import opened
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.generate import GenerateRequest, Generation, generate
 
-    session = opened(out, settings.load(), model=entry.name, calibration=calibration)
     request = GenerateRequest(
         PROMPT, sparsity, 96, Sampling(temperature=0, seed=0), chat=True, dump=path, force=force or _is_ours(path)
     )

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from teal_cli import settings
 from teal_cli.checks import did_you_mean
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.settings import configs
 
-KEYS: Final[dict[str, type | tuple[type, ...]]] = {
-    "about": str,
-    "levels": str,
-    "dataset": str,
-    "split": str,
-    "num_sequences": int,
-    "prompt_tokens": int,
-    "max_new_tokens": int,
-    "temperature": (int, float),
-    "top_k": int,
-    "top_p": (int, float),
+KEYS: Final[dict[str, Callable[[object], Any]]] = {
+    "about": settings.text,
+    "levels": settings.text,
+    "dataset": settings.text,
+    "split": settings.text,
+    "num_sequences": settings.integer(1),
+    "prompt_tokens": settings.integer(1),
+    "max_new_tokens": settings.integer(1),
+    "temperature": settings.temperature,
+    "top_k": settings.integer(0),
+    "top_p": settings.top_p,
 }
+"""What a recipe may say, by the name of the option's parameter, and its check."""
 
 
 def shipped_recipes() -> list[str]:
@@ -35,7 +38,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
     Raises:
         NotFoundError: no such recipe or file.
-        UsageError: not TOML, an unknown key, or a value of the wrong type.
+        UsageError: not TOML, an unknown key, or a value that is not acceptable.
     """
     source = Path(name).expanduser() if name.endswith(".toml") else configs() / "dump" / f"{name}.toml"
     try:
@@ -49,6 +52,8 @@ def load_recipe(name: str) -> dict[str, Any]:
     for key, value in recipe.items():
         if key not in KEYS:
             raise UsageError(f"the recipe {name} has an unknown key {key!r}", hint=f"its keys are {', '.join(KEYS)}")
-        if not isinstance(value, KEYS[key]) or isinstance(value, bool):
-            raise UsageError(f"the recipe {name} has {key} = {value!r}, which is of the wrong type")
+        try:
+            recipe[key] = KEYS[key](value)
+        except ValueError as error:
+            raise UsageError(f"the recipe {name} has {key} = {value!r}, which {error}") from None
     return recipe

@@ -7,12 +7,16 @@ drawing boxes costs more than all the rest of the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from teal_cli import settings
+from teal_cli.errors import UsageError
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -43,8 +47,46 @@ class HelpFormatter(_PlainFormatter):  # its class is typer's or click's, by ver
         super().write_dl([(typer.style(term, fg="cyan"), text) for term, text in rows], col_max, col_spacing)
 
 
+class Defaults(Mapping[str, Any]):
+    """The default map of a command: what the settings give its options; they are read when one is asked for.
+
+    Args:
+        keys: names of parameters -> settings.
+
+    Raises:
+        UsageError: on the first look, as `settings.load`.
+    """
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self.keys_of = keys
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        found = settings.load()
+        picked = {name: found.pick(key) for name, key in self.keys_of.items()}
+        return {name: value for name, value in picked.items() if value is not None}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 class TealContext(typer.Context):
     formatter_class = HelpFormatter
+
+    def lookup_default(self, name: str, call: bool = True) -> Any:
+        """As the parser's own, but help and completion work beside a broken file of settings."""
+        try:
+            return super().lookup_default(name, call)  # type: ignore[call-overload]
+        except UsageError:
+            if self.resilient_parsing:
+                return None
+            raise
 
 
 class LazyGroup(TyperGroup):
@@ -101,7 +143,25 @@ def _adopt(command: Any) -> None:
     """Give a command, and those under it, our help and `-h`, and list it with its whole first line."""
     command.rich_markup_mode = None
     command.context_class = TealContext
-    command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS}
+    defaults = Defaults(_settings_of(command))
+    command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS, "default_map": defaults}
     command.short_help = command.short_help or (command.help or "").partition("\n")[0]
     for child in getattr(command, "commands", {}).values():
         _adopt(child)
+
+
+def _settings_of(command: Any) -> dict[str, str]:
+    """Parameter -> setting of the options that name one, by its variable.
+
+    The variable moves from the option to its help: the parser would read it itself, without our check and its message.
+    """
+    variables = {settings.variable(key): key for key in settings.KEYS}
+    found = {}
+    for option in command.params:
+        variable = getattr(option, "envvar", None)
+        if variable in variables:
+            found[option.name] = variables[variable]
+            option.envvar = None
+            option.help = f"{option.help}  [{variable}]"
+            option.required = False
+    return found

@@ -1,10 +1,10 @@
 """The options that several commands share, written once: name, help, check, completion.
 
-    def generate(model: ModelOption = None, sparsity: SparsityOption = None, json: JsonOption = False) ->
-    None:
+    def generate(*, model: ModelOption = None, sparsity: SparsityOption, json: JsonOption = False) -> None:
 
-A default of None means "not given": the command asks `settings` for the value. The checks here are those that
-need no model: a mistake is told before anything is loaded.
+An option that is a setting names its key: where it is not on the command line, `ui.lazy` gives it the setting's value
+through the parser's default map. One whose setting has a shipped default needs none in the signature. The checks here
+are those that need no model: a mistake is told before anything is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from teal_cli import settings
 from teal_cli.ui import completion
 
 
-def _checked(check: Callable[[object], Any]) -> Callable[[Any], Any]:
+def checked(check: Callable[[object], Any]) -> Callable[[Any], Any]:
     """The check of a setting, as a callback of an option."""
 
     def callback(value: Any) -> Any:
@@ -33,6 +33,18 @@ def _checked(check: Callable[[object], Any]) -> Callable[[Any], Any]:
     return callback
 
 
+def setting(key: str, *names: str, **attributes: Any) -> Any:
+    """An option whose value, where the command line does not give it, is the setting `key`."""
+    check = checked(settings.KEYS[key].check)
+    return typer.Option(*names, envvar=settings.variable(key), callback=check, **attributes)
+
+
+def on_command_line(context: typer.Context, parameter: str) -> bool:
+    """Whether an option was typed, rather than filled in from a variable, a file, a recipe or a default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 # ---------------------------------------------------------------- how it is shown
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
@@ -40,11 +52,13 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and n
 # ---------------------------------------------------------------- what is worked on
 ModelOption = Annotated[
     str | None,
-    typer.Option(
+    setting(
+        "model",
         "--model",
         "-m",
         metavar="MODEL",
-        help="A downloaded model; the default one if not given.",
+        help="A downloaded model.",
+        show_default="the registry's default",
         autocompletion=completion.models,
     ),
 ]
@@ -66,103 +80,110 @@ LevelOption = Annotated[
 ]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option(
+    setting(
+        "calibration",
         "--calibration",
         "-c",
         metavar="ID|DIR",
-        help="A calibration of the model, or a folder; the newest if not given.",
+        help="A calibration of the model, or a folder.",
+        show_default="the model's newest",
         autocompletion=completion.calibrations,
     ),
 ]
 
 # ---------------------------------------------------------------- text
-DatasetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset",
-        "-d",
-        metavar="DATASET",
-        autocompletion=completion.datasets,
-        help="wikitext, alpaca, c4, python-docs; org/name[:config] of the hub; "
-        "a .txt, .jsonl or .parquet file, folder or glob.",
-    ),
-]
+DATASETS = (
+    "wikitext, alpaca, c4, python-docs; org/name[:config] of the hub; a .txt, .jsonl or .parquet file, folder or glob."
+)
+
+
+def dataset(key: str) -> Any:
+    """`--dataset`, with the setting of the command."""
+    return setting(key, "--dataset", "-d", metavar="DATASET", help=DATASETS, autocompletion=completion.datasets)
+
+
+def num_sequences(key: str) -> Any:
+    """`--num-sequences`, with the setting of the command."""
+    return setting(key, "--num-sequences", "-n", metavar="N", help="How many sequences or prompts to take.")
+
+
+def max_new_tokens(key: str) -> Any:
+    """`--max-new-tokens`, with the setting of the command."""
+    return setting(key, "--max-new-tokens", metavar="N", help="Tokens to generate for each prompt.")
+
+
 SplitOption = Annotated[str | None, typer.Option("--split", metavar="SPLIT", help="Split of the dataset.")]
-NumSequencesOption = Annotated[
-    int | None,
-    typer.Option("--num-sequences", "-n", min=1, metavar="N", help="How many sequences or prompts to take."),
-]
 SeqLenOption = Annotated[
-    int | None, typer.Option("--seq-len", min=1, metavar="TOKENS", help="Tokens of each sequence.")
+    int, setting("calibrate.seq_len", "--seq-len", metavar="TOKENS", help="Tokens of each sequence.")
 ]
 
 # ---------------------------------------------------------------- how it is run
 SparsityOption = Annotated[
-    float | None,
-    typer.Option(
+    float,
+    setting(
+        "sparsity",
         "--sparsity",
         "-s",
         metavar="S",
-        help="Part of every input to drop, in [0, 1); 0 is the dense path.",
-        callback=_checked(settings.sparsity),
         autocompletion=completion.sparsities,
+        help="Part of every input to drop, in [0, 1); 0 is the dense path.",
     ),
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(
+    setting(
+        "dtype",
         "--dtype",
         metavar="DTYPE",
         help="bfloat16, float16 or float32.",
-        callback=_checked(settings.dtype),
+        show_default="the checkpoint's",
         autocompletion=completion.dtypes,
     ),
 ]
 DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N.",
-        callback=_checked(settings.device),
-        autocompletion=completion.devices,
+    str,
+    setting(
+        "device", "--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", autocompletion=completion.devices
     ),
 ]
 BackendOption = Annotated[
-    str | None,
-    typer.Option(
+    str,
+    setting(
+        "backend",
         "--backend",
         metavar="BACKEND",
-        help="What runs a decode step: auto, triton-graph, triton, numba, cpu, reference.",
-        callback=_checked(settings.backend),
         autocompletion=completion.backends,
+        help="What runs a decode step: auto, triton-graph, triton, numba, cpu, reference.",
     ),
 ]
-MaxNewTokensOption = Annotated[
-    int | None,
-    typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to generate for each prompt."),
-]
 TemperatureOption = Annotated[
-    float | None,
-    typer.Option("--temperature", "-t", min=0.0, metavar="T", help="0 takes the most likely token."),
+    float,
+    setting("generate.temperature", "--temperature", "-t", metavar="T", help="0 takes the most likely token."),
 ]
 TopKOption = Annotated[
-    int | None,
-    typer.Option("--top-k", min=0, metavar="K", help="Sample among the K most likely tokens; 0 among all."),
+    int,
+    setting("generate.top_k", "--top-k", metavar="K", help="Draw among the K most likely tokens; 0 among all."),
 ]
 TopPOption = Annotated[
-    float | None,
-    typer.Option(
+    float,
+    setting(
+        "generate.top_p",
         "--top-p",
         metavar="P",
         help="And of these among the fewest whose probability reaches P; 1 among all.",
-        callback=_checked(settings.top_p),
     ),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="SEED", help="Seed of the sampling.")]
+SeedOption = Annotated[
+    int | None, setting("seed", "--seed", metavar="SEED", help="Seed of the draws.", show_default="a new one each time")
+]
+FixedSeedOption = Annotated[
+    int | None, setting("seed", "--seed", metavar="SEED", help="Seed of the draws.", show_default="0")
+]
 
 # ---------------------------------------------------------------- network and safety
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Use only what is on this machine already.")]
+OfflineOption = Annotated[
+    bool, setting("offline", "--offline/--online", help="Use only what is on this machine already.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", "-N", help="Say what would be done and how much, and stop.")]
 ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
