@@ -1,11 +1,8 @@
-"""Where a value comes from: command line > TEAL_* variable > ./teal.toml > user config > shipped defaults.
+"""Where a value comes from: command line > recipe > TEAL_* variable > ./teal.toml > user config > shipped defaults.
 
-    settings = load()
-    temperature = settings.pick("generate.temperature", temperature)   # the option's value, None if not given
-
-Every setting has one entry in `KEYS`, which also checks it, wherever it comes from; every resolved value
-carries its source. This file knows the names and kinds of settings, not what they do. It imports nothing
-heavy.
+Every setting has one entry in `KEYS`, which also checks it, wherever it comes from; every resolved value carries its
+source. `ui.lazy` hands what is found here to the options of a command, through the parser's default map; no command asks
+for a setting itself. This file knows the names and kinds of settings, not what they do. It imports nothing heavy.
 """
 
 from __future__ import annotations

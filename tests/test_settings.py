@@ -144,3 +144,52 @@ def test_configs_are_found_without_an_installation(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.resources.files", missing)
     assert {file.name for file in settings.configs().iterdir()} == installed
     assert "defaults.toml" in installed
+
+
+def test_help_shows_what_an_option_is_set_to_and_by_what(
+    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
+
+    def line(option: str) -> str:
+        return next(line for line in teal("generate", "--help").out.splitlines() if option in line)
+
+    assert line("--temperature").endswith("[TEAL_GENERATE_TEMPERATURE; default: 0.8]")
+    (tmp_path / "teal.toml").write_text("generate.temperature = 0.25\n")
+    assert line("--temperature").endswith("[TEAL_GENERATE_TEMPERATURE; default: 0.25]")
+    monkeypatch.setenv("TEAL_GENERATE_TEMPERATURE", "0.75")
+    assert line("--temperature").endswith("[TEAL_GENERATE_TEMPERATURE; default: 0.75]")
+    (tmp_path / "teal.toml").write_text("sparsty = 0.5")
+    assert "--temperature" in line("--temperature")  # help is there beside a broken file
+
+
+@pytest.mark.parametrize(
+    ("variable", "option", "wanted"),
+    [(None, (), 4), ("3", (), 3), ("3", ("--max-new-tokens", 2), 2)],
+    ids=["file", "variable", "command line"],
+)
+def test_a_command_takes_each_setting_from_the_first_source_that_has_it(
+    teal: Teal, ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None,
+    option: tuple[object, ...], wanted: int,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teal.toml").write_text("[generate]\nmax_new_tokens = 4\n")
+    if variable:
+        monkeypatch.setenv("TEAL_GENERATE_MAX_NEW_TOKENS", variable)
+    run = teal("generate", "-p", "The quick", "-s", 0, "--ignore-eos", "--json", *option)
+    assert len(run.json["token_ids"]) == wanted
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "dump", "calibrate", "bench decode", "doctor", "download", "quickstart"]
+)
+def test_every_option_of_a_setting_names_its_variable_and_where_its_default_comes_from(
+    teal: Teal, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    words = " ".join(teal(*command.split(), "--help").out.split())
+    variables = [settings.variable(key) for key in settings.KEYS if f"[{settings.variable(key)}" in words]
+    assert variables
+    for variable in variables:
+        assert f"[{variable}; default: " in words or variable == "TEAL_OFFLINE"

@@ -7,8 +7,8 @@ drawing boxes costs more than all the rest of the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -143,25 +143,41 @@ def _adopt(command: Any) -> None:
     """Give a command, and those under it, our help and `-h`, and list it with its whole first line."""
     command.rich_markup_mode = None
     command.context_class = TealContext
-    defaults = Defaults(_settings_of(command))
-    command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS, "default_map": defaults}
+    keys = _take_settings(command)
+    defaults = {"default_map": Defaults(keys)}
+    command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS, **defaults}
     command.short_help = command.short_help or (command.help or "").partition("\n")[0]
+    for parameter in command.params:
+        parameter.get_help_record = partial(_help_record, keys.get(parameter.name), parameter.get_help_record)
     for child in getattr(command, "commands", {}).values():
         _adopt(child)
 
 
-def _settings_of(command: Any) -> dict[str, str]:
+def _take_settings(command: Any) -> dict[str, str]:
     """Parameter -> setting of the options that name one, by its variable.
 
-    The variable moves from the option to its help: the parser would read it itself, without our check and its message.
+    The variable is taken from the option: the parser would read it itself, without our check and its message.
     """
     variables = {settings.variable(key): key for key in settings.KEYS}
     found = {}
     for option in command.params:
-        variable = getattr(option, "envvar", None)
-        if variable in variables:
-            found[option.name] = variables[variable]
-            option.envvar = None
-            option.help = f"{option.help}  [{variable}]"
-            option.required = False
+        if option.envvar in variables:
+            found[option.name] = variables[option.envvar]
+            option.envvar, option.required = None, False
     return found
+
+
+def _help_record(
+    key: str | None, record: Callable[[Any], tuple[str, str] | None], context: Any
+) -> tuple[str, str] | None:
+    """A parameter's line of help, with the variable of its setting before the default."""
+    found = record(context)
+    if found is None:
+        return None
+    names, text = found
+    text = text.replace(r"\[", "[")  # escaped by old versions of Typer, for a renderer that is not used here
+    if key is None:
+        return names, text
+    about, bracket, default = text.rpartition("  [")
+    variable = settings.variable(key)
+    return names, f"{about}  [{variable}; {default}" if bracket else f"{text}  [{variable}]"

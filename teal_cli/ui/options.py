@@ -181,9 +181,7 @@ FixedSeedOption = Annotated[
 ]
 
 # ---------------------------------------------------------------- network and safety
-OfflineOption = Annotated[
-    bool, setting("offline", "--offline/--online", help="Use only what is on this machine already.")
-]
+OfflineOption = Annotated[bool, setting("offline", "--offline", help="Use only what is on this machine already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", "-N", help="Say what would be done and how much, and stop.")]
 ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]

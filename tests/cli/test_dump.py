@@ -178,6 +178,27 @@ def test_a_recipe_gives_what_the_command_line_does_not(teal: Teal, tmp_path: Pat
     assert opened.header.prompts["count"] == 1
 
 
+def test_a_recipe_stands_above_files_and_variables(teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('levels = "0.5"\nmax_new_tokens = 5\ntemperature = 0\n')
+    monkeypatch.setenv("TEAL_DUMP_MAX_NEW_TOKENS", "7")
+    monkeypatch.setenv("TEAL_DUMP_NUM_SEQUENCES", "2")
+    options = ("-r", recipe, "-d", "python-docs", "--prompt-tokens", 8, "-o", tmp_path / "out.zarr", "--json")
+    assert teal("dump", *options).json["new_rows"] == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("levls = 1", "unknown key 'levls'"), ("top_p = 0", "top_p = 0, which is outside (0, 1]"), ("levels = 1", "text")],
+)
+def test_a_bad_recipe_is_named(teal: Teal, tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "mine.toml").write_text(content)
+    run = teal("dump", "-r", tmp_path / "mine.toml", "-o", tmp_path / "out.zarr")
+    assert run.code == 2
+    assert says in run.err
+    assert "mine.toml" in run.err
+
+
 SMALL_BLOCKS = """
 import sys
 from teal_cli.app import main
