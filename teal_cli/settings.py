@@ -1,8 +1,8 @@
 """Where a value comes from: command line > recipe > TEAL_* variable > ./teal.toml > user config > shipped defaults.
 
 Every setting has one entry in `KEYS`, which also checks it, wherever it comes from; every resolved value carries its
-source. `ui.lazy` hands what is found here to the options of a command, through the parser's default map; no command asks
-for a setting itself. This file knows the names and kinds of settings, not what they do. It imports nothing heavy.
+source. `ui.lazy` hands what is found here to the options of a command, through the parser's default map; no command
+asks for a setting itself. This file knows the names and kinds of settings, not what they do. It imports nothing heavy.
 """
 
 from __future__ import annotations
