@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from teal_cli import settings
 from teal_cli.errors import UsageError
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
@@ -25,6 +24,7 @@ _LEVELS = "0,0.25,0.5,0.65"
 
 
 def evaluate(
+    *,
     model: options.ModelOption = None,
     sparsity: Annotated[
         str | None,
@@ -41,7 +41,7 @@ def evaluate(
             autocompletion=completion.plans,
         ),
     ] = None,
-    dataset: options.DatasetOption = None,
+    dataset: Annotated[str, options.dataset("calibrate.dataset")],
     split: options.SplitOption = None,
     text_column: Annotated[
         str | None,
@@ -74,7 +74,7 @@ def evaluate(
     ] = None,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
-    device: options.DeviceOption = None,
+    device: options.DeviceOption,
     result: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Keep the result, window by window, in this JSON file."),
@@ -92,7 +92,6 @@ def evaluate(
     out = output(json, quiet)
     if resume and result is None:
         raise UsageError("there is nothing to resume without a file", hint="name it with --output FILE")
-    given = settings.load()
 
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.calibrate import Text
@@ -100,15 +99,15 @@ def evaluate(
     from teal_cli.store.schema import parse_levels
 
     request = EvalRequest(
-        Text(given.pick("calibrate.dataset", dataset), split, text_column, count, window),
+        Text(dataset, split, text_column, count, window),
         parse_levels(sparsity or _LEVELS) if sparsity or not plan else (),
         tuple(plan or ()),
-        model=given.pick("model", model),
-        calibration=given.pick("calibration", calibration),
+        model=model,
+        calibration=calibration,
         convention=convention,
         sparse_from=sparse_from,
-        dtype=given.pick("dtype", dtype),
-        device=given.pick("device", device),
+        dtype=dtype,
+        device=device,
         layer_by_layer=layer_by_layer,
         output=result,
         resume=resume,
