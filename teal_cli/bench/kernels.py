@@ -90,7 +90,7 @@ def _tune(request: KernelRequest) -> Iterator[Progress]:
         raise HardwareError(
             f"there is nothing to tune on {request.device}", hint="--tune searches configurations of GPU kernels"
         )
-    from teal_kernels.tuning import BAND_POINTS, tune
+    from teal_cli.bench.tuning import BAND_POINTS, tune
 
     shapes = list(dict.fromkeys((matrix.inputs, matrix.segments) for matrix in request.matrices))
     by_size = {dtype.itemsize: dtype for dtype in request.dtypes}  # dtypes of one size share their configurations

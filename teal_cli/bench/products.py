@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.bench.compiled_product import MOST_CALLS, CompiledProducts
 from teal_cli.bench.inputs import Operands
 from teal_cli.bench.timing import replayed, wall_clock
 from teal_kernels.backends import CPU, TRITON, backend_problem
 from teal_kernels.matrix import FloatMatrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.steps.cpu.compiled import unavailable
+from teal_kernels.steps.cpu.product import MOST_CALLS, CompiledProducts
 
 DENSE, SPARSE, PUBLISHED = "dense", "sparse", "published"
 
@@ -72,7 +72,9 @@ class _Compiled:
 
     def __init__(self, operands: Operands, role: str) -> None:
         self.name, self.role = "numba", role
-        self._products = CompiledProducts(operands.copies, operands.vectors)
+        self._products = CompiledProducts(
+            [FloatMatrix(copy) for copy in operands.copies], operands.vectors.x, operands.vectors.thresholds
+        )
         self.many = self._products.run
 
     def one(self, turn: int) -> Tensor:

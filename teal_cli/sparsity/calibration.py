@@ -19,6 +19,7 @@ import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, new_folder, write_json
+from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.teal_format import RULES, TealHistogram
 
@@ -76,11 +77,13 @@ class Calibration:
 
     Attributes:
         id: its name among the calibrations of the model.
+        criterion: whose scores were counted.
     """
 
     id: str
     provenance: Provenance
     histogram: Histogram
+    criterion: str = MAGNITUDE
 
     @property
     def layers(self) -> int:
@@ -102,7 +105,7 @@ class Calibration:
 
     def manifest(self) -> dict[str, Any]:
         """What calibration.json holds: one flat object."""
-        about = {"schema": SCHEMA, "id": self.id, "rule": self.rule, "layers": self.layers}
+        about = {"schema": SCHEMA, "id": self.id, "criterion": self.criterion, "rule": self.rule, "layers": self.layers}
         return {**about, **asdict(self.provenance)}
 
     def save(self, folder: Path) -> None:
@@ -135,7 +138,7 @@ class Calibration:
             raise TealError(f"the calibration {folder} is damaged ({error})", hint=hint) from error
         if histogram.layers != manifest.get("layers"):
             raise TealError(f"the calibration {folder} is damaged: its files disagree on the layers", hint=hint)
-        return cls(manifest["id"], provenance, histogram)
+        return cls(manifest["id"], provenance, histogram, manifest.get("criterion", MAGNITUDE))
 
 
 def _arrays(histogram: Histogram) -> dict[str, Any]:

@@ -60,10 +60,9 @@ def test_tuning_is_for_gpus(teal: Teal) -> None:
 def test_tuning_comes_first_and_says_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from teal_cli.bench import kernels
+    from teal_cli.bench import kernels, tuning
     from teal_cli.bench.rows import Progress
     from teal_cli.bench.shapes import parse_shapes
-    from teal_kernels import tuning
 
     asked: list[tuple[int, tuple[int, ...], torch.dtype]] = []
 

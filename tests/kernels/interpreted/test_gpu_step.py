@@ -108,7 +108,8 @@ def test_counts_what_each_projection_keeps():
     kept = step.kept()
     sites = ("attn_in",) * 3 + ("attn_out",) + ("mlp_in",) * 2 + ("mlp_mid",)
     wanted = [
-        [int((rows[site][i].abs() > float(plan(2)[i, p])).sum()) for p, site in enumerate(sites)] for i in range(2)
+        [int((rows[site][i].abs() > float(plan(2).table[i, p])).sum()) for p, site in enumerate(sites)]
+        for i in range(2)
     ]
     assert kept.tolist() == wanted
     step.step(1, 8)

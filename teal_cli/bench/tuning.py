@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from teal_cli.bench.inputs import WeightPool
+from teal_cli.bench.timing import replayed
 from teal_kernels.configs import (
     BANDS,
     GemvConfig,
@@ -25,12 +28,16 @@ from teal_kernels.configs import (
 from teal_kernels.ops.kept.op import KeptList, launch_compact
 from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
-from teal_kernels.timing import Launch, copies_beyond_cache, median, time_launches
 
 BAND_POINTS = dict(zip(BANDS, (0.25, 0.5, 0.7, 0.9), strict=True))
 """The sparsity that stands for each band."""
 
+_WARM_UP, _REPEATS = 3, 25
+_MOST_COPIES = 64
+
+Launch = Callable[[], None]
 Measure = Callable[[list[Launch]], float]
+"""Seconds of one of the launches it is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +83,12 @@ def tune(
 
     Args:
         dtype: of weights; another dtype of the same size takes the same configurations.
-        measure: seconds of one of the launches it is given; by default timed in a CUDA graph.
+        measure: by default the median of some replays of a CUDA graph that holds all launches.
 
     Raises:
         RuntimeError: a candidate computes something else than the reference.
     """
-    measure = measure or (lambda launches: median(time_launches(launches)))
+    measure = measure or _median_of_replays
     file = table_file(device)
     for inputs, segments in shapes:
         bench = _Bench(inputs, segments, dtype, device)
@@ -94,18 +101,21 @@ def tune(
             yield Tuned(inputs, sum(segments), str(dtype).removeprefix("torch."), sparsity, best, times[best], default)
 
 
+def _median_of_replays(launches: list[Launch]) -> float:
+    replay = replayed(lambda: [launch() for launch in launches])
+    seconds = [replay() for _ in range(_WARM_UP + _REPEATS)]
+    return statistics.median(seconds[_WARM_UP:]) / len(launches)
+
+
 class _Bench:
     """Random inputs of one shape, and as many weights as it takes to miss the cache."""
 
     def __init__(self, inputs: int, segments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._segments = segments
         size = inputs * sum(segments) * dtype.itemsize
-        copies = copies_beyond_cache(size, device) if device.type == "cuda" else 2
+        pool = WeightPool(device, dtype, largest=size, size=None if device.type == "cuda" else 2 * size)
+        self._weights = pool.copies(inputs, sum(segments))[:_MOST_COPIES]
         generator = torch.Generator(device).manual_seed(0)
-        shape = (inputs, sum(segments))
-        self._weights = [
-            torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(min(copies, 64))
-        ]
         self._x = torch.randn(inputs, generator=generator, dtype=dtype, device=device)
         self._out = torch.empty(sum(segments), dtype=dtype, device=device)
 

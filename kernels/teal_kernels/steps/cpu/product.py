@@ -1,4 +1,4 @@
-"""One product of the compiled decode step, by itself.
+"""One product of the compiled decode step, by itself: prepared once, called many times.
 
 The step has no product that Python could call, so a batch of them is compiled here out of the step's own function. Each
 thread computes its own columns, as in the step; the barrier between products, about a microsecond, is not in the time.
@@ -6,7 +6,7 @@ thread computes its own columns, as in the step; the barrier between products, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teal_cli.bench.inputs import Vectors
+from teal_kernels.matrix import Matrix, floats
 from teal_kernels.spec import Geometry
 from teal_kernels.steps.cpu.compiled import KINDS, load
 from teal_kernels.steps.cpu.layout import DOWN, NONE, TENSORS, Shape, Weights
@@ -30,16 +30,24 @@ MOST_CALLS = 256
 
 
 class CompiledProducts:
-    """Products of vectors with copies of a matrix, on as many threads as a decode step has.
+    """Products of vectors with matrices, on as many threads as a decode step has.
 
     Args:
-        copies: weights [K, N]; vectors: what they are multiplied by; both are used in turn.
+        matrices: [K, N] floats of one shape, on the CPU.
+        x: [count, K], what they are multiplied by; both are used in turn, product number i being of x[i % count] and
+            matrices[i % len(matrices)].
+        thresholds: float32 [count], of each vector; a negative one keeps everything.
+
+    Raises:
+        CpuStepUnavailableError: see `compiled.unavailable`.
+        ValueError: a matrix of another kind than floats.
 
     Attributes:
         out: float32 [shares, N], the last product, as the step leaves it for what follows.
     """
 
-    def __init__(self, copies: list[Tensor], vectors: Vectors) -> None:
+    def __init__(self, matrices: Sequence[Matrix], x: Tensor, thresholds: Tensor) -> None:
+        copies = [floats(matrix, "the compiled product") for matrix in matrices]
         inputs, outputs = copies[0].shape
         dtype = copies[0].dtype
         step = load(dtype)
@@ -59,8 +67,8 @@ class CompiledProducts:
         self._others = ThreadPoolExecutor(max(1, threads - 1))
         self._copies = copies  # kept alive: the compiled code has addresses only
         self._addresses = np.array([copy.data_ptr() for copy in copies], np.int64)
-        self._x = vectors.x.float().numpy()
-        self._limits = np.array(vectors.limits, np.float32)
+        self._x = x.float().numpy()
+        self._limits = thresholds.numpy()
         self.out = torch.from_numpy(self._shared.down)
 
     def run(self, first: int, calls: int) -> None:

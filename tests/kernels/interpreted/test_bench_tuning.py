@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from teal_cli.bench.tuning import candidates, tune
 from teal_kernels import configs
 from teal_kernels.configs import GemvConfig, config_key, gemv_config, sparsity_band, table_file, tuned_configs
-from teal_kernels.tuning import candidates, tune
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def table(tmp_path, monkeypatch):
 def test_the_fastest_correct_candidate_is_kept_and_found_again(table, monkeypatch):
     wanted = GemvConfig(32, 16, 2)
     monkeypatch.setattr(
-        "teal_kernels.tuning.candidates", lambda *_: [GemvConfig(64, 8, 1), wanted, GemvConfig(16, 8, 4)]
+        "teal_cli.bench.tuning.candidates", lambda *_: [GemvConfig(64, 8, 1), wanted, GemvConfig(16, 8, 4)]
     )
     clock = iter([3.0, 1.0, 2.0])
     (result,) = tune([(96, (40, 24))], torch.float32, CPU, bands=[0.6], measure=lambda launches: next(clock))
@@ -38,7 +38,7 @@ def test_the_fastest_correct_candidate_is_kept_and_found_again(table, monkeypatc
 
 
 def test_a_wrong_candidate_stops_the_search(table, monkeypatch):
-    monkeypatch.setattr("teal_kernels.tuning.launch_reduce", lambda partial, out: out.zero_())
+    monkeypatch.setattr("teal_cli.bench.tuning.launch_reduce", lambda partial, out: out.zero_())
     with pytest.raises(RuntimeError, match="relative error of 1"):
         list(tune([(32, (16,))], torch.float32, CPU, bands=[0.6], measure=lambda launches: 1.0))
     assert not table.exists()
