@@ -95,10 +95,43 @@ TINY: dict[str, Tiny] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma2": Tiny(
+        "gemma2",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 13,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": Tiny(
+        "granite",
+        {
+            "attention_multiplier": 0.4,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.37,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": Tiny(
+        "smollm3",
+        {
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+    "olmo2": Tiny("olmo2", {"tie_word_embeddings": False, "pad_token_id": None}),
 }
 """Name of a tiny model -> what it is: every family, every rotary type, every kind of bias and window."""
 
-TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "gemma3")
+TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2")
 """One model per family, for tests that need not meet every variant."""
 
 _SENTENCES = (

@@ -97,6 +97,10 @@ _NORMS_ON_BOTH_SIDES: Final[dict[str, Name]] = {
     "mlp_post_norm": ("post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
 }
 
+_NORMS_AFTER: Final[dict[str, Name]] = {
+    part: name for part, name in (_LLAMA | _NORMS_ON_BOTH_SIDES).items() if part not in ("attn_norm", "mlp_norm")
+}
+
 
 def _gemma_refused(hf: Hf) -> str | None:
     return "attention in both directions (use_bidirectional_attention)" if hf.use_bidirectional_attention else None
@@ -204,10 +208,54 @@ FAMILIES: Final[Mapping[str, Family]] = {
         norm_rounds_once=True,
         activation=lambda hf: str(hf.hidden_activation),
         attention_scale=lambda hf: float(hf.query_pre_attn_scalar**-0.5),
+        embedding_scale=lambda hf: float(hf.hidden_size**0.5),
+        logit_cap=lambda hf: hf.final_logit_softcapping,
+        refused=_gemma_refused,
+    ),
+    "gemma2": Family(
+        title="Gemma 2",
+        architecture="Gemma2ForCausalLM",
+        layer=_LLAMA | _NORMS_ON_BOTH_SIDES | _BIASES,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        windows=_windows_by_layer_type,
+        norm_offset=1.0,
+        norm_rounds_once=True,
+        activation=lambda hf: str(hf.hidden_activation),
+        attention_scale=lambda hf: float(hf.query_pre_attn_scalar**-0.5),
         score_cap=lambda hf: hf.attn_logit_softcapping,
         embedding_scale=lambda hf: float(hf.hidden_size**0.5),
         logit_cap=lambda hf: hf.final_logit_softcapping,
         refused=_gemma_refused,
+    ),
+    "granite": Family(
+        title="Granite 3",
+        architecture="GraniteForCausalLM",
+        layer=_LLAMA | _BIASES,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        attention_scale=lambda hf: float(hf.attention_multiplier),
+        embedding_scale=lambda hf: float(hf.embedding_multiplier),
+        residual_scale=lambda hf: float(hf.residual_multiplier),
+        logit_scale=lambda hf: float(1.0 / hf.logits_scaling),
+    ),
+    "smollm3": Family(
+        title="SmolLM3",
+        architecture="SmolLM3ForCausalLM",
+        layer=_LLAMA | _BIASES,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        windows=lambda hf: _windows_by_layer_type(hf) if hf.use_sliding_window else _no_windows(hf),
+        rotates=lambda hf: tuple(map(bool, hf.no_rope_layers)),
+    ),
+    "olmo2": Family(
+        title="OLMo 2",
+        architecture="Olmo2ForCausalLM",
+        layer=_NORMS_AFTER | _BIASES | _HEAD_NORMS,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        norm_rounds_once=True,
+        wide_head_norms=True,
     ),
 }
 """`model_type` of config.json -> its row."""

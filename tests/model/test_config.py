@@ -106,6 +106,10 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
         "qwen2": (True, False, False),
         "qwen3": (False, False, True),
         "gemma3_text": (False, False, True),
+        "gemma2": (False, False, False),
+        "granite": (False, False, False),
+        "smollm3": (False, False, False),
+        "olmo2": (False, False, True),
     }
     biased = read(tmp_path, attention_bias=True)
     assert (biased.qkv_bias, biased.o_bias) == (True, True)
