@@ -115,6 +115,11 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
     assert (biased.qkv_bias, biased.o_bias) == (True, True)
 
 
+def test_the_readme_lists_every_family() -> None:
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"({', '.join(family.title for family in FAMILIES.values())})" in readme
+
+
 def test_generation_config_names_the_end_tokens(tmp_path: Path) -> None:
     assert read(tmp_path, eos_token_id=3).eos_ids == (3,)
     assert read(tmp_path, eos_token_id=[3, 4]).eos_ids == (3, 4)
