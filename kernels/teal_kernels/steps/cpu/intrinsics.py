@@ -26,7 +26,8 @@ _ELEMENT = {types.uint16: _I16, types.int16: _HALF, types.float32: _F32}
 ITEM_BYTES = {types.uint16: 2, types.int16: 2, types.float32: 4}
 
 
-def _scope(builder: Any) -> Any:
+def row_scope(builder: Any) -> Any:
+    """The alias scope of all rows."""
     module = builder.module
     domain = module.add_metadata(["teal"])
     return module.add_metadata([module.add_metadata(["rows", domain])])
@@ -57,7 +58,7 @@ def fetch(typingctx: Any, kind: Any, base: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         loaded = builder.load(_element(builder, kind, args[1], args[2]))
         loaded.align = ITEM_BYTES[kind.dtype]
-        loaded.set_metadata("alias.scope", _scope(builder))
+        loaded.set_metadata("alias.scope", row_scope(builder))
         return _widened(builder, kind, loaded)
 
     return types.float32(kind, types.int64, types.int64), codegen
@@ -87,7 +88,7 @@ def get(typingctx: Any, array: Any, index: Any) -> Any:
         data = context.make_array(array)(context, builder, args[0]).data
         loaded = builder.load(builder.gep(data, [args[1]]))
         loaded.align = 4
-        loaded.set_metadata("noalias", _scope(builder))
+        loaded.set_metadata("noalias", row_scope(builder))
         return loaded
 
     return types.float32(array, types.int64), codegen
@@ -101,7 +102,7 @@ def put(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         data = context.make_array(array)(context, builder, args[0]).data
         written = builder.store(args[2], builder.gep(data, [args[1]]))
         written.align = 4
-        written.set_metadata("noalias", _scope(builder))
+        written.set_metadata("noalias", row_scope(builder))
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.float32), codegen
