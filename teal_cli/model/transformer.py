@@ -179,6 +179,7 @@ def block(
     if weights.q_norm is not None and weights.k_norm is not None:
         for part, weight in ((qkv[:, :heads], weights.q_norm), (qkv[:, heads : heads + kv_heads], weights.k_norm)):
             vectors = part.flatten(1) if traits.wide_head_norms else part
+            vectors = vectors.clone() if part.requires_grad else vectors  # a gradient needs what copy_ overwrites
             part.copy_(norm(vectors, weight).view(part.shape))
     rotate_(qkv[:, : heads + kv_heads], rope)
     mixed = attend(index, qkv[:, :heads], qkv[:, heads:].view(count, 2, kv_heads, head_dim))

@@ -74,6 +74,10 @@ class LayerWeights:
     attn_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
 
+    def matrix(self, site: str) -> Matrix:
+        """What the vector of a site is multiplied by."""
+        return {"attn_in": self.qkv, "attn_out": self.attn_out, "mlp_in": self.gate_up, "mlp_mid": self.down}[site]
+
 
 class Checkpoint:
     """A folder with config.json and safetensors, one file or many with an index.

@@ -6,6 +6,7 @@ model holds all layers and one sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +60,10 @@ class Head:
     @torch.inference_mode()
     def __call__(self, states: Tensor) -> Tensor:
         """Hidden states [S, hidden] after the last layer -> logits float32 [S, vocab]."""
+        return self.logits(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The same, for whoever wants gradients."""
         return logits_of(self._config, states, self._norm, self._weight)
 
 
@@ -117,3 +122,29 @@ class StreamedLayers:
         checkpoint = self._checkpoint
         read = checkpoint.embedding if checkpoint.tied() else checkpoint.lm_head
         return Head(self.config, checkpoint.final_norm(self.dtype, self.device), read(self.dtype, self.device))
+
+
+def choose_layers(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    by_layer: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Layers:
+    """A model in memory as a whole where that takes less than half of what is free, else one layer at a time.
+
+    Args:
+        by_layer: True or False to decide it.
+        progress: called with (layers loaded, layers) where the whole model is loaded.
+
+    Raises:
+        TealError: as `Transformer.from_checkpoint`.
+    """
+    if by_layer is None:
+        config, free = checkpoint.config, available_bytes(device)
+        heads = config.vocab * config.hidden * (1 if checkpoint.tied() else 2)
+        size = (config.layers * sum(config.projection_sizes().values()) + heads) * dtype.itemsize
+        by_layer = free is not None and size > free / 2
+    if by_layer:
+        return StreamedLayers(checkpoint, dtype, device)
+    return ResidentLayers(Transformer.from_checkpoint(checkpoint.path, dtype, device, progress))

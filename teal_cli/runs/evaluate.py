@@ -25,10 +25,10 @@ from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.data.windows import cut
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, write_json
-from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.forward import Sparse, States, forward
-from teal_cli.passes.layers import Layers, ResidentLayers, StreamedLayers, available_bytes
+from teal_cli.passes.judge import realised_bytes
+from teal_cli.passes.layers import Layers, choose_layers
 from teal_cli.passes.score import Score, score
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.calibrate import Text
@@ -237,13 +237,8 @@ class Evaluate:
         Args:
             progress: called with (layers loaded, layers) where the whole model is loaded.
         """
-        dtype, by_layer = getattr(torch, self.dtype), self.request.layer_by_layer
-        if by_layer is None:
-            free = available_bytes(self.device)
-            by_layer = free is not None and self.entry.parameters * dtype.itemsize > free / 2
-        if by_layer:
-            return StreamedLayers(self._checkpoint, dtype, self.device)
-        return ResidentLayers(Transformer.from_checkpoint(self.entry.path, dtype, self.device, progress))
+        dtype = getattr(torch, self.dtype)
+        return choose_layers(self._checkpoint, dtype, self.device, self.request.layer_by_layer, progress)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -355,7 +350,7 @@ class Evaluate:
         result = LevelResult(
             plan=level.name,
             sparsity=level.plan.target,
-            realised=self._realised(sums),
+            realised=realised_bytes(self.config, sums.kept, sums.rows) if sums.rows else 0.0,
             perplexity=math.exp(nll / windows.tokens),
             stderr=standard_error(scores, windows.units),
             nll=nll / windows.tokens,
@@ -370,13 +365,6 @@ class Evaluate:
             byte_perplexity=math.exp(nll / windows.bytes),
             bits_per_byte=nll / windows.bytes / math.log(2),
         )
-
-    def _realised(self, sums: LevelSums) -> float:
-        if not sums.rows:
-            return 0.0
-        sizes = np.array(list(self.config.projection_sizes().values()), np.float64)
-        kept = sums.kept / (sums.rows * np.array(self.config.inputs()))
-        return float(1.0 - (kept * sizes).sum() / (len(kept) * sizes.sum()))
 
 
 def standard_error(scores: Sequence[Score], units: Sequence[int]) -> float | None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from teal_cli.checks import did_you_mean
-from teal_cli.errors import NotFoundError, UsageError
+from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.model.config import load_config
 from teal_cli.model.weights import config_sha256
-from teal_cli.registry.registry import ModelEntry
-from teal_cli.sparsity.calibration import Calibration
-from teal_cli.sparsity.named import MANIFEST, NamedPlan
+from teal_cli.registry.registry import ModelEntry, Registry
+from teal_cli.sparsity.calibration import Calibration, check_fits
+from teal_cli.sparsity.named import MANIFEST, NamedPlan, check_name, remove
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
+from teal_cli.sparsity.teal_lookup import read_lookup
+from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,3 +112,85 @@ def levels_of(
         assert calibration is not None or not target
         levels.append(Level(None, uniform_plan(calibration, target) if calibration and target else dense_plan(layers)))
     return tuple(levels)
+
+
+def readable_plans(entry: ModelEntry) -> tuple[list[NamedPlan], list[str]]:
+    """Every plan of a model that can be read, and what is wrong with those that cannot."""
+    found, damaged = [], []
+    for name in plan_names(entry):
+        try:
+            found.append(NamedPlan.load(plan_folder(entry, name)))
+        except TealError as error:
+            damaged.append(error.message)
+    return found, damaged
+
+
+def remove_plan(registry: Registry, entry: ModelEntry, name: str) -> None:
+    """Delete a plan, damaged ones too.
+
+    Raises:
+        NotFoundError: there is none of that name.
+    """
+    if name not in plan_names(entry):
+        there = f"it has {', '.join(plan_names(entry)) or 'none'}"
+        raise NotFoundError(
+            f"{entry.name} has no plan called {name!r}", hint=did_you_mean(name, plan_names(entry)) + there
+        )
+    with registry.lock(entry.name):
+        remove(plan_folder(entry, name))
+
+
+def import_plan(
+    registry: Registry,
+    model: str | None,
+    folder: Path,
+    target: float,
+    *,
+    calibration: str | None = None,
+    name: str | None = None,
+    force: bool = False,
+) -> tuple[NamedPlan, list[str]]:
+    """Make a plan of TEAL's `lookup/` folder, with the thresholds of a calibration.
+
+    Returns:
+        The plan, which lies in the registry, and remarks: where TEAL's weight shares are wrong for the model.
+
+    Raises:
+        UsageError: a plan of that name is there; a calibration of another model.
+        NotFoundError, TealError: as `read_lookup` and `Registry.find_calibration`.
+    """
+    entry = registry.get(model)
+    config = load_config(entry.path)
+    found = Calibration.load(registry.find_calibration(entry.name, calibration))
+    check_fits(found, config, entry.path, found.provenance.dtype or config.torch_dtype)
+    sizes = np.array(list(config.projection_sizes().values()), np.float64)
+    lookup = read_lookup(folder, config.layers, sizes, target)
+    thresholds = np.zeros(lookup.levels.shape, np.float32)
+    for layer, column in np.argwhere(lookup.levels > 0):
+        site, level = PROJECTION_SITE[PROJECTIONS[column]], float(min(lookup.levels[layer, column], 0.99))
+        thresholds[layer, column] = found.threshold(int(layer), site, level)
+    plan = Plan(target, "greedy", lookup.levels, thresholds, found.id)
+    name = name or f"teal-{target:g}"
+    check_new(entry, name, force=force)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    named = NamedPlan(name, plan, entry.name, config_sha256(entry.path), created, {"imported": str(folder.resolve())})
+    with registry.lock(entry.name):
+        named.save(plan_folder(entry, name))
+    notes = [
+        f"TEAL's table gives {projection} {told:.1%} of a block, and in this model it has {true:.1%}"
+        for projection, (told, true) in lookup.wrong.items()
+    ]
+    return named, notes
+
+
+def check_new(entry: ModelEntry, name: str, *, force: bool) -> None:
+    """Refuse a name that cannot be one, or that a plan has, unless `force` is to replace it.
+
+    Raises:
+        UsageError: it is refused.
+    """
+    check_name(name)
+    if (plan_folder(entry, name) / MANIFEST).exists() and not force:
+        raise UsageError(
+            f"{entry.name} has a plan called {name}", hint="choose another --name, or replace it with --force"
+        )

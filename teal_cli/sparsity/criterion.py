@@ -7,9 +7,9 @@ told in `teal_kernels.thresholds`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ from teal_kernels.thresholds import Thresholds
 
 MAGNITUDE: Final = "magnitude"
 """The criterion of TEAL, |x_i|: neither constants nor factors."""
+
+
+Threshold: TypeAlias = Callable[[int, str, float], float]
+"""(layer, projection, sparsity) -> the threshold of scores that drops this part of the projection's entries."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

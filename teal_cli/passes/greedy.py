@@ -1,0 +1,132 @@
+"""Greedy allocation within each block by its output error (TEAL, Algorithm 1).
+
+The level of one projection after another is raised, each time that of the one which adds least error per byte dropped,
+with the bytes of the model's own matrices, until the block drops what it should. TEAL tries all seven at every step;
+here a candidate is tried anew only when it heads the list by its last known price, which asks for a fifth of the
+products and differs only where prices fall as other projections are raised.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teal_cli.model.rope import Rotation
+from teal_cli.passes.forward import Advance, Layer, Sparse, States
+from teal_cli.passes.layers import Layers
+from teal_cli.sparsity.criterion import Threshold
+from teal_cli.sparsity.plan import Plan
+from teal_kernels.spec import PROJECTIONS
+
+STEP: Final = 0.05
+HIGHEST: Final = 0.95
+
+
+def greedy(
+    layers: Layers,
+    tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64],
+    plan: Plan,
+    threshold: Threshold,
+    target: float,
+    start: int,
+) -> Iterator[Advance | NDArray[np.float64]]:
+    """Choose the levels of every block, one layer in memory at a time.
+
+    Args:
+        tokens: token ids of each sequence; the blocks read what the dense model gives them.
+        plan: any plan of the model; its criterion is used, its thresholds are not.
+        threshold: of a projection at a level.
+        target: part of each block's bytes to drop.
+        start: rows from this position on are sparse.
+
+    Yields:
+        Advance after each layer, and the levels float64 [layers, 7] last.
+
+    Raises:
+        UsageError, TealError: as `passes.forward.forward`.
+    """
+    config = layers.config
+    weights = np.array(list(config.projection_sizes().values()), np.float64)
+    found = np.zeros((config.layers, len(PROJECTIONS)))
+    count = max(map(len, tokens))
+    rope = layers.rope.at(0, count)
+    hidden = layers.embed([torch.tensor(row, device=layers.device) for row in tokens])
+    begun = time.perf_counter()
+    for index in range(config.layers):
+        block = _Block(layers, index, rope, hidden, plan, threshold, start)
+        found[index] = block.levels(weights, target)
+        hidden = block.dense
+        yield Advance(index + 1, config.layers, config.layers, time.perf_counter() - begun)
+        del block
+    yield found
+
+
+class _Block:
+    """One layer on the hidden states that the dense model gives it.
+
+    Attributes:
+        dense: what comes out of it densely.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        index: int,
+        rope: Sequence[Rotation],
+        hidden: Sequence[Tensor],
+        plan: Plan,
+        threshold: Threshold,
+        start: int,
+    ) -> None:
+        self._config, self._index, self._rope = layers.config, index, rope
+        self._hidden, self._plan, self._threshold, self._start = hidden, plan, threshold, start
+        self._weights = layers.layer(index)
+        self.dense = [self._run(x, None).dense for x in hidden]
+
+    def _run(self, hidden: Tensor, plan: Plan | None) -> States:
+        variants = [] if plan is None else [Sparse(plan, self._start)]
+        cut = len(hidden) if plan is None else min(self._start, len(hidden))
+        states = States(hidden[:cut], [hidden[cut:] for _ in variants], len(hidden))
+        layer = Layer(self._config, self._index, self._weights, self._rope[self._index], variants, None)
+        layer.advance(states, 0)
+        return states
+
+    def error(self, levels: NDArray[np.float64]) -> float:
+        """Squared error of the block's output over the sparse rows, with these levels [7]."""
+        thresholds = np.full(self._plan.thresholds.shape, -1.0, np.float32)
+        for column, projection in enumerate(PROJECTIONS):
+            if levels[column] > 0:
+                thresholds[self._index, column] = self._threshold(self._index, projection, float(levels[column]))
+        plan = replace(self._plan, thresholds=thresholds)
+        total = 0.0
+        for hidden, dense in zip(self._hidden, self.dense, strict=True):
+            out = self._run(hidden, plan).sparse[0]
+            total += float((out.float() - dense[len(dense) - len(out) :].float()).square().sum(dtype=torch.float64))
+        return total
+
+    def levels(self, weights: NDArray[np.float64], target: float) -> NDArray[np.float64]:
+        """Levels [7] that drop `target` of the block's bytes."""
+        levels, error, room = np.zeros(len(PROJECTIONS)), 0.0, target * weights.sum()
+        prices = [(0.0, column) for column in range(len(PROJECTIONS))]  # price of raising it, as last known
+        while room > 0 and prices:
+            _, column = heapq.heappop(prices)
+            raised = levels.copy()
+            raised[column] = min(levels[column] + STEP, levels[column] + room / weights[column])
+            added = self.error(raised) - error
+            price = added / ((raised[column] - levels[column]) * weights[column])
+            if prices and price > prices[0][0]:
+                heapq.heappush(prices, (price, column))
+                continue
+            room -= (raised[column] - levels[column]) * weights[column]
+            levels, error = raised, error + added
+            if levels[column] + STEP <= HIGHEST:
+                heapq.heappush(prices, (price, column))
+        return levels

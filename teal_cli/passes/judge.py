@@ -1,0 +1,111 @@
+"""Plans judged on rows that they were not made from: how much they really drop, and how far they are from dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teal_cli.model.config import ModelConfig
+from teal_cli.passes.forward import Advance, Sparse, States, forward
+from teal_cli.passes.layers import Layers
+from teal_cli.passes.score import score
+from teal_cli.sparsity.plan import Plan
+
+_ROUNDS: Final = 4
+_CLOSE: Final = 0.001
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """One plan on held-out rows.
+
+    Attributes:
+        target: the nominal target that it was made with.
+        realised: share of bytes that it drops of them.
+        kl: KL(dense || sparse), mean over the sparse rows, in nats.
+    """
+
+    plan: Plan
+    target: float
+    realised: float
+    kl: float
+
+
+def realised_bytes(config: ModelConfig, kept: NDArray[np.int64], rows: int) -> float:
+    """Share of the matrices' bytes that was not read, from entries kept over so many rows, int64 [layers, 7]."""
+    sizes = np.array(list(config.projection_sizes().values()), np.float64)
+    shares = kept / (max(rows, 1) * np.array(config.inputs(), np.float64))
+    return float(1.0 - (shares * sizes).sum() / (len(kept) * sizes.sum()))
+
+
+def judge(
+    layers: Layers, tokens: Sequence[NDArray[np.int64]], plans: Sequence[tuple[float, Plan]], start: int
+) -> Iterator[Advance | list[Judged]]:
+    """Run plans side by side, each row from `start` on sparse; the judgements, in order, come last.
+
+    Args:
+        plans: nominal target and plan.
+
+    Raises:
+        UsageError, TealError: as `forward`.
+    """
+    config = layers.config
+    variants = [Sparse(plan, start, np.zeros(plan.thresholds.shape, np.int64)) for _, plan in plans]
+    divergence = np.zeros(len(plans))
+    rows = 0
+    head = layers.open_head()
+
+    def sink(sequence: int, states: States) -> None:
+        nonlocal rows
+        starts = [variant.position(states.length) for variant in variants]
+        targets = np.append(tokens[sequence][1:], 0)  # only divergences are used, so the last target may be any token
+        found = score(head, config.vocab, states, targets, starts)[1:]
+        divergence[:] += [item.kl for item in found]
+        rows += states.length - min(start, states.length)
+
+    yield from forward(layers, tokens, variants, sink=sink)
+    yield [
+        Judged(plan, target, realised_bytes(config, variant.kept, rows), float(kl) / max(rows, 1))
+        for (target, plan), variant, kl in zip(plans, variants, divergence, strict=True)
+        if variant.kept is not None
+    ]
+
+
+def settle(
+    layers: Layers,
+    tokens: Sequence[NDArray[np.int64]],
+    makers: Sequence[Callable[[float], Plan]],
+    wanted: float,
+    start: int,
+) -> Iterator[Advance | list[Judged]]:
+    """Find for each maker the nominal target at which its plan really drops `wanted` of the bytes.
+
+    What everything before a layer drops changes what that layer sees, so a plan rarely drops what its thresholds
+    dropped of dense activations.
+
+    Args:
+        makers: nominal target -> plan.
+
+    Yields:
+        Advance, and the judged plans last, in order, each within 0.1 points of `wanted` or as near as four rounds came.
+    """
+    targets = [wanted] * len(makers)
+    best: list[Judged | None] = [None] * len(makers)
+    for _ in range(_ROUNDS):
+        plans = [(target, maker(target)) for target, maker in zip(targets, makers, strict=True)]
+        for event in judge(layers, tokens, plans, start):
+            if isinstance(event, Advance):
+                yield event
+                continue
+            for index, found in enumerate(event):
+                held = best[index]
+                if held is None or abs(found.realised - wanted) < abs(held.realised - wanted):
+                    best[index] = found
+                targets[index] = float(np.clip(targets[index] + wanted - found.realised, 0.01, 0.97))
+        if all(found is not None and abs(found.realised - wanted) < _CLOSE for found in best):
+            break
+    yield [found for found in best if found is not None]
