@@ -15,8 +15,8 @@ from torch import Tensor
 from teal_cli.bench.machine import cache_bytes
 from teal_cli.bench.shapes import Matrix
 from teal_cli.errors import UsageError
-from teal_cli.store.header import site_threshold
 from teal_cli.store.reader import ActivationStore, open_store
+from teal_kernels.spec import columns
 
 VECTORS = 8
 """Different input vectors per sparsity."""
@@ -144,7 +144,7 @@ class Replay:
     def vectors(self, site: str, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
         """Random rows of random layers at a level, with the thresholds that they were cut at."""
         level = self.levels[sparsity]
-        limits = site_threshold(level.thresholds, site)
+        limits = level.thresholds[:, columns(site)].min(axis=1)
         choice = np.random.default_rng(seed)
         rows, thresholds = [], []
         for layer in choice.integers(self.store.header.layers, size=VECTORS).tolist():

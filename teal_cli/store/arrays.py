@@ -5,7 +5,7 @@ Knows the schema and how blocks are checked; nothing of levels and tokens, no fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,12 +15,15 @@ import numpy as np
 
 from teal_cli.errors import TealError
 from teal_cli.store import layout
+from teal_cli.store.header import StoreHeader
+from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
 from teal_cli.store.packing import exceeds, magnitude_bits, to_float, unpack, unpack_mask
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
 
 _CACHED_BLOCKS: Final = 4  # row after row of one layer, or one row of a few layers, decodes each block once
 
 Form = Literal["number", "raw", "mask"]
+Guard = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Block:
     kept: np.ndarray
     row_nnz: np.ndarray
 
-    def above(self, threshold: float) -> Block:
-        """The block thresholded again: what a projection with a higher threshold consumed."""
-        stays = exceeds(self.values, threshold)
+    def above(self, limit: np.ndarray) -> Block:
+        """The block thresholded again: what a projection with higher thresholds, float32 [] or [K], consumed."""
+        stays = exceeds(self.values, per_value(limit, self.kept))
         if stays.all():
             return self
         kept = self.kept.copy()
@@ -58,6 +61,11 @@ class Block:
         first = int(self.row_nnz[:a].sum())
         last = first + int(self.row_nnz[a:b].sum())
         return Block(start, self.values[first:last], self.kept[a:b], self.row_nnz[a:b])
+
+
+def per_value(limit: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Thresholds [] or [K] -> what each kept value, in (token, channel) order, is compared with."""
+    return limit if limit.ndim == 0 else np.asarray(np.broadcast_to(limit, kept.shape)[kept])
 
 
 @dataclass(frozen=True)
@@ -78,26 +86,40 @@ class CsrRows:
 
 
 class SiteReader:
-    """The arrays of a site of a level, read block by block with every check that needs no other block."""
+    """The arrays of a site of a level, read block by block with every check that needs no other block.
 
-    def __init__(self, path: Path, site: str, *, channels: int, block: int, tokens: int, where: str) -> None:
-        self.channels, self.block, self.tokens, self.where = channels, block, tokens, where
-        self._path, self._site = path, site
+    Args:
+        path: the level's folder.
+        tokens: rows that are committed.
+        most: rows that the arrays may have.
+        guard: raises where the store is no longer the one that was opened; asked after every read.
+    """
+
+    def __init__(self, path: Path, site: str, header: StoreHeader, tokens: int, *, most: int, guard: Guard) -> None:
+        self.channels, self.block, self.tokens = header.channels[site], header.block_tokens, tokens
+        self.where = f"{path.parent}: {path.name}/{site}"
+        self._path, self._site, self._header, self._most, self._guard = path, site, header, most, guard
         self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
 
     @cached_property
-    def _arrays(self) -> tuple[layout.Array, layout.Array, layout.Array]:
-        site = self._site
-        return (
-            layout.open_array(self._path, f"{site}/values"),
-            layout.open_array(self._path, f"{site}/mask"),
-            layout.open_array(self._path, f"{site}/row_nnz"),
+    def arrays(self) -> tuple[layout.Array, layout.Array, layout.Array]:
+        """values, mask and row_nnz.
+
+        Raises:
+            TealError: one of them is not what the schema makes.
+        """
+        specs = layout.site_arrays(self._header, self._site, self._most)
+        values, mask, row_nnz = (
+            open_array(self._path, name, spec, least=blocks_of(self.tokens, self.block) if blocked else self.tokens)
+            for blocked, (name, spec) in zip((True, False, False), specs.items(), strict=True)
         )
+        self._guard()
+        return values, mask, row_nnz
 
     @property
     def dtype(self) -> np.dtype:
         """Data type of the values as stored."""
-        return self._arrays[0].dtype
+        return self.arrays[0].dtype
 
     @property
     def blocks(self) -> int:
@@ -128,28 +150,28 @@ class SiteReader:
 
     def _load(self, layer: int | slice, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         start, stop = self.span(block)
+        values, mask, row_nnz = self.arrays
         try:
-            values, mask, row_nnz = self._arrays
-            return (
-                layout.as_numpy(values[layer, block]),
-                layout.as_numpy(mask[layer, start:stop]),
-                layout.as_numpy(row_nnz[layer, start:stop]),
+            read = (
+                as_numpy(values[layer, block]),
+                as_numpy(mask[layer, start:stop]),
+                as_numpy(row_nnz[layer, start:stop]),
             )
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
             which = f"layer {layer}, " if isinstance(layer, int) else ""
             raise TealError(
                 f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}",
-                hint=layout.VERIFY_HINT,
+                hint=VERIFY_HINT,
             ) from error
+        self._guard()
+        return read
 
     def _checked(self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray) -> Block:
         start, stop = self.span(block)
         kept = unpack_mask(mask, self.channels)
         problem = _problem(values, kept, row_nnz)
         if problem:
-            raise TealError(
-                f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=layout.VERIFY_HINT
-            )
+            raise TealError(f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=VERIFY_HINT)
         values = values[: int(row_nnz.sum())]
         for array in (values, kept, row_nnz):
             array.flags.writeable = False  # blocks are cached and shared
@@ -161,12 +183,14 @@ class SiteReader:
         Raises:
             TealError: unreadable, or a row was never written.
         """
+        array = self.arrays[2]
         try:
-            counts = layout.as_numpy(self._arrays[2][layer, : self.tokens])
+            counts = as_numpy(array[layer, : self.tokens])
         except Exception as error:  # as in _read
             raise TealError(f"{self.where}, layer {layer}: row_nnz is unreadable: {error}") from error
         if (counts == NEVER_WRITTEN).any():
             raise TealError(f"{self.where}, layer {layer}: a committed row was never written")
+        self._guard()
         return counts
 
 
@@ -190,9 +214,9 @@ class ActivationArray:
     ndim = 2
 
     def __init__(
-        self, reader: SiteReader, layer: int, *, threshold: float | None = None, form: Form = "number"
+        self, reader: SiteReader, layer: int, *, limit: np.ndarray | None = None, form: Form = "number"
     ) -> None:
-        self._reader, self._layer, self._threshold, self._form = reader, layer, threshold, form
+        self._reader, self._layer, self._limit, self._form = reader, layer, limit, form
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,17 +231,17 @@ class ActivationArray:
     @property
     def raw(self) -> ActivationArray:
         """The same rows as stored: bfloat16 as its bits in uint16."""
-        return ActivationArray(self._reader, self._layer, threshold=self._threshold, form="raw")
+        return ActivationArray(self._reader, self._layer, limit=self._limit, form="raw")
 
     @property
     def mask(self) -> ActivationArray:
         """Which entries were kept, bool."""
-        return ActivationArray(self._reader, self._layer, threshold=self._threshold, form="mask")
+        return ActivationArray(self._reader, self._layer, limit=self._limit, form="mask")
 
     @property
     def row_nnz(self) -> np.ndarray:
         """uint32 [token], number of kept entries of each row."""
-        if self._threshold is None:
+        if self._limit is None:
             return self._reader.row_nnz(self._layer)
         return np.concatenate([np.empty(0, np.uint32), *(block.row_nnz for block in self.blocks())])
 
@@ -271,7 +295,7 @@ class ActivationArray:
 
     def _block(self, index: int) -> Block:
         block = self._reader.read(self._layer, index)
-        return block if self._threshold is None else block.above(self._threshold)
+        return block if self._limit is None else block.above(self._limit)
 
     def _dense(self, block: Block) -> np.ndarray:
         if self._form == "mask":

@@ -5,11 +5,13 @@ Torch tensors on the device that decodes; a block is read back on the writer thr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from teal_cli.store.header import StoreHeader
-from teal_cli.store.schema import PHASES, TOKEN_COLUMNS
+from teal_cli.store.schema import PHASES
 from teal_kernels.spec import SITES
 
 
@@ -36,7 +38,7 @@ class BlockBuffer:
             }
             for rows in self._rows.values():
                 rows.fill_(float("nan"))
-        self.tokens = {name: np.zeros(header.block_tokens, dtype) for name, dtype in TOKEN_COLUMNS.items()}
+        self.tokens = {name: np.zeros(header.block_tokens, dtype) for name, dtype in header.token_columns.items()}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._filled: torch.cuda.Event | None = None
 
@@ -50,6 +52,11 @@ class BlockBuffer:
         self.tokens["position"][index] = position
         self.tokens["sequence"][index] = sequence
         self.tokens["phase"][index] = PHASES[phase]
+
+    def set_columns(self, index: int, values: Mapping[str, float]) -> None:
+        """Fills the optional columns of that row; raises KeyError for a column that the store does not have."""
+        for name, value in values.items():
+            self.tokens[name][index] = value
 
     def seal(self) -> None:
         """Marks, on the decoding stream, the point after which the rows are complete."""

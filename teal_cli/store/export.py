@@ -18,6 +18,7 @@ import numpy as np
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_folder, disk_errors, new_folder
 from teal_cli.store.arrays import ActivationArray
+from teal_cli.store.placing import destination
 from teal_cli.store.reader import ActivationStore, Level
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 
@@ -161,6 +162,8 @@ def convert(store: ActivationStore, out: Path, form: str, selection: Selection) 
     """
     if form not in FORMATS:
         raise UsageError(f"there is no format {form!r}", hint=f"formats: {', '.join(FORMATS)}")
+    if destination(out).is_relative_to(store.path.resolve()):
+        raise UsageError(f"{out} lies within the store that is read", hint="give a folder outside it")
     check_new_folder(out)
     if form == "pt" and any(name in SITES for name in selection.names):
         raise UsageError("one .pt is what one projection consumed; a site feeds several", hint="name projections")

@@ -1,7 +1,8 @@
 """What a store says about itself: the content of attrs["teal"] on the store and on each level.
 
 Frozen dataclasses with a way to attributes and back, and the comparison that decides whether a run may resume
-a store. Opens no file.
+a store. What is read is checked field by field: a value of the wrong type or out of range is an error that
+names it. Opens no file.
 """
 
 from __future__ import annotations
@@ -9,18 +10,37 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from teal_cli.errors import UsageError
-from teal_cli.store.schema import BITORDER, COMPARE, SCHEMA, VALUE_DTYPES, block_tokens, level_name
+from teal_cli.store.schema import (
+    BITORDER,
+    COMPARE,
+    MAX_BLOCK_BYTES,
+    MAX_CHANNELS,
+    MAX_LAYERS,
+    MAX_LEVELS,
+    MAX_TOKENS,
+    OPTIONAL_COLUMNS,
+    SCHEMA,
+    SCHEMA_1,
+    TOKEN_COLUMNS,
+    VALUE_DTYPES,
+    block_tokens,
+    level_name,
+    parse_level,
+)
 from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES
+
+MAGNITUDE: Final[Mapping[str, Any]] = {"name": "magnitude"}
+_SINCE_2: Final = ("criterion", "plan", "run", "columns")
 
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """Provenance and shape of a store; everything here must be equal for a run to resume it.
+    """Provenance and shape of a store; everything here but `run` must be equal for a run to resume it.
 
     Attributes:
         model: name of the model in the registry.
@@ -29,7 +49,7 @@ class StoreHeader:
         calibration: id of the calibration that gave the thresholds, None at sparsity 0 only.
         dtype: what the model computed in.
         prompts: JSON object on the prompts; `sequence` of a row is the index of its prompt. Keys the reader
-            knows: `texts` (list of str, one per sequence).
+            knows: `texts` (list of str, one per sequence), `token_ids` (list of list of int).
         seed: seed of sampling.
         sampling: JSON object, e.g. {"temperature": 0.8, "top_k": 200}.
         backend: the sparse backend that consumed the rows.
@@ -37,6 +57,10 @@ class StoreHeader:
         channels: K of each site.
         value_dtype: bfloat16, float16 or float32; by default `dtype`.
         block_tokens: tokens per block T; by default from `schema.block_tokens`.
+        criterion: how entries were scored: JSON object with its `name`.
+        plan: name of the plan in the registry, None where the thresholds come straight from the calibration.
+        run: JSON object, what it takes beyond the fields above to go on or to repeat; see `runs.dump.Settings`.
+        columns: which of `schema.OPTIONAL_COLUMNS` the levels have.
     """
 
     model: str
@@ -52,6 +76,10 @@ class StoreHeader:
     channels: Mapping[str, int]
     value_dtype: str = ""
     block_tokens: int = 0
+    criterion: Mapping[str, Any] = field(default_factory=lambda: MAGNITUDE)
+    plan: str | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dtype", self.value_dtype or self.dtype)
@@ -60,34 +88,58 @@ class StoreHeader:
                 f"a store cannot hold {self.value_dtype} values",
                 hint=f"use one of {', '.join(VALUE_DTYPES)}",
             )
-        if set(self.channels) != set(SITES) or min(self.channels.values()) < 1 or self.layers < 1:
-            raise ValueError(f"channels must give a positive K for each of {SITES}, and layers be positive")
+        widths = self.channels.values()
+        if set(self.channels) != set(SITES) or not all(1 <= width <= MAX_CHANNELS for width in widths):
+            raise ValueError(f"channels must give a positive K for each of {SITES}, at most {MAX_CHANNELS}")
+        if not 1 <= self.layers <= MAX_LAYERS:
+            raise ValueError(f"layers must be 1 to {MAX_LAYERS}, not {self.layers}")
+        itemsize = VALUE_DTYPES[self.value_dtype].itemsize
         if not self.block_tokens:
-            itemsize = VALUE_DTYPES[self.value_dtype].itemsize
-            object.__setattr__(self, "block_tokens", block_tokens(self.channels.values(), itemsize))
+            object.__setattr__(self, "block_tokens", block_tokens(widths, itemsize))
+        if not 1 <= self.block_tokens * max(widths) * itemsize <= MAX_BLOCK_BYTES or self.block_tokens < 1:
+            raise ValueError(f"block_tokens is {self.block_tokens}, which is no size of a block")
+        if not set(self.columns) <= set(OPTIONAL_COLUMNS):
+            raise ValueError(f"columns may be {list(OPTIONAL_COLUMNS)}, not {list(self.columns)}")
 
-    def to_attributes(self, *, teal_version: str, complete: bool) -> dict[str, Any]:
-        """The JSON object of attrs["teal"] on the store."""
+    @property
+    def token_columns(self) -> dict[str, np.dtype]:
+        """The columns that each level has -> their data types."""
+        return TOKEN_COLUMNS | {name: OPTIONAL_COLUMNS[name] for name in self.columns}
+
+    def to_attributes(self) -> dict[str, Any]:
+        """The fields as JSON values, of the types that reading back gives; an early error for what is not JSON."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own["channels"] = {site: int(self.channels[site]) for site in SITES}
-        return {
-            "schema": SCHEMA,
-            "teal_version": teal_version,
-            # The same types that reading back gives, and an early error for what is not JSON.
-            **json.loads(json.dumps(own)),
-            "compare": COMPARE,
-            "bitorder": BITORDER,
-            "complete": complete,
-        }
+        return dict(json.loads(json.dumps(own)))
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> StoreHeader:
-        """The header that `to_attributes` wrote.
+        """The header that `to_attributes` wrote, checked.
 
         Raises:
-            KeyError: a field is missing.
+            ValueError: a field is missing, of the wrong type, or out of range.
         """
-        return cls(**{f.name: attributes[f.name] for f in fields(cls)})
+        given = dict(attributes)
+        if given.get("schema") == SCHEMA_1:
+            given |= {"criterion": dict(MAGNITUDE), "plan": None, "run": {}, "columns": []}
+        for name in ("model", "config_sha256", "dtype", "value_dtype", "backend"):
+            take(given, name, str)
+        for name in ("model_revision", "calibration", "plan"):
+            take(given, name, str, optional=True)
+        for name in ("prompts", "sampling", "channels", "criterion", "run"):
+            take(given, name, dict)
+        for name in ("layers", "block_tokens"):
+            take(given, name, int)
+        take(given, "seed", int, optional=True)
+        for site in given["channels"]:
+            take(given["channels"], site, int)
+        take(given["criterion"], "name", str)
+        given["columns"] = tuple(items(given, "columns", str))
+        _check_prompts(given["prompts"])
+        try:
+            return cls(**{f.name: given[f.name] for f in fields(cls)})
+        except UsageError as error:
+            raise ValueError(error.message) from error
 
 
 @dataclass(frozen=True)
@@ -97,19 +149,25 @@ class LevelHeader:
     Attributes:
         target: sparsity target in [0, 1); also names the level.
         allocation: how the plan spread it over projections, e.g. "uniform".
-        thresholds: float32 [layers, 7], projections in the order q k v o gate up down.
+        thresholds: float32 [layers, 7] of scores, projections in the order q k v o gate up down.
         max_tokens: upper bound of the rows that will be written.
+        scale: site -> float32 [layers, P, K], a factor of the score per projection and channel; mostly empty.
+        centre: site -> float32 [layers, K], what was taken from a vector before it was compared; mostly empty.
     """
 
     target: float
     allocation: str
     thresholds: np.ndarray = field(repr=False, compare=False)
     max_tokens: int
+    scale: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    centre: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         thresholds = np.ascontiguousarray(self.thresholds, dtype=np.float32)
         if thresholds.ndim != 2 or thresholds.shape[1] != len(PROJECTIONS):
             raise ValueError(f"thresholds must be [layers, {len(PROJECTIONS)}], got {thresholds.shape}")
+        if not 0 <= self.max_tokens <= MAX_TOKENS:
+            raise ValueError(f"a level holds at most {MAX_TOKENS} tokens, not {self.max_tokens}")
         object.__setattr__(self, "thresholds", thresholds)
 
     @property
@@ -117,38 +175,190 @@ class LevelHeader:
         """The level's group, e.g. `s0.50`."""
         return level_name(self.target)
 
-    def to_attributes(self, *, tokens_committed: int, complete: bool) -> dict[str, Any]:
-        """The JSON object of attrs["teal"] on the level."""
-        return {
+    def site_arrays(self, site: str) -> dict[str, np.ndarray]:
+        """`centre` and `scale` of a site, where it has them."""
+        parts = {"centre": self.centre, "scale": self.scale}
+        return {name: np.asarray(part[site], np.float32) for name, part in parts.items() if site in part}
+
+    def to_attributes(self, *, schema: str = SCHEMA) -> dict[str, Any]:
+        """The JSON object of attrs["teal"] on a new level."""
+        own = {
             "target": float(self.target),
             "allocation": self.allocation,
             "max_tokens": int(self.max_tokens),
-            "tokens_committed": int(tokens_committed),
-            "complete": complete,
+            "tokens_committed": 0,
+            "complete": False,
         }
+        if schema == SCHEMA_1:
+            return own
+        return own | {"centre": [s for s in SITES if s in self.centre], "scale": [s for s in SITES if s in self.scale]}
 
 
-def site_threshold(thresholds: np.ndarray, site: str) -> np.ndarray:
-    """Lowest threshold of a site's projections, the one stored rows passed: float32 [..., 7] -> [...]."""
-    columns = [PROJECTIONS.index(projection) for projection in SITE_PROJECTIONS[site]]
-    return thresholds[..., columns].min(axis=-1)
+@dataclass(frozen=True)
+class StoreState:
+    """attrs["teal"] of a store as they were read, checked.
+
+    Attributes:
+        schema: `schema.SCHEMA` or `schema.SCHEMA_1`.
+        levels: the levels it has, as the root lists them; empty where the schema has no such list.
+        digest: of a complete store, see `store.digest`.
+        attributes: all of them, as they stand in the file.
+    """
+
+    header: StoreHeader
+    schema: str
+    levels: tuple[str, ...]
+    complete: bool
+    digest: str | None
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> StoreState:
+        """Raises ValueError as `StoreHeader.from_attributes`."""
+        header = StoreHeader.from_attributes(attributes)
+        complete = take(attributes, "complete", bool)
+        if attributes["schema"] == SCHEMA_1:
+            return cls(header, SCHEMA_1, (), complete, None, attributes)
+        levels = items(attributes, "levels", str)
+        if not levels or len(set(levels)) < len(levels) or len(levels) > MAX_LEVELS:
+            raise ValueError(f"levels must be 1 to {MAX_LEVELS} different names")
+        for name in levels:
+            if not is_level_name(name):
+                raise ValueError(f"{name!r} in levels names no level")
+        digest = take(attributes, "digest", str, optional=True)
+        return cls(header, SCHEMA, tuple(levels), complete, digest, attributes)
+
+
+@dataclass(frozen=True)
+class LevelState:
+    """attrs["teal"] of a level as they were read, checked. `centre` and `scale` are the sites that have one."""
+
+    target: float
+    allocation: str
+    max_tokens: int
+    tokens_committed: int
+    complete: bool
+    centre: tuple[str, ...]
+    scale: tuple[str, ...]
+    digest: str | None
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], name: str) -> LevelState:
+        """The state of the level of this name.
+
+        Raises:
+            ValueError: a field is missing, of the wrong type, or at odds with the others or the name.
+        """
+        target = float(take(attributes, "target", (int, float)))
+        if not 0.0 <= target < 1.0 or level_name(target) != name:
+            raise ValueError(f"its target is {target}, which is not that of {name}")
+        most, committed = take(attributes, "max_tokens", int), take(attributes, "tokens_committed", int)
+        if not 0 <= committed <= most <= MAX_TOKENS:
+            raise ValueError(f"tokens_committed is {committed}, but its arrays are shaped for at most {most}")
+        centre, scale = (tuple(items(attributes, key, str)) if key in attributes else () for key in ("centre", "scale"))
+        if not {*centre, *scale} <= set(SITES):
+            raise ValueError("centre or scale names what is no site")
+        return cls(
+            target,
+            take(attributes, "allocation", str),
+            most,
+            committed,
+            take(attributes, "complete", bool),
+            centre,
+            scale,
+            take(attributes, "digest", str, optional=True) if "digest" in attributes else None,
+        )
+
+
+def new_attributes(header: StoreHeader, levels: list[str], *, teal_version: str) -> dict[str, Any]:
+    """The JSON object of attrs["teal"] on a new store."""
+    return {
+        "schema": SCHEMA,
+        "teal_version": teal_version,
+        **header.to_attributes(),
+        "levels": levels,
+        "compare": COMPARE,
+        "bitorder": BITORDER,
+        "complete": False,
+        "digest": None,
+    }
+
+
+def take(found: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
+    """A field of a JSON object.
+
+    Raises:
+        ValueError: it is missing or of another type (a bool is no number).
+    """
+    if name not in found:
+        raise ValueError(f"{name} is missing")
+    value = found[name]
+    if optional and value is None:
+        return value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, which is of the wrong type")
+    return value
+
+
+def items(found: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    """A field that is a list of one type; raises as `take`."""
+    values = take(found, name, list)
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise ValueError(f"{name} has an entry of the wrong type")
+    return list(values)
+
+
+def is_level_name(name: str) -> bool:
+    """Whether this is how `level_name` writes a target."""
+    try:
+        return name.startswith("s") and level_name(parse_level(name)) == name
+    except UsageError:
+        return False
+
+
+def _check_prompts(prompts: Mapping[str, Any]) -> None:
+    counts = []
+    if "texts" in prompts:
+        counts.append(len(items(prompts, "texts", str)))
+    if "token_ids" in prompts:
+        lists = items(prompts, "token_ids", list)
+        if not all(isinstance(i, int) and 0 <= i <= MAX_TOKENS for ids in lists for i in ids):
+            raise ValueError("token_ids has an entry that is no token id")
+        counts.append(len(lists))
+    if len(set(counts)) > 1:
+        raise ValueError("texts and token_ids are not as many")
+
+
+def site_widths(header: StoreHeader, site: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the optional arrays of a site."""
+    channels = header.channels[site]
+    return {
+        "centre": (header.layers, channels),
+        "scale": (header.layers, len(SITE_PROJECTIONS[site]), channels),
+    }
 
 
 _NO_TOP_P = {"top_p": 1.0}
 """What a store's `sampling` means that was written before there was a top-p."""
 
 
-def differing_fields(mine: StoreHeader, found: StoreHeader) -> list[str]:
+def differing_fields(mine: StoreHeader, found: StoreState) -> list[str]:
     """Names of the fields in which the header of a run differs from the one a store was made with."""
-    a = mine.to_attributes(teal_version="", complete=False)
-    b = found.to_attributes(teal_version="", complete=False)
+    a, b = mine.to_attributes(), found.header.to_attributes()
     a["sampling"], b["sampling"] = _NO_TOP_P | a["sampling"], _NO_TOP_P | b["sampling"]
-    return [f.name for f in fields(StoreHeader) if a[f.name] != b[f.name]]
+    skipped = {"run", *(_SINCE_2 if found.schema == SCHEMA_1 else ())}
+    return [name for name in a if name not in skipped and a[name] != b[name]]
 
 
-def differing_level_fields(mine: LevelHeader, attributes: Mapping[str, Any], thresholds: np.ndarray) -> list[str]:
-    """The same for one level, given the level's attrs["teal"] and its thresholds as stored."""
-    wanted = mine.to_attributes(tokens_committed=0, complete=False)
-    names = [name for name in ("target", "allocation", "max_tokens") if wanted[name] != attributes.get(name)]
-    same = thresholds.shape == mine.thresholds.shape and (thresholds == mine.thresholds).all()
-    return [f"{mine.name} {name}" for name in (names if same else [*names, "thresholds"])]
+def differing_level_fields(mine: LevelHeader, found: LevelState, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The same for one level, given what it says and its arrays `thresholds`, `<site>/centre`, `<site>/scale`."""
+    names = [name for name in ("target", "allocation", "max_tokens") if getattr(mine, name) != getattr(found, name)]
+    wanted = {"thresholds": mine.thresholds}
+    for site in SITES:
+        wanted |= {f"{site}/{name}": array for name, array in mine.site_arrays(site).items()}
+    names += [name for name in {**wanted, **arrays} if not _same(wanted.get(name), arrays.get(name))]
+    return [f"{mine.name} {name}" for name in names]
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and np.array_equal(a, b)

@@ -5,9 +5,9 @@ Knows Zarr and the schema; knows nothing of torch, buffers or threads.
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -17,15 +17,17 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfigParams
 from zarr.storage import LocalStore
 
-from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.store.header import LevelHeader, StoreHeader
+from teal_cli.store.header import (
+    LevelHeader,
+    StoreHeader,
+    new_attributes,
+    site_widths,
+)
 from teal_cli.store.schema import (
     BLOSC_BLOCKSIZE,
     NEVER_WRITTEN,
     PHASE_NEVER,
     PHASES,
-    SCHEMA,
-    TOKEN_COLUMNS,
     VALUE_DTYPES,
     ZSTD_LEVEL,
     blocks_of,
@@ -39,98 +41,154 @@ _CONFIG: Final[ArrayConfigParams] = {"write_empty_chunks": True}
 
 Array: TypeAlias = "zarr.Array[Any]"
 
-VERIFY_HINT: Final = "`teal store verify` says more"
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a level: everything that must be so for its chunks to mean what the schema says.
+
+    Attributes:
+        dtype, fill: of its entries.
+        shape, chunks, shards: chunks are what is compressed at once, shards what is one file (None: the chunks are).
+        dimensions: names of the axes.
+        compressors: Zarr codecs after the array-to-bytes one.
+        grows: index of the axis that counts tokens or blocks; None where there is none.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    fill: float
+    compressors: tuple[Any, ...]
+    shards: tuple[int, ...] | None = None
+    grows: int | None = None
+    attributes: Mapping[str, Any] | None = None
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Names of the codecs of a chunk, in the order of writing."""
+        names = {BloscCodec: "blosc", ZstdCodec: "zstd", Crc32cCodec: "crc32c"}
+        return ("bytes", *(names[type(codec)] for codec in self.compressors))
+
+
+def level_arrays(
+    header: StoreHeader, rows: int, *, centre: Iterable[str] = (), scale: Iterable[str] = ()
+) -> dict[str, ArraySpec]:
+    """Every array of a level by its path in it.
+
+    Args:
+        rows: length of the token axes; the arrays of a level that is not finished have whole blocks.
+        centre, scale: the sites that have such an array.
+    """
+    packed, summed = (ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()), (Crc32cCodec(),)
+    phases = {"flag_values": list(PHASES.values()), "flag_meanings": " ".join(PHASES)}
+    fills = {"phase": PHASE_NEVER, "logprob": float("nan")}
+    specs = {
+        name: ArraySpec(
+            dtype,
+            (rows,),
+            (token_chunk(header.block_tokens),),
+            ("token",),
+            fills.get(name, NEVER_WRITTEN),
+            packed,
+            grows=0,
+            attributes=phases if name == "phase" else None,
+        )
+        for name, dtype in header.token_columns.items()
+    }
+    plain = np.dtype("<f4")
+    table = (header.layers, len(PROJECTIONS))
+    order = {"projections": list(PROJECTIONS)}
+    specs["thresholds"] = ArraySpec(
+        plain, table, table, ("layer", "projection"), float("nan"), summed, attributes=order
+    )
+    for site in SITES:
+        for name, sites in (("centre", centre), ("scale", scale)):
+            if site in sites:
+                shape = site_widths(header, site)[name]
+                axes = ("layer", "projection", "channel") if name == "scale" else ("layer", "channel")
+                specs[f"{site}/{name}"] = ArraySpec(plain, shape, shape, axes, float("nan"), summed)
+        specs |= site_arrays(header, site, rows)
+    return specs
+
+
+def site_arrays(header: StoreHeader, site: str, rows: int) -> dict[str, ArraySpec]:
+    """values, mask and row_nnz of a site, by their path in the level."""
+    block, layers, channels = header.block_tokens, header.layers, header.channels[site]
+    dtype = VALUE_DTYPES[header.value_dtype]
+    blosc = BloscCodec(
+        cname="zstd", clevel=ZSTD_LEVEL, shuffle="shuffle", blocksize=BLOSC_BLOCKSIZE, typesize=dtype.itemsize
+    )
+    zstd, checked = ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()
+    slot, width = block * channels, mask_bytes(channels)
+    return {
+        f"{site}/values": ArraySpec(
+            dtype,
+            (layers, blocks_of(rows, block), slot),
+            (1, 1, slot),
+            ("layer", "block", "slot"),
+            0,
+            (blosc, checked),
+            shards=(layers, 1, slot),
+            grows=1,
+        ),
+        f"{site}/mask": ArraySpec(
+            np.dtype("u1"),
+            (layers, rows, width),
+            (1, block, width),
+            ("layer", "token", "byte"),
+            0,
+            (zstd, checked),
+            shards=(layers, block, width),
+            grows=1,
+        ),
+        f"{site}/row_nnz": ArraySpec(
+            np.dtype("<u4"),
+            (layers, rows),
+            (layers, block),
+            ("layer", "token"),
+            NEVER_WRITTEN,
+            (zstd, checked),
+            grows=1,
+        ),
+    }
 
 
 def create_skeleton(path: Path, header: StoreHeader, levels: list[LevelHeader], *, teal_version: str) -> None:
     """Writes all metadata of a new store, no row, at a path that does not exist."""
     root = zarr.create_group(LocalStore(path))
-    root.attrs.put({"teal": header.to_attributes(teal_version=teal_version, complete=False)})
+    names = [level.name for level in levels]
+    root.attrs.put({"teal": new_attributes(header, names, teal_version=teal_version)})
     for level in levels:
         group = root.create_group(level.name)
-        group.attrs.put({"teal": level.to_attributes(tokens_committed=0, complete=False)})
+        group.attrs.put({"teal": level.to_attributes()})
         create_level(group, header, level)
 
 
 def create_level(group: zarr.Group, header: StoreHeader, level: LevelHeader) -> None:
     """The arrays of one level, without rows, in its group."""
-    block, layers = header.block_tokens, header.layers
-    rows = capacity(level.max_tokens, block)
-    for name, dtype in TOKEN_COLUMNS.items():
-        phase = name == "phase"
-        column = group.create_array(
+    for site in SITES:
+        about: dict[str, Any] = {"channels": header.channels[site], "projections": list(SITE_PROJECTIONS[site])}
+        group.create_group(site).attrs.put({"teal": about})
+    constant = {"thresholds": level.thresholds}
+    for site in SITES:
+        constant |= {f"{site}/{name}": array for name, array in level.site_arrays(site).items()}
+    rows = capacity(level.max_tokens, header.block_tokens)
+    for name, spec in level_arrays(header, rows, centre=level.centre, scale=level.scale).items():
+        array = group.create_array(
             name,
-            shape=(rows,),
-            chunks=(token_chunk(block),),
-            dtype=dtype,
-            fill_value=PHASE_NEVER if phase else NEVER_WRITTEN,
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-            dimension_names=("token",),
+            shape=spec.shape,
+            chunks=spec.chunks,
+            shards=spec.shards,
+            dtype=spec.dtype,
+            fill_value=spec.fill,
+            compressors=list(spec.compressors),
+            dimension_names=spec.dimensions,
+            attributes=dict(spec.attributes) if spec.attributes else None,
             config=_CONFIG,
         )
-        if phase:
-            column.attrs.put({"flag_values": list(PHASES.values()), "flag_meanings": " ".join(PHASES)})
-    thresholds = group.create_array(
-        "thresholds",
-        shape=level.thresholds.shape,
-        chunks=level.thresholds.shape,
-        dtype="float32",
-        fill_value=float("nan"),
-        compressors=[Crc32cCodec()],
-        dimension_names=("layer", "projection"),
-        attributes={"projections": list(PROJECTIONS)},
-        config=_CONFIG,
-    )
-    thresholds[...] = level.thresholds
-    for site in SITES:
-        _create_site(group.create_group(site), header, site, rows, layers)
-
-
-def _create_site(group: zarr.Group, header: StoreHeader, site: str, rows: int, layers: int) -> None:
-    block, channels = header.block_tokens, header.channels[site]
-    group.attrs.put({"teal": {"channels": channels, "projections": list(SITE_PROJECTIONS[site])}})
-    dtype = VALUE_DTYPES[header.value_dtype]
-    group.create_array(
-        "values",
-        shape=(layers, rows // block, block * channels),
-        chunks=(1, 1, block * channels),
-        shards=(layers, 1, block * channels),
-        dtype=dtype,
-        fill_value=0,
-        compressors=[
-            BloscCodec(
-                cname="zstd",
-                clevel=ZSTD_LEVEL,
-                shuffle="shuffle",
-                blocksize=BLOSC_BLOCKSIZE,
-                typesize=dtype.itemsize,
-            ),
-            Crc32cCodec(),
-        ],
-        dimension_names=("layer", "block", "slot"),
-        config=_CONFIG,
-    )
-    group.create_array(
-        "mask",
-        shape=(layers, rows, mask_bytes(channels)),
-        chunks=(1, block, mask_bytes(channels)),
-        shards=(layers, block, mask_bytes(channels)),
-        dtype="uint8",
-        fill_value=0,
-        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        dimension_names=("layer", "token", "byte"),
-        config=_CONFIG,
-    )
-    group.create_array(
-        "row_nnz",
-        shape=(layers, rows),
-        chunks=(layers, block),
-        dtype="uint32",
-        fill_value=NEVER_WRITTEN,
-        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        dimension_names=("layer", "token"),
-        config=_CONFIG,
-    )
+        if name in constant:
+            array[...] = constant[name]
 
 
 def capacity(tokens: int, block: int) -> int:
@@ -138,99 +196,34 @@ def capacity(tokens: int, block: int) -> int:
     return blocks_of(tokens, block) * block
 
 
-def open_root(path: Path, *, use_consolidated: bool | None = None) -> zarr.Group:
-    """The root group of a store of this schema.
-
-    Raises:
-        NotFoundError: nothing at the path.
-        UsageError: something else than a store of this schema.
-    """
-    require_store(path)
-    return zarr.open_group(LocalStore(path), mode="r", use_consolidated=use_consolidated)
-
-
-def require_store(path: Path) -> None:
-    """Raises unless the path holds a store of this schema; `open_root` says what it raises."""
-    if not path.exists():
-        raise NotFoundError(f"there is no store at {path}", hint="`teal dump -o PATH` makes one")
-    schema = schema_of(path)
-    if schema is None:
-        raise UsageError(f"{path} is not a teal store", hint="give the folder that `teal dump -o` wrote")
-    if schema != SCHEMA:
-        raise UsageError(
-            f"{path} has the schema {schema}; this teal reads {SCHEMA}",
-            hint="read it with the version of teal that wrote it (teal_version in its zarr.json)",
-        )
-
-
-def schema_of(path: Path) -> str | None:
-    """What the group at a path says in attrs["teal"]["schema"]; None if it is not a teal store at all."""
-    try:
-        found = json.loads((path / "zarr.json").read_bytes())["attributes"]["teal"]["schema"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(found)
-
-
-def open_array(path: Path, name: str) -> Array:
-    """One array below a folder, for reading; its metadata as they stand on disk now."""
-    return zarr.open_array(LocalStore(path, read_only=True), path=name, mode="r")
-
-
 def open_for_writing(path: Path, name: str) -> Array:
     """One array below a folder, for writing."""
     return zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
 
 
-def row_arrays() -> dict[str, str]:
-    """The arrays of a level that grow with its tokens -> what their growing axis counts: token or block."""
-    arrays = dict.fromkeys(TOKEN_COLUMNS, "token")
-    for site in SITES:
-        arrays |= {f"{site}/values": "block", f"{site}/mask": "token", f"{site}/row_nnz": "token"}
-    return arrays
-
-
-def drop_rows(path: Path, level: str, *, keep: int, rows: int, block: int) -> None:
+def drop_rows(path: Path, level: str, header: StoreHeader, *, keep: int, rows: int) -> None:
     """Cuts a level to its first `keep` rows (whole blocks) and gives it room for `rows` again.
 
     Files of later blocks are removed; in the chunk of the token columns that straddles the cut, the fill comes back.
     """
-    resize_rows(path, level, tokens=keep, block=block)
-    resize_rows(path, level, tokens=rows, block=block)
+    block = header.block_tokens
+    resize_rows(path, level, header, tokens=keep)
+    resize_rows(path, level, header, tokens=rows)
     chunk = token_chunk(block)
     end = min(rows, blocks_of(keep, chunk) * chunk)
     if end > keep:
-        for name in TOKEN_COLUMNS:
+        for name in header.token_columns:
             column = open_for_writing(path, f"{level}/{name}")
             column[keep:end] = column.fill_value
 
 
-def resize_rows(path: Path, level: str, *, tokens: int, block: int) -> None:
+def resize_rows(path: Path, level: str, header: StoreHeader, *, tokens: int) -> None:
     """Sets the length of every row array of a level; what lies wholly past the end is deleted."""
-    for name, unit in row_arrays().items():
-        array = open_for_writing(path / level, name)
-        length = tokens if unit == "token" else blocks_of(tokens, block)
-        axis = 0 if array.ndim == 1 else 1
-        if array.shape[axis] != length:
-            array.resize(tuple(length if i == axis else n for i, n in enumerate(array.shape)))
-
-
-def level_attributes(path: Path, level: str) -> dict[str, Any]:
-    """attrs["teal"] of a level, as it is on disk now.
-
-    Raises:
-        TealError: it is missing or lacks a field.
-    """
-    try:
-        found = zarr.open_group(LocalStore(path), path=level, mode="r", use_consolidated=False).attrs["teal"]
-        assert isinstance(found, dict)
-        for name in ("target", "allocation", "max_tokens", "tokens_committed", "complete"):
-            found[name]
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise TealError(
-            f"the attributes of level {level} of {path} are damaged: {error!r}", hint=VERIFY_HINT
-        ) from error
-    return found
+    for name, spec in level_arrays(header, tokens).items():
+        if spec.grows is not None:
+            array = open_for_writing(path / level, name)
+            if array.shape != spec.shape:
+                array.resize(spec.shape)
 
 
 def set_attributes(path: Path, group: str, changes: Mapping[str, Any]) -> None:
@@ -247,22 +240,3 @@ def consolidate(path: Path) -> None:
         # zarr warns that consolidated metadata is not in the specification yet; readers without it ignore it.
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(LocalStore(path))
-
-
-def read_header(root: zarr.Group) -> StoreHeader:
-    """The header of an open store.
-
-    Raises:
-        TealError: its attributes lack a field.
-    """
-    try:
-        attributes = root.attrs["teal"]
-        assert isinstance(attributes, dict)
-        return StoreHeader.from_attributes(attributes)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise TealError(f"the attributes of the store {root.store} are damaged: {error}", hint=VERIFY_HINT) from error
-
-
-def as_numpy(array: Any) -> np.ndarray:
-    """What an indexed Zarr array returned, as a NumPy array (its annotation is wider than what it returns)."""
-    return np.asarray(array)

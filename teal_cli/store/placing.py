@@ -16,7 +16,17 @@ from teal_cli import __version__
 from teal_cli.errors import UsageError
 from teal_cli.files import beside, occupied, put_folder
 from teal_cli.store import layout
-from teal_cli.store.header import LevelHeader, StoreHeader, differing_fields, differing_level_fields
+from teal_cli.store.header import (
+    LevelHeader,
+    StoreHeader,
+    differing_fields,
+    differing_level_fields,
+    is_level_name,
+)
+from teal_cli.store.metadata import level_state, read_constant, read_state, schema_of
+from teal_cli.store.reader import ActivationStore, open_store
+from teal_cli.store.schema import SCHEMA, SCHEMA_1, blocks_of
+from teal_kernels.spec import SITES
 
 
 class StoreLock:
@@ -47,16 +57,39 @@ class StoreLock:
             self._descriptor = -1
 
 
+def destination(path: Path) -> Path:
+    """Where a store of this path lies: absolute, links followed, since what is replaced is the store and no link.
+
+    Raises:
+        UsageError: links that lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
+        raise UsageError(f"{path} cannot be followed: its links lead in a circle", hint="name another folder") from None
+
+
+def _is_ours(name: str) -> bool:
+    return name == "zarr.json" or is_level_name(name) or name.endswith(".partial")
+
+
 def check_target(path: Path, *, force: bool) -> bool:
     """Whether something is where a new store should go; cheap, so that it can be asked before a model is loaded.
 
     Raises:
         UsageError: something is there and force is not given, or it is no teal store.
     """
+    path = destination(path)
     if not occupied(path):
         return False
-    if layout.schema_of(path) is None:
+    schema = schema_of(path)
+    if schema is None:
         raise UsageError(f"{path} exists and is not a teal store", hint="choose another output; teal leaves it alone")
+    if schema not in (SCHEMA_1, SCHEMA):
+        raise UsageError(f"{path} exists and has another schema", hint="choose another output; teal leaves it alone")
+    if strangers := [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]:
+        what = f"{path} exists and holds files that teal did not write, such as {strangers[0]}"
+        raise UsageError(what, hint="move them away, or choose another output")
     if not force:
         raise UsageError(f"{path} exists", hint="go on with --resume, or replace it with --force")
     return True
@@ -106,31 +139,51 @@ def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader
     Raises:
         UsageError: it was made with other settings.
     """
-    root = layout.open_root(path, use_consolidated=False)
-    found = layout.read_header(root)
-    differing = differing_fields(header, found)
-    if {level.name for level in levels} != set(root.group_keys()):
+    state = read_state(path)
+    differing = differing_fields(header, state)
+    if {level.name for level in levels} != set(state.levels):
         differing.append("levels")
     else:
         for level in levels:
-            thresholds = layout.as_numpy(layout.open_for_writing(path, f"{level.name}/thresholds")[...])
-            differing += differing_level_fields(level, layout.level_attributes(path, level.name), thresholds)
+            found = level_state(path, level.name)
+            names = ["thresholds", *(f"{s}/centre" for s in found.centre), *(f"{s}/scale" for s in found.scale)]
+            arrays = {name: read_constant(path, level.name, name, state.header) for name in names}
+            differing += differing_level_fields(level, found, arrays)
     if differing:
         raise UsageError(
             f"{path} was made with other settings; what differs: {', '.join(differing)}",
             hint="resume with the settings it was made with, or write to another folder",
         )
+    store = open_store(path)
+    for level in levels:
+        _check_last_block(store, level.name)
     for partial in path.rglob("*.partial"):
         partial.unlink()
     for level in levels:
-        _rewind(path, level, header.block_tokens)
+        _rewind(path, level, header)
 
 
-def _rewind(path: Path, level: LevelHeader, block: int) -> None:
-    attributes = layout.level_attributes(path, level.name)
-    if attributes["complete"]:
+def _check_last_block(store: ActivationStore, name: str) -> None:
+    """Reads what a resumed run goes on from: the token columns, and the last whole block of each site.
+
+    Raises:
+        TealError: something is missing or damaged.
+    """
+    level = store.level(name)
+    block = store.header.block_tokens
+    blocks = blocks_of(len(level), block) if level.complete else len(level) // block
+    level.tokens  # noqa: B018
+    if blocks:
+        for site in SITES:
+            level.site_reader(site).read_layers(blocks - 1)
+
+
+def _rewind(path: Path, level: LevelHeader, header: StoreHeader) -> None:
+    state = level_state(path, level.name)
+    if state.complete:
         return
-    keep = attributes["tokens_committed"] // block * block
+    block = header.block_tokens
+    keep = state.tokens_committed // block * block
     # First the promise is taken back, then the rows: a reader, or a kill between the two, never sees a hole.
     layout.set_attributes(path, level.name, {"tokens_committed": keep})
-    layout.drop_rows(path, level.name, keep=keep, rows=layout.capacity(level.max_tokens, block), block=block)
+    layout.drop_rows(path, level.name, header, keep=keep, rows=layout.capacity(level.max_tokens, block))

@@ -6,9 +6,9 @@
     rows[level.rows(sequence=0)]           # float32, zeros where the kernel skipped
 
 Only committed tokens are visible, so a store may be read while it is written; `ActivationStore.level` looks
-again each time. Nothing that a block says is taken on trust: a row that was never written, a checksum that
-does not match, a bitmap that disagrees with the row counts or a kept value of zero (a chunk that is missing
-reads as zeros) is an error.
+again each time. Nothing that a store says is taken on trust: metadata at odds with the schema or each other, a row
+that was never written, a checksum that does not match, a bitmap that disagrees with the row counts or a kept value
+of zero (a chunk that is missing reads as zeros) is an error. So is a store that was replaced since it was opened.
 
 Needs no torch and nothing of a model.
 """
@@ -16,7 +16,8 @@ Needs no torch and nothing of a model.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +28,22 @@ import numpy as np
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import sizes_below
 from teal_cli.store import layout
-from teal_cli.store.arrays import ActivationArray, SiteReader
-from teal_cli.store.header import StoreHeader
+from teal_cli.store.arrays import ActivationArray, SiteReader, per_value
+from teal_cli.store.header import LevelState, StoreHeader, StoreState
+from teal_cli.store.metadata import (
+    VERIFY_HINT,
+    as_numpy,
+    level_state,
+    open_array,
+    read_constant,
+    read_state,
+    require_store,
+)
 from teal_cli.store.packing import exceeds
-from teal_cli.store.schema import TOKEN_COLUMNS, parse_level
-from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
+from teal_cli.store.schema import NEVER_WRITTEN, PHASES, TOKEN_COLUMNS, parse_level
+from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import columns as columns_of
+from teal_kernels.thresholds import site_thresholds
 
 
 def open_store(path: str | os.PathLike[str]) -> ActivationStore:
@@ -57,16 +69,30 @@ class ActivationStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        root = layout.open_root(path)
-        self.header: StoreHeader = layout.read_header(root)
-        self.attrs: Mapping[str, Any] = dict(root.attrs["teal"])  # type: ignore[arg-type]
-        names = [entry.name for entry in path.iterdir() if entry.is_dir() and (entry / "zarr.json").is_file()]
-        self.levels = tuple(sorted(names, key=parse_level))
+        require_store(path)
+        # An open folder keeps its inode from being used again, so that `check_same` cannot be deceived.
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, folder)
+        self._opened = os.fstat(folder)
+        self.state: StoreState = read_state(path)
+        self.header: StoreHeader = self.state.header
+        self.attrs: Mapping[str, Any] = self.state.attributes
+        self.levels = tuple(sorted(self.state.levels, key=parse_level))
+        self.check_same()
+
+    def check_same(self) -> None:
+        """Raises TealError if another store stands where this one was opened: the two must not be mixed."""
+        try:
+            now: os.stat_result | None = self.path.stat()
+        except OSError:
+            now = None
+        if now is None or not os.path.samestat(now, self._opened):
+            raise TealError(f"the store {self.path} was replaced or removed since it was opened", hint="open it again")
 
     @property
     def complete(self) -> bool:
         """Whether the run that wrote it came to its end, as of when the store was opened."""
-        return bool(self.attrs["complete"])
+        return self.state.complete
 
     def level(self, name: str | float) -> Level:
         """A level by name or target, with the tokens that are committed now.
@@ -98,12 +124,15 @@ class Tokens:
         position: uint32 [token], its place in its sequence, prompt included.
         sequence: uint32 [token], index of the prompt; each sequence is one contiguous run.
         phase: uint8 [token], see `schema.PHASES`.
+        logprob: float32 [token], natural logarithm of the probability of the token that follows; None where the store
+            has no such column.
     """
 
     token_id: np.ndarray
     position: np.ndarray
     sequence: np.ndarray
     phase: np.ndarray
+    logprob: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -116,24 +145,52 @@ class Tokens:
         return column
 
 
+def column_problems(header: StoreHeader, columns: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    """What is wrong with token columns: (column, words that follow its name)."""
+    for name in ("token_id", "position", "sequence"):
+        if (columns[name] == NEVER_WRITTEN).any():
+            yield name, ": an entry was never written"
+    if not np.isin(columns["phase"], list(PHASES.values())).all():
+        yield "phase", f": an entry is none of {sorted(PHASES.values())}"
+    logprob = columns.get("logprob")
+    if logprob is not None and not (np.isfinite(logprob).all() and (logprob <= 0).all()):
+        yield "logprob", ": an entry is no logarithm of a probability"
+    sequence, position = columns["sequence"], columns["position"]
+    starts = np.flatnonzero(np.diff(sequence.astype(np.int64), prepend=-1))  # where a run of equal entries begins
+    runs = sequence[starts]
+    if len(np.unique(runs)) != len(runs):
+        yield "sequence", ": a sequence is not contiguous"
+    steps = np.diff(position.astype(np.int64))
+    steps[starts[1:] - 1] = 1  # a new sequence may begin anywhere
+    if (steps <= 0).any():
+        token = int(np.flatnonzero(steps <= 0)[0]) + 1
+        yield "position", f", token {token}: positions do not increase within the sequence"
+    texts = header.prompts.get("texts")
+    if texts is not None and len(sequence) and int(sequence.max()) >= len(texts):
+        yield "sequence", f": an entry is beyond the {len(texts)} prompts of the store"
+
+
 class Level:
     """One sparsity level of a store, as of when it was opened. Use `ActivationStore.level`.
 
     Attributes:
         name: e.g. `s0.50`.
+        state: what it says about itself.
         target: sparsity target.
         allocation: how the plan spread it, e.g. "uniform".
         complete: whether all its tokens are there.
     """
 
     def __init__(self, store: ActivationStore, name: str) -> None:
-        attributes = layout.level_attributes(store.path, name)
+        self.state: LevelState = level_state(store.path, name)
+        store.check_same()
         self.store = store
         self.name = name
-        self.target = float(attributes["target"])
-        self.allocation = str(attributes["allocation"])
-        self.complete = bool(attributes["complete"])
-        self._tokens = int(attributes["tokens_committed"])
+        self.target, self.allocation, self.complete = self.state.target, self.state.allocation, self.state.complete
+        self._tokens = self.state.tokens_committed
+        # Rows that its arrays have: those of its tokens, or room for all that may come.
+        block = store.header.block_tokens
+        self._most = self._tokens if self.complete else layout.capacity(self.state.max_tokens, block)
         self._sites: dict[str, SiteReader] = {}
 
     def __len__(self) -> int:
@@ -141,13 +198,60 @@ class Level:
 
     @cached_property
     def thresholds(self) -> np.ndarray:
-        """float32 [layer, projection], projections in the order q k v o gate up down."""
-        return self._read("thresholds", slice(None))
+        """float32 [layer, projection] of scores, projections in the order q k v o gate up down.
+
+        Raises:
+            TealError: damaged, or an entry was never written.
+        """
+        return self._constant("thresholds")
+
+    @cached_property
+    def scale(self) -> dict[str, np.ndarray]:
+        """site -> float32 [layer, projection of the site, channel], the factors of the score; sites without: none."""
+        return {site: self._constant(f"{site}/scale") for site in self.state.scale}
+
+    @cached_property
+    def centre(self) -> dict[str, np.ndarray]:
+        """site -> float32 [layer, channel], what was taken from a vector; rows are what was left."""
+        return {site: self._constant(f"{site}/centre") for site in self.state.centre}
+
+    def limits(self, layer: int, site: str) -> np.ndarray:
+        """What entries were compared with, float32 [projection of the site], or [projection, channel] where there is
+        a scale: |x| > limit is kept.
+        """
+        scale = self.scale.get(site)
+        return site_thresholds(self.thresholds[layer], site, None if scale is None else scale[layer])
 
     @cached_property
     def tokens(self) -> Tokens:
-        """Which token each row belongs to."""
-        return Tokens(**{name: self._read(name, slice(0, self._tokens)) for name in TOKEN_COLUMNS})
+        """Which token each row belongs to.
+
+        Raises:
+            TealError: damaged, an entry that was never written, or sequences that are not in order.
+        """
+        columns = self.columns()
+        for column, problem in column_problems(self.store.header, columns):
+            raise TealError(f"{self.store.path}: {self.name}/{column}{problem}", hint=VERIFY_HINT)
+        return Tokens(**columns)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The token columns as they are read, unchecked; for `verify`.
+
+        Raises:
+            TealError: one is unreadable.
+        """
+        specs = layout.level_arrays(self.store.header, self._most)
+        columns = {}
+        for name in self.store.header.token_columns:
+            array = open_array(self.store.path / self.name, name, specs[name], least=self._tokens)
+            try:
+                columns[name] = as_numpy(array[: self._tokens])
+            except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
+                raise TealError(
+                    f"{self.store.path}: {self.name}/{name} is damaged: {error}", hint=VERIFY_HINT
+                ) from error
+        self.store.check_same()
+        return columns
 
     def rows(self, sequence: int) -> slice:
         """The rows of one sequence, as a slice of the token axis.
@@ -158,7 +262,7 @@ class Level:
         found = np.flatnonzero(self.tokens.sequence == sequence)
         if not len(found):
             raise NotFoundError(f"level {self.name} has no row of sequence {sequence}")
-        return slice(int(found[0]), int(found[-1]) + 1)
+        return slice(int(found[0]), int(found[-1]) + 1)  # `tokens` has checked that nothing lies between
 
     def site(self, layer: int, site: str) -> ActivationArray:
         """The input vectors of a site of a layer, lazily, [token, channel]; thresholded at its lowest threshold.
@@ -179,33 +283,31 @@ class Level:
         if projection not in PROJECTION_SITE:
             raise UsageError(f"there is no projection {projection!r}", hint=f"projections: {', '.join(PROJECTIONS)}")
         layer = self._layer(layer)
-        threshold = float(self.thresholds[layer, PROJECTION_INDEX[projection]])
-        return ActivationArray(self.site_reader(PROJECTION_SITE[projection]), layer, threshold=threshold)
+        site = PROJECTION_SITE[projection]
+        limit = self.limits(layer, site)[SITE_PROJECTIONS[site].index(projection)]
+        return ActivationArray(self.site_reader(site), layer, limit=np.asarray(limit))
 
     def realised(self) -> np.ndarray:
         """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there is none."""
         kept = np.zeros((self.store.header.layers, len(PROJECTIONS)), np.int64)
         sizes = np.array([self._tokens * self.store.header.channels[PROJECTION_SITE[p]] for p in PROJECTIONS])
-        for site, projections in SITE_PROJECTIONS.items():
+        for site in SITES:
             reader = self.site_reader(site)
-            columns = [PROJECTION_INDEX[projection] for projection in projections]
+            limits = [self.limits(layer, site) for layer in range(len(kept))]
             for index in range(reader.blocks):
                 for layer, block in enumerate(reader.read_layers(index)):
-                    for column in columns:
-                        kept[layer, column] += np.count_nonzero(exceeds(block.values, self.thresholds[layer, column]))
+                    for column, limit in zip(range(7)[columns_of(site)], limits[layer], strict=True):
+                        above = exceeds(block.values, per_value(np.asarray(limit), block.kept))
+                        kept[layer, column] += np.count_nonzero(above)
         with np.errstate(invalid="ignore"):
             return 1.0 - kept / sizes
 
     def site_reader(self, site: str) -> SiteReader:
         """Block by block access to a site, for checks and statistics."""
         if site not in self._sites:
+            store = self.store
             self._sites[site] = SiteReader(
-                self.store.path / self.name,
-                site,
-                channels=self.store.header.channels[site],
-                block=self.store.header.block_tokens,
-                tokens=self._tokens,
-                where=f"{self.store.path}: {self.name}/{site}",
+                store.path / self.name, site, store.header, self._tokens, most=self._most, guard=store.check_same
             )
         return self._sites[site]
 
@@ -215,13 +317,10 @@ class Level:
             raise UsageError(f"there is no layer {layer}", hint=f"the model has layers 0 to {layers - 1}")
         return layer % layers
 
-    def _read(self, name: str, key: slice) -> np.ndarray:
-        try:
-            return layout.as_numpy(layout.open_array(self.store.path / self.name, name)[key])
-        except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-            raise TealError(
-                f"{self.store.path}: {self.name}/{name} is damaged: {error}", hint=layout.VERIFY_HINT
-            ) from error
+    def _constant(self, name: str) -> np.ndarray:
+        found = read_constant(self.store.path, self.name, name, self.store.header)
+        self.store.check_same()
+        return found
 
     def __repr__(self) -> str:
         return f"<Level {self.name}: {self._tokens} tokens, {self.allocation}>"
@@ -288,7 +387,7 @@ def _describe_level(store: ActivationStore, name: str) -> LevelInfo:
         target=level.target,
         allocation=level.allocation,
         tokens=len(level),
-        max_tokens=int(layout.level_attributes(store.path, name)["max_tokens"]),
+        max_tokens=level.state.max_tokens,
         sequences=len(set(level.tokens.sequence.tolist())),
         complete=level.complete,
     )

@@ -1,4 +1,4 @@
-"""The schema `teal-activations/1`: names, data types and sizes of everything inside a store.
+"""The schema `teal-activations/2`: names, data types and sizes of everything inside a store.
 
 A store is a Zarr v3 group; each *level* (one sparsity target) is a group in it, each *site* (one distinct
 input vector of a layer) a group in the level. Rows are kept as a bitmap plus packed kept values, in blocks of
@@ -18,7 +18,9 @@ import numpy as np
 from teal_cli.checks import check_sparsity
 from teal_cli.errors import UsageError
 
-SCHEMA: Final = "teal-activations/1"
+SCHEMA: Final = "teal-activations/2"
+# Without criterion, plan, run, columns, levels and digest; still read and resumed.
+SCHEMA_1: Final = "teal-activations/1"
 COMPARE: Final = "abs(x) > t"
 BITORDER: Final = "little"
 
@@ -43,6 +45,17 @@ TOKEN_COLUMNS: Final[dict[str, np.dtype]] = {
     "sequence": np.dtype("<u4"),
     "phase": np.dtype("u1"),
 }
+# Columns that a store has only if its header lists them. logprob: of the token that follows, natural logarithm.
+OPTIONAL_COLUMNS: Final[dict[str, np.dtype]] = {"logprob": np.dtype("<f4")}
+
+# What a header may say at most; a model or a run beyond them is refused when the store is made.
+MAX_LAYERS: Final = 10_000
+MAX_CHANNELS: Final = 1 << 24
+MAX_TOKENS: Final = (1 << 32) - 2  # of a level: token indices are uint32, the last of them means "never written"
+MAX_BLOCK_BYTES: Final = 1 << 31  # of one layer's values: what the codec can hold
+MAX_LEVELS: Final = 1000
+MAX_METADATA_BYTES: Final = 1 << 28  # of one zarr.json; prompts are the bulk of it
+_MAX_LEVEL_DIGITS: Final = 40
 
 # Compression: what the arrays declare, and what the writer does.
 # values: blosc with zstd and byte shuffle; mask, row_nnz and the token columns: zstd.
@@ -90,14 +103,17 @@ def parse_levels(text: str) -> tuple[float, ...]:
     Decimal arithmetic, so that 0.50:0.95:0.05 has ten levels and the last one is 0.95.
 
     Raises:
-        UsageError: text that is no level, a level outside [0, 1), a step that leads nowhere.
+        UsageError: text that is no level, a level outside [0, 1), a step that leads nowhere, more than
+            `MAX_LEVELS` levels.
     """
-    levels: set[Decimal] = set()
+    levels: set[float] = set()
     for part in text.split(","):
-        levels.update(_expand_range(part.strip(), text))
+        levels.update(float(level) + 0.0 for level in _expand_range(part.strip(), text))  # -0.0 becomes 0.0
     for level in sorted(levels):
         check_sparsity(level, hint=_LEVELS_HINT)
-    return tuple(float(level) for level in sorted(levels))
+    if len(levels) > MAX_LEVELS or any(len(level_name(level)) > _MAX_LEVEL_DIGITS for level in levels):
+        raise UsageError(f"a store takes {MAX_LEVELS} levels of {_MAX_LEVEL_DIGITS} digits at most", hint=_LEVELS_HINT)
+    return tuple(sorted(levels))
 
 
 def _expand_range(part: str, text: str) -> list[Decimal]:
@@ -107,6 +123,9 @@ def _expand_range(part: str, text: str) -> list[Decimal]:
             raise InvalidOperation
     except InvalidOperation:
         raise UsageError(f"cannot read the sparsity levels {text!r}", hint=_LEVELS_HINT) from None
+    for number in numbers[:2]:
+        if not 0 <= number <= 1:  # before anything is counted with it: 1e999999 is a number too
+            check_sparsity(number, hint=_LEVELS_HINT)
     if len(numbers) == 1:
         return numbers
     if len(numbers) != 3:
@@ -114,6 +133,8 @@ def _expand_range(part: str, text: str) -> list[Decimal]:
     start, stop, step = numbers
     if step <= 0 or stop < start:
         raise UsageError(f"the range {part!r} holds no levels", hint=_LEVELS_HINT)
+    if stop - start >= step * MAX_LEVELS:
+        raise UsageError(f"the range {part!r} holds more than {MAX_LEVELS} levels", hint=_LEVELS_HINT)
     return [start + i * step for i in range(int((stop - start) / step) + 1)]
 
 

@@ -29,7 +29,8 @@ from teal_cli.store.counting import MaskCounts, Rows
 from teal_cli.store.measures import POINTER_BITS, QUANTILES, Mask, Row, index_bytes
 from teal_cli.store.reader import ActivationStore, Level
 from teal_cli.store.schema import VALUE_DTYPES
-from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
+from teal_kernels.spec import SITE_PROJECTIONS, SITES
+from teal_kernels.thresholds import lowest
 
 _BAND_BYTES: Final = 64 << 20  # of decoded blocks that a thread holds at a time
 _MOST_THREADS: Final = 8
@@ -210,14 +211,13 @@ class _Tally:
         self._channels = reader.channels
         self._pairs = np.zeros((reader.dtype.itemsize // 2, 256, 256), np.int64)  # by byte pair: [pair, high, low]
         self._counting = MaskCounts(columns, reader.channels)
-        lowest = min(self._threshold(projection) for projection in SITE_PROJECTIONS[site])
-        own = [projection for projection in projections if self._threshold(projection) > lowest]
+        limits = level.limits(layer, site)
+        self._limits = dict(zip(SITE_PROJECTIONS[site], map(np.asarray, limits), strict=True))
+        least = lowest(limits, projections=-limits.ndim)
+        own = [projection for projection in projections if (self._limits[projection] > least).any()]
         self._own = {projection: MaskCounts(columns, reader.channels) for projection in own}
         self._masks: dict[str, Mask] = {}
         self.mask: Mask
-
-    def _threshold(self, projection: str) -> float:
-        return float(self._level.thresholds[self._layer, PROJECTION_INDEX[projection]])
 
     def add(self, block: Block) -> None:
         """The next rows."""
@@ -226,7 +226,7 @@ class _Tally:
             counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
         self._counting.add(to_words(block.kept))
         for projection, counting in self._own.items():
-            counting.add(to_words(block.above(self._threshold(projection)).kept))
+            counting.add(to_words(block.above(self._limits[projection]).kept))
 
     def finish(self) -> None:
         """No more rows."""

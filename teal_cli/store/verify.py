@@ -21,20 +21,22 @@ import zarr
 
 from teal_cli.errors import TealError
 from teal_cli.store import layout
-from teal_cli.store.header import LevelHeader, StoreHeader, site_threshold
-from teal_cli.store.packing import exceeds, magnitude_bits
-from teal_cli.store.reader import ActivationStore, Level, open_store
+from teal_cli.store.arrays import per_value
+from teal_cli.store.digest import level_digest, store_digest
+from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_widths
+from teal_cli.store.metadata import as_numpy, read_node
+from teal_cli.store.packing import exceeds, magnitude_bits, unpack_mask
+from teal_cli.store.reader import ActivationStore, Level, column_problems, open_store
 from teal_cli.store.schema import (
     BITORDER,
     COMPARE,
     NEVER_WRITTEN,
-    PHASES,
-    TOKEN_COLUMNS,
+    SCHEMA_1,
     blocks_of,
-    level_name,
     mask_bytes,
 )
-from teal_kernels.spec import SITES
+from teal_kernels.spec import PROJECTIONS, SITES
+from teal_kernels.thresholds import lowest
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,33 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
         TealError: the attributes are too damaged to go on.
     """
     store = open_store(path)
-    yield from _attributes(store, allow_incomplete)
-    yield from _consolidated(path)
-    levels = [store.level(name) for name in store.levels]
+    sound = True
+    levels, damaged = [], []
+    for name in store.levels:
+        try:
+            levels.append(store.level(name))
+        except TealError as error:
+            damaged.append(Problem(name, error.message, fatal=True))
+    for problem in (*damaged, *_attributes(store, allow_incomplete), *_consolidated(path), *_strangers(store)):
+        sound = False
+        yield problem
     total = sum(blocks_of(len(level), store.header.block_tokens) for level in levels) * len(SITES)
     done = 0
     for level in levels:
         problems = [*_metadata(store, level), *_tokens(store, level, allow_incomplete)]
         yield from problems
+        sound = sound and not problems
         if any(problem.fatal for problem in problems):
             continue  # arrays of another shape or type, or no thresholds: the rows mean nothing
         for site in SITES:
             for found in _site(store, level, site):
                 yield from found
+                sound = sound and not found
                 done += 1
                 yield Checked(done, total)
+    if sound:  # where something else is wrong, that the digest is wrong too says nothing new
+        yield from _digests(store, levels)
+    store.check_same()
 
 
 def _attributes(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem]:
@@ -104,14 +118,48 @@ def _attributes(store: ActivationStore, allow_incomplete: bool) -> Iterator[Prob
         yield Problem("zarr.json", "the store is not complete: its run was cut off, or is still going on")
 
 
+def _strangers(store: ActivationStore) -> Iterator[Problem]:
+    """Folders that look like levels but are none of this store."""
+    for entry in sorted(store.path.iterdir()):
+        if entry.is_dir() and (entry / "zarr.json").exists() and entry.name not in store.levels:
+            yield Problem(entry.name, "the store has no such level; the folder was not made by it")
+
+
+def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
+    if store.state.schema == SCHEMA_1:
+        return
+    digests = []
+    for level in levels:
+        if not level.complete:
+            continue
+        try:
+            digests.append(level_digest(store.path, level.name, store.header, level.state))
+        except (OSError, ValueError, TealError) as error:
+            yield Problem(level.name, f"its digest cannot be taken: {error}")
+            continue
+        if digests[-1] != level.state.digest:
+            yield Problem(level.name, "data or metadata are not what was written: its digest is another")
+    if store.complete and len(digests) == len(levels):
+        found = store_digest(store.attrs, digests)
+        if found != store.state.digest:
+            yield Problem("zarr.json", f"what it says is not what was written: the digest is {found}")
+
+
 def _consolidated(path: Path) -> Iterator[Problem]:
     """The copies of all metadata in the root of a finished store: both are written once and must agree."""
-    root = json.loads((path / "zarr.json").read_bytes())
-    for name, copy in ((root.get("consolidated_metadata") or {}).get("metadata") or {}).items():
+    copies = read_node(path).get("consolidated_metadata")
+    copies = copies.get("metadata") if isinstance(copies, dict) else {}
+    if not isinstance(copies, dict):
+        yield Problem("zarr.json", "the copies of the metadata are damaged")
+        return
+    for name, copy in copies.items():
         try:
-            own = json.loads((path / name / "zarr.json").read_bytes())
-        except (OSError, ValueError) as error:
-            yield Problem(f"{name}/zarr.json", f"unreadable: {error}")
+            own = read_node(path / name)
+        except TealError as error:
+            yield Problem(f"{name}/zarr.json", error.message)
+            continue
+        if not isinstance(copy, dict):
+            yield Problem(f"{name}/zarr.json", "the copy of it in the store's zarr.json is damaged")
             continue
         nested = "consolidated_metadata"  # of a group inside a group; says nothing new
         if {**own, nested: None} != {**copy, nested: None}:
@@ -120,35 +168,39 @@ def _consolidated(path: Path) -> Iterator[Problem]:
 
 def _metadata(store: ActivationStore, level: Level) -> Iterator[Problem]:
     """The arrays of a level against those that this schema makes."""
-    header = store.header
-    if level_name(level.target) != level.name:
-        yield Problem(f"{level.name}/zarr.json", f"its target is {level.target}")
-    thresholds = np.zeros((header.layers, 7), np.float32)
-    attributes = layout.level_attributes(store.path, level.name)
-    wanted = _fresh(header, LevelHeader(level.target, level.allocation, thresholds, attributes["max_tokens"]))
-    growing = layout.row_arrays()
-    for name, expected in wanted.items():
+    header, state = store.header, level.state
+    specs = layout.level_arrays(header, 0)
+    for name, expected in _fresh(header, state).items():
         where = f"{level.name}/{name}"
         try:
-            found = json.loads((store.path / where / "zarr.json").read_bytes())
-        except (OSError, ValueError) as error:
+            found = read_node(store.path / where)
+            shape = list(found["shape"]) if name in specs else []
+        except (TealError, KeyError, TypeError) as error:
             yield Problem(where, f"its metadata are unreadable: {error}", fatal=True)
             continue
-        if name in growing:
-            axis = 0 if len(expected["shape"]) == 1 else 1
-            block = header.block_tokens if growing[name] == "block" else 1
+        if (axis := specs[name].grows if name in specs else None) is not None and len(shape) == len(expected["shape"]):
+            block = header.block_tokens if "block" in specs[name].dimensions else 1
             least, most = blocks_of(len(level), block), expected["shape"][axis]
             # An unfinished level has room for all its tokens, or less if it was being finished or rewound.
-            roomy = not level.complete and least <= found["shape"][axis] <= most
-            expected["shape"][axis] = found["shape"][axis] if roomy else least
+            roomy = not level.complete and isinstance(shape[axis], int) and least <= shape[axis] <= most
+            expected["shape"][axis] = shape[axis] if roomy else least
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
-                what = f"{key} is {found.get(key)!r}, not {expected.get(key)!r}"
+                what = f"{key} is {str(found.get(key))[:200]}, not {str(expected.get(key))[:200]}"
                 yield Problem(where, what, fatal=key != "attributes")
 
 
-def _fresh(header: StoreHeader, level: LevelHeader) -> dict[str, dict[str, Any]]:
+def _fresh(header: StoreHeader, state: LevelState) -> dict[str, dict[str, Any]]:
     """The metadata of all nodes of a new level, by their path in it."""
+    shapes = {site: site_widths(header, site) for site in SITES}
+    level = LevelHeader(
+        state.target,
+        state.allocation,
+        np.zeros((header.layers, len(PROJECTIONS)), np.float32),
+        state.max_tokens,
+        scale={site: np.zeros(shapes[site]["scale"], np.float32) for site in state.scale},
+        centre={site: np.zeros(shapes[site]["centre"], np.float32) for site in state.centre},
+    )
     written: dict[str, Any] = {}
     root = zarr.create_group(zarr.storage.MemoryStore(written))
     layout.create_level(root.create_group(level.name), header, level)
@@ -164,49 +216,30 @@ def _tokens(store: ActivationStore, level: Level, allow_incomplete: bool) -> Ite
     if not level.complete and not allow_incomplete:
         yield Problem(level.name, f"the level is not complete; {len(level)} tokens are committed")
     try:
-        tokens, thresholds = level.tokens, level.thresholds
+        columns = level.columns()
+        level.thresholds, level.scale, level.centre  # noqa: B018
     except TealError as error:
         yield Problem(level.name, error.message, fatal=True)
         return
-    if not (np.isfinite(thresholds).all() and (thresholds >= 0).all()):
-        yield Problem(f"{level.name}/thresholds", "a threshold is negative or not a number")
-    for name in TOKEN_COLUMNS:
-        if len(tokens[name]) != len(level):
-            yield Problem(f"{level.name}/{name}", f"{len(tokens[name])} entries for {len(level)} tokens")
-            return
-    for name in ("token_id", "position", "sequence"):
-        if (tokens[name] == NEVER_WRITTEN).any():
-            yield Problem(f"{level.name}/{name}", "an entry was never written")
-    if not np.isin(tokens.phase, list(PHASES.values())).all():
-        yield Problem(f"{level.name}/phase", f"an entry is none of {sorted(PHASES.values())}")
-    yield from _order(level, tokens.sequence, tokens.position)
-    texts = store.header.prompts.get("texts")
-    if texts is not None and len(tokens) and int(tokens.sequence.max()) >= len(texts):
-        yield Problem(f"{level.name}/sequence", f"an entry is beyond the {len(texts)} prompts of the store")
-
-
-def _order(level: Level, sequence: np.ndarray, position: np.ndarray) -> Iterator[Problem]:
-    starts = np.flatnonzero(np.diff(sequence.astype(np.int64), prepend=-1))  # where a run of equal entries begins
-    runs = sequence[starts]
-    if len(np.unique(runs)) != len(runs):
-        yield Problem(f"{level.name}/sequence", "a sequence is not contiguous")
-    steps = np.diff(position.astype(np.int64))
-    steps[starts[1:] - 1] = 1  # a new sequence may begin anywhere
-    if (steps <= 0).any():
-        token = int(np.flatnonzero(steps <= 0)[0]) + 1
-        yield Problem(f"{level.name}/position, token {token}", "positions do not increase within the sequence")
+    for column, problem in column_problems(store.header, columns):
+        where, _, what = f"{level.name}/{column}{problem}".partition(": ")
+        yield Problem(where, what)
 
 
 def _site(store: ActivationStore, level: Level, site: str) -> Iterator[list[Problem]]:
     """The blocks of a site, one list of problems for each."""
-    folder = store.path / level.name / site
-    arrays = {name: layout.open_array(folder, name) for name in ("values", "mask", "row_nnz")}
-    thresholds = site_threshold(level.thresholds, site)
+    try:
+        arrays = dict(zip(("values", "mask", "row_nnz"), level.site_reader(site).arrays, strict=True))
+    except TealError as error:
+        yield [Problem(f"{level.name}/{site}", error.message)]
+        return
+    layers = range(store.header.layers)
+    limits = [np.asarray(lowest(x, projections=-x.ndim)) for x in (level.limits(layer, site) for layer in layers)]
     size = store.header.block_tokens
     for block in range(blocks_of(len(level), size)):
         tokens = slice(block * size, min((block + 1) * size, len(level)))
         where = f"{level.name}/{site}, tokens {tokens.start} to {tokens.stop}"
-        yield list(_block(arrays, block, tokens, store.header.channels[site], thresholds, where))
+        yield list(_block(arrays, block, tokens, store.header.channels[site], limits, where))
 
 
 def _block(
@@ -214,26 +247,26 @@ def _block(
     block: int,
     tokens: slice,
     channels: int,
-    thresholds: np.ndarray,
+    limits: list[np.ndarray],
     where: str,
 ) -> Iterator[Problem]:
     """One block of a site, all layers; at most one problem per layer, the first in the order of the checks."""
     read: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         try:
-            read[name] = layout.as_numpy(array[:, block if name == "values" else tokens])
+            read[name] = as_numpy(array[:, block if name == "values" else tokens])
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
             yield Problem(f"{where}, {name}", f"unreadable: {error}")
     if len(read) < len(arrays):
         return
-    for layer, threshold in enumerate(thresholds):
+    for layer, limit in enumerate(limits):
         rows = {name: array[layer] for name, array in read.items()}
-        what = _layer_problem(rows, channels, float(threshold))
+        what = _layer_problem(rows, channels, limit)
         if what:
             yield Problem(f"{where}, layer {layer}", what)
 
 
-def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, threshold: float) -> str | None:
+def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, limit: np.ndarray) -> str | None:
     values, mask, row_nnz = rows["values"], rows["mask"], rows["row_nnz"]
     if (row_nnz == NEVER_WRITTEN).any():
         return "a committed row was never written"
@@ -247,6 +280,8 @@ def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, threshold: flo
         return "a kept value is zero, so values are missing"
     if values[kept:].any():
         return "there are values beyond the kept ones"
-    if not exceeds(values[:kept], threshold).all():
-        return f"a kept value is not above the threshold {threshold:.8g}"
+    wanted = limit if limit.ndim == 0 else per_value(limit, unpack_mask(mask, channels))
+    if not exceeds(values[:kept], wanted).all():
+        threshold = f"the threshold {float(limit):.8g}" if limit.ndim == 0 else "its threshold"
+        return f"a kept value is not above {threshold}"
     return None

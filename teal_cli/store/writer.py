@@ -35,9 +35,11 @@ from teal_cli.errors import NotFoundError
 from teal_cli.files import disk_errors
 from teal_cli.store import layout, placing
 from teal_cli.store.buffers import BlockBuffer
+from teal_cli.store.digest import level_digest, store_digest
 from teal_cli.store.header import LevelHeader, StoreHeader
+from teal_cli.store.metadata import as_numpy, level_state, read_attributes, read_state, require_store
 from teal_cli.store.placing import StoreLock
-from teal_cli.store.schema import TOKEN_COLUMNS, parse_level
+from teal_cli.store.schema import SCHEMA_1, parse_level
 from teal_cli.store.shards import SiteFiles, compression_threads
 from teal_kernels.spec import SITES
 
@@ -56,7 +58,8 @@ class LevelWriter:
         """Rows that were there when the store was opened: 0, or on resume a whole number of blocks."""
         self.complete = complete
         self._store = store
-        self._columns = {n: layout.open_for_writing(store.path, f"{self.name}/{n}") for n in TOKEN_COLUMNS}
+        columns = store.header.token_columns
+        self._columns = {n: layout.open_for_writing(store.path, f"{self.name}/{n}") for n in columns}
         self._files = store.site_files(self.name)
         self._block = store.header.block_tokens
         self._base = committed  # rows before the block being filled
@@ -73,7 +76,7 @@ class LevelWriter:
 
     def committed_tokens(self) -> dict[str, np.ndarray]:
         """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
-        return {name: layout.as_numpy(column[: self.committed]) for name, column in self._columns.items()}
+        return {name: as_numpy(column[: self.committed]) for name, column in self._columns.items()}
 
     def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> dict[str, torch.Tensor]:
         """Opens the next row. Waits only when the disk is two blocks behind.
@@ -101,14 +104,19 @@ class LevelWriter:
         self._open = True
         return self._filling.row(self._count)
 
-    def end(self) -> None:
+    def end(self, **columns: float) -> None:
         """Closes the row that `begin` opened: it is complete and will be stored.
+
+        Args:
+            columns: a value for each of the header's optional columns, e.g. `logprob`.
 
         Raises:
             TealError: an earlier block could not be written.
         """
         if not self._open:
             raise ValueError(f"level {self.name} has no open row")
+        assert self._filling is not None
+        self._filling.set_columns(self._count, columns)
         self._open = False
         self._count += 1
         if self._count == self._block:
@@ -139,8 +147,12 @@ class LevelWriter:
             return
         self.flush()
         with self._store.disk_errors():
-            layout.resize_rows(self._store.path, self.name, tokens=self._base, block=self._block)
-            layout.set_attributes(self._store.path, self.name, {"complete": True})
+            layout.resize_rows(self._store.path, self.name, self._store.header, tokens=self._base)
+            changes: dict[str, object] = {"complete": True}
+            if self._store.schema != SCHEMA_1:
+                state = level_state(self._store.path, self.name)
+                changes["digest"] = level_digest(self._store.path, self.name, self._store.header, state)
+            layout.set_attributes(self._store.path, self.name, changes)
         self.complete = True
         self._free.clear()
 
@@ -189,6 +201,8 @@ class StoreWriter:
     ) -> None:
         self.path = path
         self.header = header
+        self.schema = read_state(path).schema
+        """That of a store that is resumed stays as it is."""
         self.device = torch.device(device)
         self._lock = lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
@@ -222,7 +236,7 @@ class StoreWriter:
                 writes it; two levels of one name.
             TealError: the disk refuses.
         """
-        target = Path(path).absolute()
+        target = placing.destination(Path(path))
         with _disk_errors(target):
             lock = placing.place_new_store(target, header, levels, force=force)
         return cls(target, header, levels, device, lock)
@@ -243,8 +257,8 @@ class StoreWriter:
                 written.
             TealError: the store is damaged, or the disk refuses.
         """
-        target = Path(path).absolute()
-        layout.require_store(target)
+        target = placing.destination(Path(path))
+        require_store(target)
         lock = StoreLock(target)
         try:
             with _disk_errors(target):
@@ -255,8 +269,8 @@ class StoreWriter:
             raise
 
     def _open_level(self, header: LevelHeader) -> LevelWriter:
-        attributes = layout.level_attributes(self.path, header.name)
-        return LevelWriter(self, header, attributes["tokens_committed"], complete=attributes["complete"])
+        state = level_state(self.path, header.name)
+        return LevelWriter(self, header, state.tokens_committed, complete=state.complete)
 
     def level(self, name: str | float) -> LevelWriter:
         """The level of this name or target.
@@ -281,7 +295,11 @@ class StoreWriter:
         if unfinished:
             raise ValueError(f"levels not finished: {', '.join(unfinished)}")
         with self.disk_errors():
-            layout.set_attributes(self.path, "", {"complete": True})
+            changes: dict[str, object] = {"complete": True}
+            if self.schema != SCHEMA_1:
+                digests = [str(level_state(self.path, name).digest) for name in self._levels]
+                changes["digest"] = store_digest(read_attributes(self.path), digests)
+            layout.set_attributes(self.path, "", changes)
             layout.consolidate(self.path)
 
     def site_files(self, level: str) -> dict[str, SiteFiles]:

@@ -18,10 +18,10 @@ from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
 from teal_cli.errors import UsageError
-from teal_cli.store import layout
 from teal_cli.store.arrays import ActivationArray
+from teal_cli.store.metadata import schema_of
 from teal_cli.store.reader import ActivationStore, Level, open_store
-from teal_cli.store.schema import PHASES, SCHEMA, TOKEN_COLUMNS
+from teal_cli.store.schema import PHASES, SCHEMA, SCHEMA_1
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITES
 
 
@@ -81,7 +81,7 @@ class TealBackendEntrypoint(BackendEntrypoint):
         """Whether the folder is a store of this schema."""
         if not isinstance(filename_or_obj, str | os.PathLike):
             return False
-        return layout.schema_of(Path(filename_or_obj)) == SCHEMA
+        return schema_of(Path(filename_or_obj)) in (SCHEMA_1, SCHEMA)
 
 
 class _LayeredArray(BackendArray):
@@ -119,7 +119,7 @@ def _dataset(store: ActivationStore, level: Level) -> Dataset:
     for name in PROJECTIONS:
         variables[name] = _variable([level.projection(layer, name) for layer in layers], PROJECTION_SITE[name])
     variables["thresholds"] = Variable(("layer", "projection"), level.thresholds)
-    coordinates = {name: Variable(("token",), level.tokens[name]) for name in TOKEN_COLUMNS}
+    coordinates = {name: Variable(("token",), level.tokens[name]) for name in store.header.token_columns}
     coordinates["phase"].attrs = {"flag_values": list(PHASES.values()), "flag_meanings": " ".join(PHASES)}
     coordinates["projection"] = Variable(("projection",), np.array(PROJECTIONS))
     attributes = _attributes(store.attrs) | {

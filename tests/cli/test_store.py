@@ -31,7 +31,7 @@ def unfinished(tmp_path: Path) -> Path:
 def test_info(teal: Teal, store: Path) -> None:
     shown = teal("store", "info", store, "--prompt", "prompt 3")
     assert shown.code == 0
-    for text in ("synthetic", "teal-activations/1", "s0.50", "s0.90", "sequence 3: tokens s0.50 21:28"):
+    for text in ("synthetic", "teal-activations/2", "s0.50", "s0.90", "sequence 3: tokens s0.50 21:28"):
         assert text in shown.out
     found = teal("store", "info", store, "--prompt", "prompt 3", "--json").json["store"]
     assert [level["tokens"] for level in found["levels"]] == [40, 40]

@@ -154,7 +154,7 @@ def test_names_and_codecs_are_those_of_the_schema(store: Path) -> None:
     wanted = {"schema", "teal_version", "model", "model_revision", "config_sha256", "calibration", "dtype"}
     wanted |= {"value_dtype", "prompts", "seed", "sampling", "backend", "block_tokens", "compare", "bitorder"}
     assert wanted | {"complete"} <= set(attributes)
-    assert attributes["schema"] == "teal-activations/1"
+    assert attributes["schema"] == "teal-activations/2"
     assert attributes["compare"] == "abs(x) > t"
     assert root.metadata.consolidated_metadata is not None
     assert root["s0.50"].attrs["teal"]["tokens_committed"] == 100
@@ -278,11 +278,11 @@ def test_what_is_no_store_is_said_to_be_none(tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "other")
     with pytest.raises(UsageError, match="not a teal store"):
         open_store(tmp_path / "other")
-    zarr.create_group(tmp_path / "newer").attrs["teal"] = {"schema": "teal-activations/2"}
-    with pytest.raises(UsageError, match="teal-activations/2") as caught:
+    zarr.create_group(tmp_path / "newer").attrs["teal"] = {"schema": "teal-activations/3"}
+    with pytest.raises(UsageError, match="teal-activations/3") as caught:
         open_store(tmp_path / "newer")
     assert caught.value.hint
-    zarr.create_group(tmp_path / "damaged").attrs["teal"] = {"schema": "teal-activations/1", "model": "x"}
+    zarr.create_group(tmp_path / "damaged").attrs["teal"] = {"schema": "teal-activations/2", "model": "x"}
     with pytest.raises(TealError, match="damaged"):
         open_store(tmp_path / "damaged")
 

@@ -201,7 +201,7 @@ def test_an_unfinished_level_may_be_cut_but_not_below_its_tokens(tmp_path: Path,
     path = tmp_path / "out.zarr"
     with StoreWriter.create(path, header(), levels(100)) as writer:
         feed(writer.level(0.5), 33)
-    layout.resize_rows(path, "s0.50", tokens=length, block=16)
+    layout.resize_rows(path, "s0.50", header(), tokens=length)
     assert problems(path, allow_incomplete=True) == []
-    layout.resize_rows(path, "s0.50", tokens=32, block=16)
+    layout.resize_rows(path, "s0.50", header(), tokens=32)
     assert any("shape" in text for text in problems(path, allow_incomplete=True))
