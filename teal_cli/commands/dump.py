@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from teal_cli.commands.opening import opened
-from teal_cli.errors import UsageError
+from teal_cli.errors import TealError, UsageError
 from teal_cli.runs.recipe import load_recipe, shipped_recipes
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
@@ -21,12 +22,32 @@ if TYPE_CHECKING:
     from teal_cli.runs.dump import Dump
 
 
+_SOURCE: Final = ("dataset", "split", "num_sequences", "prompt_tokens")
+_CHECKED: Final = ("seed", "dtype", "max_new_tokens", "temperature", "top_k", "top_p")
+"""What must be that of a store that is resumed, told before the model is loaded; the rest is told when it is opened."""
+
+
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
     """Put what a recipe says before the settings, in the parser's default map."""
     if name is not None and not context.resilient_parsing:
         said = {key: value for key, value in load_recipe(name).items() if key != "about"}
         context.default_map = {**(context.default_map or {}), **said}
     return name
+
+
+def _take_store(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+    """The same with the settings of the store that is resumed or repeated; a recipe that is given goes first."""
+    given = {**context.params, str(parameter.name): value}
+    origin = given.get("out_path") if given.get("resume") else given.get("like")
+    if origin is not None and not context.resilient_parsing:
+        from teal_cli.runs.stored import stored_run
+
+        with suppress(TealError):  # the command says what is wrong, once it knows what else is given
+            kept = {name: option for name, option in stored_run(Path(origin)).options.items() if option is not None}
+            kept["levels"] = ",".join(map(repr, kept["levels"]))
+            context.default_map = {**(context.default_map or {}), **kept}
+            _take_recipe(context, given.get("recipe"))
+    return value
 
 
 def dump(
@@ -79,8 +100,29 @@ def dump(
             "--ignore-eos", help="Go on past the end-of-sequence token, so that every sequence has all its rows."
         ),
     ] = False,
-    out_path: Annotated[Path | None, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")] = None,
-    resume: options.ResumeOption = False,
+    out_path: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="STORE", help="The store to write.", callback=_take_store, is_eager=True),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="STORE",
+            help="Repeat the run that wrote this store; options given here win.",
+            callback=_take_store,
+            is_eager=True,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the store, with the settings that it keeps.",
+            callback=_take_store,
+            is_eager=True,
+        ),
+    ] = False,
     force: options.ForceOption = False,
     dry_run: options.DryRunOption = False,
     calibration: options.CalibrationOption = None,
@@ -93,24 +135,36 @@ def dump(
     """Dump activations of many prompts at many sparsity levels into one store.
 
     For every level and prompt, tokens are decoded sparsely and what flowed into each projection of each layer is
-    stored, token by token. Stop it whenever you like: what is committed stays, and --resume goes on.
+    stored, token by token. Stop it whenever you like: what is committed stays, and `teal dump --resume -o STORE`
+    goes on.
     """
     out = output(json, quiet)
     if out_path is None:
         raise UsageError("where should the store go?", hint="name it with -o, e.g. -o activations.zarr")
     if resume and force:
         raise UsageError("--resume and --force exclude each other", hint="--resume goes on, --force begins anew")
+    if resume and like:
+        raise UsageError("--resume and --like exclude each other", hint="--resume goes on, --like repeats a run anew")
     if prompts and options.on_command_line(context, "dataset"):
         raise UsageError("--dataset and --prompts exclude each other", hint="give one of them")
-    from teal_cli.data.prompts import PromptSource
+    from teal_cli.data.prompts import Prompts, PromptSource
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.dump import Dump, DumpRequest
+    from teal_cli.runs.stored import stored_run
     from teal_cli.store.placing import check_target
     from teal_cli.store.schema import parse_levels
 
+    origin = out_path if resume else like
+    run = stored_run(origin) if origin else None
+    if run and resume:
+        given = {name: context.params[name] for name in _CHECKED if options.on_command_line(context, name)}
+        run.check(given | ({"levels": parse_levels(levels)} if options.on_command_line(context, "levels") else {}))
+    source: Prompts
     if prompts:  # all of them, unless a number was typed
         count = num_sequences if options.on_command_line(context, "num_sequences") else None
         source = PromptSource(file=prompts, count=count)
+    elif run and not recipe and not any(options.on_command_line(context, name) for name in _SOURCE):
+        source = run.prompts
     else:
         source = PromptSource(dataset, split, None, num_sequences, prompt_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
@@ -151,7 +205,7 @@ def _run(out: Output, job: Dump, path: Path, *, force: bool, resume: bool) -> di
                 task.update(done=state.rows, text=f"Decoding {state.level}")
                 new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:
-            out.warn(f"stopped; what is complete is in {path}, and the same command with --resume goes on")
+            out.warn(f"stopped; what is complete is in {path}, and `teal dump --resume -o {path}` goes on")
             raise
     return {"new_rows": new_rows, "seconds": seconds, "rows_per_s": new_rows / seconds if seconds else 0.0}
 

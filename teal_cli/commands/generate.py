@@ -75,11 +75,16 @@ def generate(
         dump,
         force,
     )
-    for event in run(session, request):
-        if isinstance(event, Generation):
-            _finish(out, session.notes, event)
-        else:
-            out.write(event.text)
+    try:
+        for event in run(session, request):
+            if isinstance(event, Generation):
+                _finish(out, session.notes, event)
+            else:
+                out.write(event.text)
+    except KeyboardInterrupt:
+        if dump is not None:
+            out.warn(f"stopped; every step so far is in {dump}, and `teal dump --resume -o {dump}` goes on")
+        raise
 
 
 def _prompt(given: str | None) -> str:

@@ -204,6 +204,7 @@ def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
         ("computed", f"{about['dtype']} on the {about['backend']} backend, seed {about['seed']}{prompts}"),
         ("schema", schema),
         ("size", f"{found.bytes / 1e6:,.1f} MB in {found.files:,} files"),
+        ("digest", about.get("digest") or "none"),
         ("complete", "yes" if about["complete"] else "no; `teal dump --resume` goes on"),
     ):
         console.print(f"  {label:<12} {text}", markup=False)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from teal_cli.data.sources import open_source
 from teal_cli.errors import NotFoundError, UsageError
@@ -25,6 +25,34 @@ class Prompt:
 
     text: str
     token_ids: tuple[int, ...]
+
+
+class Prompts(Protocol):
+    """Where prompts come from."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As JSON values, what it takes to read them again; empty where nothing does."""
+
+    def read(self, encode: Encode, decode: Decode) -> list[Prompt]:
+        """The prompts, in order."""
+
+
+@dataclass(frozen=True)
+class KnownPrompts:
+    """Prompts that are there already, with the name of the source that gave them and its options."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, encode: Encode, decode: Decode) -> list[Prompt]:
+        """The prompts, as they are."""
+        return list(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,18 @@ class PromptSource:
             return str(self.file)
         return f"{self.dataset}:{self.split}" if self.split else str(self.dataset)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a store keeps of it; a file may have changed meanwhile, so that its prompts are taken from the store."""
+        if self.file is not None:
+            return {}
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "num_sequences": self.count,
+            "prompt_tokens": self.prompt_tokens,
+        }
+
     def read(self, encode: Encode, decode: Decode) -> list[Prompt]:
         """The prompts, in order.
 
@@ -67,13 +107,17 @@ class PromptSource:
         return [Prompt(decode(ids), tuple(ids)) for ids in self._from_dataset(str(self.dataset), encode)]
 
     def _from_file(self, file: Path) -> list[str]:
+        hint = "--prompts takes a text or .jsonl file"
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            text = file.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            raise NotFoundError(f"there is no file {file}", hint="--prompts takes a text or .jsonl file") from None
+            raise NotFoundError(f"there is no file {file}", hint=hint) from None
         except UnicodeDecodeError:
-            raise UsageError(f"{file} is not UTF-8 text", hint="--prompts takes a text or .jsonl file") from None
-        lines = [line for line in lines if line.strip()]
+            raise UsageError(f"{file} is not UTF-8 text", hint=hint) from None
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}", hint=hint) from None
+        # Not splitlines: JSON may hold other line separators within a string.
+        lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         if file.suffix == ".jsonl":
             lines = [_prompt_of(line, number, file) for number, line in enumerate(lines, 1)]
         if not lines:
@@ -114,12 +158,19 @@ def _encoded(text: str, encode: Encode) -> tuple[int, ...]:
     return ids
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is made of characters: half of a surrogate pair, which JSON and a terminal can give, is none."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _prompt_of(line: str, number: int, file: Path) -> str:
     try:
         record: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"line {number} of {file} is not JSON") from None
     for key in _KEYS:
         if isinstance(record, dict) and isinstance(record.get(key), str):
+            if not is_text(record[key]):
+                raise UsageError(f"line {number} of {file} holds half of a surrogate pair, which is no character")
             return str(record[key])
     raise UsageError(f"line {number} of {file} has no text under 'prompt' or 'text'")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teal_cli.data.prompts import Prompt, PromptSource
+from teal_cli.data.prompts import Prompt, Prompts
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
@@ -21,6 +21,7 @@ from teal_cli.files import free_space
 from teal_cli.model.weights import config_sha256
 from teal_cli.runs.job import Progress, run_job
 from teal_cli.runs.session import Session
+from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan
 from teal_cli.store.schema import VALUE_DTYPES, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
@@ -44,7 +45,7 @@ class DumpRequest:
     """
 
     levels: tuple[float, ...]
-    prompts: PromptSource
+    prompts: Prompts
     max_new_tokens: int
     sampling: Sampling
     ignore_eos: bool = False
@@ -140,7 +141,7 @@ class Dump:
             list(self._plans.values()),
             request.max_new_tokens,
             request.sampling,
-            source=request.prompts.name,
+            source=request.prompts,
             stop=self._stop,
             force=force,
             resume=resume,
@@ -162,7 +163,7 @@ def store_headers(
     max_new_tokens: int,
     sampling: Sampling,
     *,
-    source: str,
+    source: Prompts,
     stop: Sequence[int],
 ) -> tuple[StoreHeader, list[LevelHeader]]:
     """What a store of these prompts under these plans says of itself; equal headers mean equal contents.
@@ -171,7 +172,7 @@ def store_headers(
         prompts: sequence i starts from prompt i.
         plans: one level each.
         max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
-        source: where the prompts come from, for people.
+        source: where the prompts come from.
     """
     header = StoreHeader(
         model=session.entry.name,
@@ -180,7 +181,7 @@ def store_headers(
         calibration=session.calibration.id if any(plan.target > 0 for plan in plans) else None,
         dtype=session.dtype,
         prompts={
-            "source": source,
+            "source": source.name,
             "count": len(prompts),
             "texts": [prompt.text for prompt in prompts],
             "token_ids": [list(prompt.token_ids) for prompt in prompts],
@@ -196,9 +197,27 @@ def store_headers(
         backend=session.backend,
         layers=session.config.layers,
         channels={site: session.config.channels(site) for site in SITES},
+        criterion={"name": next((p.scoring.criterion for p in plans if p.target > 0), MAGNITUDE)},
+        run={
+            "device": session.model.device.type,
+            "ignore_eos": not stop,
+            "follow": "free",
+            "prefill": "none",
+            "source": source.options,
+        },
     )
     rows = len(prompts) * (max_new_tokens - 1)
-    return header, [LevelHeader(p.target, p.allocation, np.maximum(p.thresholds, 0), rows) for p in plans]
+    return header, [
+        LevelHeader(
+            plan.target,
+            plan.allocation,
+            np.maximum(plan.thresholds, 0),
+            rows,
+            scale=plan.scoring.scale,
+            centre=plan.scoring.centre,
+        )
+        for plan in plans
+    ]
 
 
 def create_store(
@@ -209,7 +228,7 @@ def create_store(
     max_new_tokens: int,
     sampling: Sampling,
     *,
-    source: str,
+    source: Prompts,
     stop: Sequence[int] = (),
     force: bool = False,
     resume: bool = False,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from teal_cli.data.prompts import Prompt
+from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.detokenize import TextStream
 from teal_cli.decoding.sampling import Sampling
@@ -133,7 +133,7 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
             request.max_new_tokens,
             request.sampling,
             stop=stop,
-            source="--prompt",
+            source=KnownPrompts("--prompt", (prompt,)),
             force=request.force,
         )
     token_ids, pieces, text = [], TextStream(session.tokenizer), []

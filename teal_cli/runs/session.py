@@ -7,17 +7,18 @@ cache. Commands stay free of the question of where things come from, and tests o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from teal_cli.data.prompts import is_text
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.steps import choose_step, open_step
-from teal_cli.errors import HardwareError, UsageError
+from teal_cli.errors import HardwareError, TealError, UsageError
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
@@ -105,15 +106,34 @@ class Session:
         """Token ids of a prompt; with `chat`, as a user's message in the model's chat template.
 
         Raises:
-            UsageError: the model has no chat template.
+            UsageError: the model has no chat template, or the text is none.
+            TealError: the template fails, or the tokenizer belongs to another model.
         """
+        if not is_text(text):
+            raise UsageError("the prompt is no text: it holds half of a surrogate pair", hint="give it as UTF-8")
         if not chat:
-            return list(self.tokenizer(text).input_ids)
+            return self._known(self.tokenizer(text).input_ids)
         if not self.tokenizer.chat_template:
             raise UsageError(f"{self.entry.name} has no chat template", hint="leave out --chat")
         message = [{"role": "user", "content": text}]
-        encoded: Any = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template is a foreign program: its sandbox stops it with whatever comes
+            raise TealError(
+                f"the chat template of {self.entry.name} fails: {type(error).__name__}: {error}",
+                hint="leave out --chat, or download the model again",
+            ) from error
+        return self._known(encoded["input_ids"])
+
+    def _known(self, token_ids: Sequence[int]) -> list[int]:
+        """Token ids of the tokenizer, which must be rows of the model's embedding."""
+        beyond = [token for token in token_ids if not 0 <= token < self.config.vocab]
+        if beyond:
+            raise TealError(
+                f"the tokenizer of {self.entry.name} gives the token {beyond[0]}; the model has {self.config.vocab}",
+                hint="download the model again: its tokenizer belongs to another one",
+            )
+        return list(token_ids)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens included."""

@@ -59,7 +59,7 @@ class StoreHeader:
         block_tokens: tokens per block T; by default from `schema.block_tokens`.
         criterion: how entries were scored: JSON object with its `name`.
         plan: name of the plan in the registry, None where the thresholds come straight from the calibration.
-        run: JSON object, what it takes beyond the fields above to go on or to repeat; see `runs.dump.Settings`.
+        run: JSON object, what it takes beyond the fields above to go on or to repeat; see `runs.stored`.
         columns: which of `schema.OPTIONAL_COLUMNS` the levels have.
     """
 

@@ -88,7 +88,7 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
             levels.append(store.level(name))
         except TealError as error:
             damaged.append(Problem(name, error.message, fatal=True))
-    for problem in (*damaged, *_attributes(store, allow_incomplete), *_consolidated(path), *_strangers(store)):
+    for problem in (*damaged, *_attributes(store, allow_incomplete), *_consolidated(store), *_strangers(store)):
         sound = False
         yield problem
     total = sum(blocks_of(len(level), store.header.block_tokens) for level in levels) * len(SITES)
@@ -145,16 +145,17 @@ def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
             yield Problem("zarr.json", f"what it says is not what was written: the digest is {found}")
 
 
-def _consolidated(path: Path) -> Iterator[Problem]:
+def _consolidated(store: ActivationStore) -> Iterator[Problem]:
     """The copies of all metadata in the root of a finished store: both are written once and must agree."""
-    copies = read_node(path).get("consolidated_metadata")
-    copies = copies.get("metadata") if isinstance(copies, dict) else {}
+    copies = read_node(store.path).get("consolidated_metadata")
+    copies = copies.get("metadata") if isinstance(copies, dict) else None
     if not isinstance(copies, dict):
-        yield Problem("zarr.json", "the copies of the metadata are damaged")
+        if store.complete or copies is not None:
+            yield Problem("zarr.json", "it has no copies of the metadata, as a finished store does")
         return
     for name, copy in copies.items():
         try:
-            own = read_node(path / name)
+            own = read_node(store.path / name)
         except TealError as error:
             yield Problem(f"{name}/zarr.json", error.message)
             continue

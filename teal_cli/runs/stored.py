@@ -1,0 +1,95 @@
+"""What a store says of the run that wrote it, as the request that goes on with it or repeats it.
+
+`teal dump --resume -o STORE` and `teal dump --like STORE -o NEW` take from here whatever is not given. Knows nothing
+of the command line; loads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from teal_cli.data.prompts import KnownPrompts, Prompt
+from teal_cli.decoding.sampling import Sampling
+from teal_cli.errors import TealError, UsageError
+from teal_cli.store.header import StoreHeader, items, take
+from teal_cli.store.metadata import read_state
+from teal_cli.store.schema import parse_level
+
+_SOURCE = {"dataset": str, "split": str, "num_sequences": int, "prompt_tokens": int}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """The settings of a run.
+
+    Attributes:
+        path: the store.
+        options: name of an option -> its value, as `teal dump` takes them: model, calibration, dtype, backend,
+            device (its kind), levels, max_new_tokens, temperature and whatever else `Sampling` has, seed,
+            ignore_eos, and what is known of where the prompts came from. None where the run had none.
+        prompts: the very prompts.
+    """
+
+    path: Path
+    options: Mapping[str, Any]
+    prompts: KnownPrompts
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuse, before a model is loaded, options that are not those of the run; None is not given.
+
+        Raises:
+            UsageError: some are; they are named.
+        """
+        names = [name for name, value in given.items() if value is not None and self.options.get(name, value) != value]
+        if names:
+            raise UsageError(
+                f"{self.path} was made with other settings; what differs: {', '.join(names)}",
+                hint="`teal dump --resume -o STORE` takes every setting from the store",
+            )
+
+
+def stored_run(path: Path) -> StoredRun:
+    """The run that wrote a store; of a store of schema 1, what can be told from it.
+
+    Raises:
+        NotFoundError, UsageError: no store of a known schema there.
+        TealError: it is damaged, or does not hold its prompts.
+    """
+    state = read_state(path)
+    try:
+        return StoredRun(path, _options(state.header, state.levels), _prompts(state.header))
+    except ValueError as error:
+        raise TealError(
+            f"{path} does not say how to go on: {error}", hint="give the settings on the command line"
+        ) from error
+
+
+def _options(header: StoreHeader, levels: tuple[str, ...]) -> dict[str, Any]:
+    sampling, run = header.sampling, header.run
+    stop = items(sampling, "stop_ids", int)
+    options = {
+        "model": header.model,
+        "calibration": header.calibration,
+        "dtype": header.dtype,
+        "backend": header.backend,
+        "device": take(run, "device", str) if "device" in run else None,
+        "levels": tuple(parse_level(name) for name in levels),
+        "max_new_tokens": take(sampling, "max_new_tokens", int),
+        "seed": header.seed,
+        "ignore_eos": take(run, "ignore_eos", bool) if "ignore_eos" in run else not stop,
+    }
+    for name in {field.name for field in fields(Sampling)} & sampling.keys():
+        options[name] = take(sampling, name, (int, float))
+    source = take(run, "source", dict) if "source" in run else {}
+    return options | {name: take(source, name, kind, optional=True) for name, kind in _SOURCE.items() if name in source}
+
+
+def _prompts(header: StoreHeader) -> KnownPrompts:
+    texts, ids = items(header.prompts, "texts", str), items(header.prompts, "token_ids", list)
+    if not texts:
+        raise ValueError("it has no prompts")
+    prompts = tuple(Prompt(text, tuple(row)) for text, row in zip(texts, ids, strict=True))
+    return KnownPrompts(take(header.prompts, "source", str), prompts, dict(header.run.get("source") or {}))
