@@ -26,7 +26,7 @@ from teal_cli.store.digest import level_digest, store_digest
 from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_widths
 from teal_cli.store.metadata import as_numpy, read_node
 from teal_cli.store.packing import exceeds, magnitude_bits, unpack_mask
-from teal_cli.store.reader import ActivationStore, Level, column_problems, open_store
+from teal_cli.store.reader import ActivationStore, Level, open_store
 from teal_cli.store.schema import (
     BITORDER,
     COMPARE,
@@ -35,6 +35,7 @@ from teal_cli.store.schema import (
     blocks_of,
     mask_bytes,
 )
+from teal_cli.store.tokens import column_problems
 from teal_kernels.spec import PROJECTIONS, SITES
 from teal_kernels.thresholds import lowest
 
