@@ -18,6 +18,9 @@ from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 
+MAX_JSON_BYTES: Final = 1 << 28
+"""No JSON file that teal reads is larger; a tokenizer of a large vocabulary has 30 MB."""
+
 _CHUNK: Final = 8 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -96,6 +99,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 # ---------------------------------------------------------------- reading
+def read_json(path: Path, *, most: int = MAX_JSON_BYTES) -> Any:
+    """The JSON value of a file that somebody else may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, larger than `most` bytes, or nested too deep.
+    """
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"{size} bytes are more than a file of its kind has")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def read_chunks(path: Path) -> Iterator[bytes]:
     """A file's bytes, at most 8 MiB at a time."""
     with path.open("rb") as file:

@@ -114,8 +114,9 @@ class PromptSource:
             raise NotFoundError(f"there is no file {file}", hint=hint) from None
         except UnicodeDecodeError:
             raise UsageError(f"{file} is not UTF-8 text", hint=hint) from None
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}", hint=hint) from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            what = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"{file} cannot be read: {what}", hint=hint) from None
         # Not splitlines: JSON may hold other line separators within a string.
         lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         if file.suffix == ".jsonl":

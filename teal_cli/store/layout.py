@@ -5,6 +5,7 @@ Knows Zarr and the schema; knows nothing of torch, buffers or threads.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfigParams
 from zarr.storage import LocalStore
 
+from teal_cli.errors import TealError
+from teal_cli.files import read_json, write_bytes
 from teal_cli.store.header import (
     LevelHeader,
     StoreHeader,
@@ -197,8 +200,17 @@ def capacity(tokens: int, block: int) -> int:
 
 
 def open_for_writing(path: Path, name: str) -> Array:
-    """One array below a folder, for writing."""
-    return zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
+    """One array below a folder, for writing.
+
+    Raises:
+        TealError: its metadata are damaged.
+    """
+    try:
+        return zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
+    except Exception as error:  # as in `consolidate`
+        raise TealError(
+            f"{path / name / 'zarr.json'} is damaged: {error}", hint="`teal store verify` says more"
+        ) from error
 
 
 def drop_rows(path: Path, level: str, header: StoreHeader, *, keep: int, rows: int) -> None:
@@ -226,12 +238,16 @@ def resize_rows(path: Path, level: str, header: StoreHeader, *, tokens: int) -> 
                 array.resize(spec.shape)
 
 
-def set_attributes(path: Path, group: str, changes: Mapping[str, Any]) -> None:
-    """Changes fields of attrs["teal"] of a group: one file, replaced atomically."""
-    node = zarr.open_group(LocalStore(path), path=group, mode="r+", use_consolidated=False)
-    current = node.attrs["teal"]
-    assert isinstance(current, dict)
-    node.attrs.put({"teal": {**current, **changes}})
+def set_attributes(path: Path, group: str, changes: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Changes fields of attrs["teal"] of a group, whose metadata were read before: one file, replaced atomically.
+
+    Args:
+        durable: also wait until the disk has it.
+    """
+    file = path / group / "zarr.json"
+    node = read_json(file)
+    node["attributes"]["teal"] |= changes
+    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=durable)
 
 
 def consolidate(path: Path) -> None:
@@ -239,4 +255,11 @@ def consolidate(path: Path) -> None:
     with warnings.catch_warnings():
         # zarr warns that consolidated metadata is not in the specification yet; readers without it ignore it.
         warnings.simplefilter("ignore")
-        zarr.consolidate_metadata(LocalStore(path))
+        try:
+            zarr.consolidate_metadata(LocalStore(path))
+        except OSError:
+            raise
+        except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes
+            raise TealError(
+                f"a zarr.json in {path} is damaged: {error}", hint="`teal store verify` says where"
+            ) from error

@@ -7,7 +7,6 @@ before an array is opened; a chunk is the business of `arrays`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,10 @@ import zarr
 from zarr.storage import LocalStore, StorePath
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.files import read_json
 from teal_cli.store.header import LevelState, StoreHeader, StoreState, is_level_name
 from teal_cli.store.layout import Array, ArraySpec, level_arrays
-from teal_cli.store.schema import MAX_METADATA_BYTES, SCHEMA, SCHEMA_1, parse_level
+from teal_cli.store.schema import SCHEMA, SCHEMA_1, parse_level
 from teal_kernels.spec import SITES
 
 VERIFY_HINT: Final = "`teal store verify` says more"
@@ -57,12 +57,10 @@ def read_node(folder: Path) -> dict[str, Any]:
     """
     file = folder / "zarr.json"
     try:
-        if file.stat().st_size > MAX_METADATA_BYTES:
-            raise ValueError(f"it is larger than {MAX_METADATA_BYTES >> 20} MB")
-        found = json.loads(file.read_bytes())
+        found = read_json(file)
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else error
         raise TealError(f"{file} is unreadable: {what}", hint=VERIFY_HINT) from error
     return found

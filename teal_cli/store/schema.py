@@ -54,7 +54,6 @@ MAX_CHANNELS: Final = 1 << 24
 MAX_TOKENS: Final = (1 << 32) - 2  # of a level: token indices are uint32, the last of them means "never written"
 MAX_BLOCK_BYTES: Final = 1 << 31  # of one layer's values: what the codec can hold
 MAX_LEVELS: Final = 1000
-MAX_METADATA_BYTES: Final = 1 << 28  # of one zarr.json; prompts are the bulk of it
 _MAX_LEVEL_DIGITS: Final = 40
 
 # Compression: what the arrays declare, and what the writer does.

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import zarr
@@ -38,6 +38,8 @@ from teal_cli.store.schema import (
 from teal_cli.store.tokens import column_problems
 from teal_kernels.spec import PROJECTIONS, SITES
 from teal_kernels.thresholds import lowest
+
+_ROOT: Final = {"attributes", "zarr_format", "node_type", "consolidated_metadata"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
 
 
 def _attributes(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem]:
+    root = read_node(store.path)
+    if root.get("node_type") != "group" or root.get("zarr_format") != 3 or type(root["zarr_format"]) is not int:
+        yield Problem("zarr.json", "it is not the metadata of a group of Zarr's version 3")
+    if strange := (root.keys() - _ROOT) | (root["attributes"].keys() - {"teal"}):
+        yield Problem("zarr.json", f"it has what teal does not write: {', '.join(sorted(strange))[:200]}")
     for name, wanted in (("compare", COMPARE), ("bitorder", BITORDER)):
         if store.attrs.get(name) != wanted:
             yield Problem("zarr.json", f"{name} is {store.attrs.get(name)!r}, not {wanted!r}")
