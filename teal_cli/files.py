@@ -131,12 +131,12 @@ def sha256_of(path: Path) -> str:
 
 
 def sizes_below(folder: Path) -> dict[Path, int]:
-    """Path -> bytes of every file below a folder, while others may write there: what vanishes meanwhile is left out."""
+    """Path -> bytes of every file below a folder, but for what vanishes meanwhile or cannot be looked at."""
     sizes = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             file = Path(parent, name)
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 sizes[file] = file.stat().st_size
     return sizes
 

@@ -57,7 +57,12 @@ def list_models(
     payload: dict[str, Any] = {"default": default, "models": [entry_payload(entry) for entry in entries]}
     if everything:
         payload["catalog"] = others
+    damaged = registry.damaged()
+    if damaged:
+        payload["damaged"] = [error.message for error in damaged]
     out.result(payload, lambda console: _show_list(console, entries, default, others))
+    for error in damaged:
+        out.warn(f"{error.message}; {error.hint}")
     if not entries and not everything:
         out.note("no models yet: `teal download` fetches the default one, `teal models ls --all` shows others")
 

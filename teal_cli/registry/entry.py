@@ -85,5 +85,13 @@ class ModelEntry:
         if value["schema"] != SCHEMA:
             raise ValueError(f"schema {value['schema']}, not {SCHEMA}")
         fields = {key: value[key] for key in cls.__dataclass_fields__ if key not in ("home", "name", "path", "files")}
+        numbers = ("parameters", "size_bytes", "context")
+        for key, field in fields.items():
+            if type(field) is not (int if key in numbers else str):
+                raise ValueError(f"{key} is of the wrong type")
+        if any(not 0 <= fields[key] < 1 << 63 for key in numbers):
+            raise ValueError("a number is out of range")
         files = tuple(FileRecord(**file) for file in value["files"])
+        if not all((type(f.path), type(f.size), type(f.sha256)) == (str, int, str) for f in files):
+            raise ValueError("files is of the wrong type")
         return cls(name=home.name, home=home, path=home / value["path"], files=files, **fields)

@@ -6,13 +6,12 @@ downloads, converts or reads weights.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from teal_cli.errors import NotFoundError, TealError
-from teal_cli.files import disk_errors, write_json
+from teal_cli.files import disk_errors, read_json, write_json
 from teal_cli.registry import catalog
 from teal_cli.registry.catalog import by_prefix, unknown
 from teal_cli.registry.entry import ModelEntry
@@ -38,8 +37,18 @@ class Registry:
 
     # ------------------------------------------------------------------ looking
     def list(self) -> tuple[ModelEntry, ...]:
-        """All models, by name."""
-        return tuple(self._read(name) for name in self.names())
+        """All models, by name; those whose record is damaged are left out, see `damaged`."""
+        return tuple(entry for entry in map(self._try, self.names()) if isinstance(entry, ModelEntry))
+
+    def damaged(self) -> tuple[TealError, ...]:
+        """What is wrong with the models that `list` leaves out."""
+        return tuple(found for found in map(self._try, self.names()) if isinstance(found, TealError))
+
+    def _try(self, name: str) -> ModelEntry | TealError:
+        try:
+            return self._read(name)
+        except TealError as error:
+            return error
 
     def names(self) -> tuple[str, ...]:
         """The names of all models, without opening one."""
@@ -49,10 +58,10 @@ class Registry:
     def default(self) -> str | None:
         """The name of the default model; None where there is none."""
         try:
-            name = json.loads(self._settings.read_text(encoding="utf-8")).get("default")
+            name = read_json(self._settings).get("default")
         except FileNotFoundError:
             return None
-        except (ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise TealError(
                 f"{self._settings} is damaged: {error}", hint="delete it, then `teal models default NAME`"
             ) from error
@@ -197,10 +206,10 @@ class Registry:
     def _read(self, name: str) -> ModelEntry:
         home = self._models / name
         try:
-            return ModelEntry.from_json(json.loads((home / "model.json").read_text(encoding="utf-8")), home)
+            return ModelEntry.from_json(read_json(home / "model.json"), home)
         except FileNotFoundError as error:  # removed since it was listed
             raise NotFoundError(f"{name} has just been removed") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TealError(
                 f"{home / 'model.json'} is damaged: {error}",
                 hint=f"delete {home} and download the model again",

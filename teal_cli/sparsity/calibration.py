@@ -7,7 +7,6 @@ not know how activations are observed (`observe`) nor where the folder lies (the
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, new_folder, write_json
+from teal_cli.files import disk_errors, new_folder, read_json, write_json
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_cli.sparsity.teal_format import RULES, TealHistogram
@@ -162,7 +161,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no calibration in {folder}", hint="make one with `teal calibrate`") from error
     except (OSError, ValueError) as error:

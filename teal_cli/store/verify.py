@@ -126,6 +126,12 @@ def _attributes(store: ActivationStore, allow_incomplete: bool) -> Iterator[Prob
         yield Problem("zarr.json", "the store is not complete: its run was cut off, or is still going on")
 
 
+def _is_nested(found: object, copies: dict[str, Any], name: str) -> bool:
+    """Whether the copies that a group has within the root's are those of the nodes below it."""
+    wanted = {key.removeprefix(f"{name}/"): copy for key, copy in copies.items() if key.startswith(f"{name}/")}
+    return found == {"kind": "inline", "must_understand": False, "metadata": wanted}
+
+
 def _strangers(store: ActivationStore) -> Iterator[Problem]:
     """Folders that look like levels but are none of this store."""
     for entry in sorted(store.path.iterdir()):
@@ -170,7 +176,9 @@ def _consolidated(store: ActivationStore) -> Iterator[Problem]:
         if not isinstance(copy, dict):
             yield Problem(f"{name}/zarr.json", "the copy of it in the store's zarr.json is damaged")
             continue
-        nested = "consolidated_metadata"  # of a group inside a group; says nothing new
+        nested = "consolidated_metadata"  # of a group inside a group
+        if copy.get(nested) is not None and not _is_nested(copy[nested], copies, name):
+            yield Problem("zarr.json", f"the copies of the metadata of {name} are damaged")
         if {**own, nested: None} != {**copy, nested: None}:
             yield Problem(f"{name}/zarr.json", "differs from the copy of it in the store's zarr.json")
 

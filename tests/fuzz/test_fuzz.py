@@ -8,7 +8,7 @@ import pytest
 from fuzz.areas import AREAS
 from fuzz.harness import Area, run_case
 
-CASES = 15
+CASES = 12
 """For each unit of an area's weight."""
 
 
