@@ -127,9 +127,9 @@ def _attributes(store: ActivationStore, allow_incomplete: bool) -> Iterator[Prob
 
 
 def _is_nested(found: object, copies: dict[str, Any], name: str) -> bool:
-    """Whether the copies that a group has within the root's are those of the nodes below it."""
+    """Whether the copies that a group has within the root's are those of the nodes below it, or none, as Zarr does."""
     wanted = {key.removeprefix(f"{name}/"): copy for key, copy in copies.items() if key.startswith(f"{name}/")}
-    return found == {"kind": "inline", "must_understand": False, "metadata": wanted}
+    return any(found == {"kind": "inline", "must_understand": False, "metadata": inner} for inner in ({}, wanted))
 
 
 def _strangers(store: ActivationStore) -> Iterator[Problem]:

@@ -44,6 +44,7 @@ def _make_store(folder: Path) -> None:
         feed(writer.level(0.5), TOKENS)
         writer.level(0.5).finish()
         writer.complete()
+    assert teal("store", "verify", folder) == 0
 
 
 def _use_store(store: Path, out: Path, chance: random.Random) -> None:
