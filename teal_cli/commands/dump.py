@@ -125,6 +125,16 @@ def dump(
     ] = False,
     force: options.ForceOption = False,
     dry_run: options.DryRunOption = False,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plan",
+            metavar="NAME",
+            help="A plan of the model, in place of --sparsity; may be given several times, with different targets.",
+            show_default="uniform",
+            autocompletion=completion.plans,
+        ),
+    ] = None,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
     device: options.DeviceOption,
@@ -145,6 +155,7 @@ def dump(
         raise UsageError("--resume and --force exclude each other", hint="--resume goes on, --force begins anew")
     if resume and like:
         raise UsageError("--resume and --like exclude each other", hint="--resume goes on, --like repeats a run anew")
+    options.check_plan(context, plan, "levels")
     if prompts and options.on_command_line(context, "dataset"):
         raise UsageError("--dataset and --prompts exclude each other", hint="give one of them")
     from teal_cli.data.prompts import Prompts, PromptSource
@@ -168,7 +179,7 @@ def dump(
     else:
         source = PromptSource(dataset, split, None, num_sequences, prompt_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
-    request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos)
+    request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos, tuple(plan or ()))
     if not (resume or dry_run):
         check_target(out_path, force=force)
     session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
     *,
     model: options.ModelOption = None,
     sparsity: options.SparsityOption,
+    plan: options.PlanOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; standard input if not given.")
     ] = None,
@@ -54,6 +56,7 @@ def generate(
     The text goes to stdout; speed, realised sparsity and backend go to stderr.
     """
     out = output(json, quiet)
+    options.check_plan(context, plan, "sparsity")
     text = _prompt(prompt)
 
     from teal_cli.decoding.sampling import Sampling
@@ -74,6 +77,7 @@ def generate(
         ignore_eos,
         dump,
         force,
+        plan,
     )
     try:
         for event in run(session, request):

@@ -20,6 +20,7 @@ from teal_cli.errors import UsageError
 from teal_cli.files import free_space
 from teal_cli.model.weights import config_sha256
 from teal_cli.runs.job import Progress, run_job
+from teal_cli.runs.plans import Level
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan
@@ -37,7 +38,8 @@ class DumpRequest:
     """What to dump.
 
     Attributes:
-        levels: sparsity targets, each in [0, 1).
+        levels: sparsity targets, each in [0, 1); or else
+        plans: names of plans of the model, each with a target of its own.
         prompts: where the prompts come from.
         max_new_tokens: N tokens a prompt, N-1 rows.
         sampling: how tokens are drawn; each sequence has its own random stream.
@@ -49,6 +51,7 @@ class DumpRequest:
     max_new_tokens: int
     sampling: Sampling
     ignore_eos: bool = False
+    plans: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class Dump:
             )
         self.session, self.request = session, request
         self.prompts = request.prompts.read(session.encode, session.decode)
-        self._plans = {level_name(level): session.plan(level) for level in request.levels}
+        self._levels = session.levels(() if request.plans else request.levels, request.plans)
+        self._plans = {level_name(level.plan.target): level.plan for level in self._levels}
+        _check_levels(self._levels)
         self._stop = () if request.ignore_eos else session.config.eos_ids
         for decoder in self._decoders.values():
             for prompt in self.prompts:
@@ -138,7 +143,7 @@ class Dump:
             self.session,
             path,
             self.prompts,
-            list(self._plans.values()),
+            self._levels,
             request.max_new_tokens,
             request.sampling,
             source=request.prompts,
@@ -156,29 +161,46 @@ class Dump:
         )
 
 
+def _check_levels(levels: Sequence[Level]) -> None:
+    """Refuse plans that one store cannot hold side by side."""
+    targets = [level_name(level.plan.target) for level in levels]
+    if len(set(targets)) < len(targets):
+        raise UsageError(
+            f"two plans have one target: {', '.join(targets)}", hint="a level is named by its target: dump them apart"
+        )
+    criteria = {level.plan.scoring.criterion for level in levels if level.plan.target > 0}
+    if len(criteria) > 1:
+        raise UsageError(
+            f"the plans have different criteria: {', '.join(sorted(criteria))}",
+            hint="a store has one criterion: dump them apart",
+        )
+
+
 def store_headers(
     session: Session,
     prompts: Sequence[Prompt],
-    plans: Sequence[Plan],
+    levels: Sequence[Level],
     max_new_tokens: int,
     sampling: Sampling,
     *,
     source: Prompts,
     stop: Sequence[int],
 ) -> tuple[StoreHeader, list[LevelHeader]]:
-    """What a store of these prompts under these plans says of itself; equal headers mean equal contents.
+    """What a store of these prompts at these levels says of itself; equal headers mean equal contents.
 
     Args:
         prompts: sequence i starts from prompt i.
-        plans: one level each.
+        levels: plans, one level each.
         max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
         source: where the prompts come from.
     """
+    plans, names = [level.plan for level in levels], [level.name for level in levels if level.name]
     header = StoreHeader(
         model=session.entry.name,
         model_revision=session.entry.revision,
         config_sha256=config_sha256(session.entry.path),
-        calibration=session.calibration.id if any(plan.target > 0 for plan in plans) else None,
+        calibration=next((plan.calibration for plan in plans if plan.calibration), None),
+        plan=", ".join(names) or None,
         dtype=session.dtype,
         prompts={
             "source": source.name,
@@ -204,6 +226,7 @@ def store_headers(
             "follow": "free",
             "prefill": "none",
             "source": source.options,
+            **({"plans": names} if names else {}),
         },
     )
     rows = len(prompts) * (max_new_tokens - 1)
@@ -224,7 +247,7 @@ def create_store(
     session: Session,
     path: Path,
     prompts: Sequence[Prompt],
-    plans: Sequence[Plan],
+    levels: Sequence[Level],
     max_new_tokens: int,
     sampling: Sampling,
     *,
@@ -233,16 +256,16 @@ def create_store(
     force: bool = False,
     resume: bool = False,
 ) -> StoreWriter:
-    """Open a store for these prompts and plans, a new one or one that an earlier run left.
+    """Open a store for these prompts and levels, a new one or one that an earlier run left.
 
     Raises:
         UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
         settings. NotFoundError: nothing to resume.
     """
-    header, levels = store_headers(session, prompts, plans, max_new_tokens, sampling, source=source, stop=stop)
+    header, rows = store_headers(session, prompts, levels, max_new_tokens, sampling, source=source, stop=stop)
     if resume:
-        return StoreWriter.resume(path, header, levels, str(session.model.device))
-    return StoreWriter.create(path, header, levels, device=str(session.model.device), force=force)
+        return StoreWriter.resume(path, header, rows, str(session.model.device))
+    return StoreWriter.create(path, header, rows, device=str(session.model.device), force=force)
 
 
 def row_bytes(session: Session, plan: Plan) -> float:

@@ -18,6 +18,7 @@ from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.detokenize import TextStream
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.runs.dump import create_store
+from teal_cli.runs.plans import Level
 from teal_cli.runs.session import Session
 from teal_kernels.spec import PROJECTIONS
 
@@ -28,13 +29,14 @@ class GenerateRequest:
 
     Attributes:
         prompt: the text.
-        sparsity: uniform target in [0, 1); 0 is the dense path.
+        sparsity: uniform target in [0, 1); 0 is the dense path. Not looked at where there is a plan.
         max_new_tokens: N; one prefill and N-1 steps.
         sampling: how tokens are drawn.
         chat: wrap the prompt in the model's chat template.
         ignore_eos: go on past the end-of-sequence token.
         dump: where to write a store of what flowed into each projection; None writes none.
         force: replace a store that is there.
+        plan: name of a plan of the model, in place of a uniform one.
     """
 
     prompt: str
@@ -45,6 +47,7 @@ class GenerateRequest:
     ignore_eos: bool = False
     dump: Path | None = None
     force: bool = False
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Generation:
     """The whole result; `as_dict` is what `--json` prints.
 
     Attributes:
+        calibration: whose thresholds were applied; None on the dense path.
+        plan: name of the plan; None for a uniform one.
         realised: share of dropped input entries, weighted by the size of each projection's matrix.
         per_projection: the same for each projection, mean over the layers.
         effective_gbps: bytes that the steps had to read (kept weight rows, lm_head, key/value cache) per second, in
@@ -67,6 +72,8 @@ class Generation:
     """
 
     model: str
+    calibration: str | None
+    plan: str | None
     prompt: str
     text: str
     prompt_ids: tuple[int, ...]
@@ -88,6 +95,8 @@ class Generation:
     def as_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
+            "calibration": self.calibration,
+            "plan": self.plan,
             "prompt": self.prompt,
             "text": self.text,
             "prompt_ids": list(self.prompt_ids),
@@ -119,7 +128,8 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
         TealError: the disk is full.
     """
     prompt = Prompt(request.prompt, tuple(session.encode(request.prompt, chat=request.chat)))
-    plan = session.plan(request.sparsity)
+    (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
+    plan = level.plan
     decoder = session.decoder(plan, session.cache(len(prompt.token_ids) + request.max_new_tokens))
     decoder.check(prompt.token_ids, request.max_new_tokens)
     stop = () if request.ignore_eos else session.config.eos_ids
@@ -129,7 +139,7 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
             session,
             request.dump,
             [prompt],
-            [plan],
+            [level],
             request.max_new_tokens,
             request.sampling,
             stop=stop,
@@ -152,21 +162,29 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
         if writer is not None and capture is not None:
             capture.finish()
             writer.complete()
-    yield _result(session, request, decoder, prompt, token_ids, "".join(text))
+    yield _result(session, request, level, decoder, prompt, token_ids, "".join(text))
 
 
 def _result(
-    session: Session, request: GenerateRequest, decoder: Decoder, prompt: Prompt, token_ids: list[int], text: str
+    session: Session,
+    request: GenerateRequest,
+    level: Level,
+    decoder: Decoder,
+    prompt: Prompt,
+    token_ids: list[int],
+    text: str,
 ) -> Generation:
     dropped, tally = decoder.realised(), decoder.tally
     sizes = session.config.projection_sizes()
     return Generation(
         model=session.entry.name,
+        calibration=level.plan.calibration,
+        plan=level.name,
         prompt=request.prompt,
         text=text,
         prompt_ids=prompt.token_ids,
         token_ids=tuple(token_ids),
-        target=request.sparsity,
+        target=level.plan.target,
         realised=float(np.average(dropped.mean(0), weights=[sizes[p] for p in PROJECTIONS])),
         per_projection={p: float(share) for p, share in zip(PROJECTIONS, dropped.mean(0), strict=True)},
         backend=decoder.step.backend,

@@ -23,6 +23,7 @@ from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
 from teal_cli.registry.registry import ModelEntry, Registry
+from teal_cli.runs.plans import Level, levels_of
 from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
 from teal_kernels.backends import BackendError
@@ -84,6 +85,11 @@ class Session:
         if sparsity == 0:
             return dense_plan(self.config.layers)
         return uniform_plan(self.calibration, sparsity)
+
+    def levels(self, sparsities: Sequence[float], plans: Sequence[str] = ()) -> tuple[Level, ...]:
+        """Uniform plans for targets, or plans of the model by their names; raises as `levels_of`."""
+        calibration = self.calibration if any(sparsities) and not plans else None
+        return levels_of(self.entry, self.config.layers, sparsities, plans, calibration)
 
     def thresholds(self, plan: Plan) -> Thresholds | None:
         """What a decoder applies; None for the dense path.

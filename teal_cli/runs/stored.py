@@ -84,6 +84,8 @@ def _options(header: StoreHeader, levels: tuple[str, ...]) -> dict[str, Any]:
     for name in {field.name for field in fields(Sampling)} & sampling.keys():
         options[name] = take(sampling, name, (int, float))
     source = take(run, "source", dict) if "source" in run else {}
+    if "plans" in run:
+        options["plan"] = tuple(items(run, "plans", str))
     return options | {name: take(source, name, kind, optional=True) for name, kind in _SOURCE.items() if name in source}
 
 

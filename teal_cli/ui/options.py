@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from teal_cli import settings
+from teal_cli.errors import UsageError
 from teal_cli.ui import completion
 
 
@@ -37,6 +38,16 @@ def setting(key: str, *names: str, **attributes: Any) -> Any:
     """An option whose value, where the command line does not give it, is the setting `key`."""
     check = checked(settings.KEYS[key].check)
     return typer.Option(*names, envvar=settings.variable(key), callback=check, **attributes)
+
+
+def check_plan(context: typer.Context, plan: object, sparsity: str) -> None:
+    """Refuse a plan together with a sparsity that was typed; `sparsity` is that parameter's name.
+
+    Raises:
+        UsageError: both were given.
+    """
+    if plan and on_command_line(context, sparsity):
+        raise UsageError("a plan says its own sparsity", hint="give either --plan or --sparsity")
 
 
 def on_command_line(context: typer.Context, parameter: str) -> bool:
@@ -127,6 +138,16 @@ SparsityOption = Annotated[
         metavar="S",
         autocompletion=completion.sparsities,
         help="Part of every input to drop, in [0, 1); 0 is the dense path.",
+    ),
+]
+PlanOption = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="NAME",
+        help="A plan that `teal plan make` made, in place of a uniform --sparsity.",
+        show_default="uniform",
+        autocompletion=completion.plans,
     ),
 ]
 DtypeOption = Annotated[

@@ -14,6 +14,7 @@ from fixtures_tiny import VOCAB
 from oracle import reference_model
 from reference_model import MODULES, relative_rms
 
+from teal_cli import open_store
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint
 from teal_cli.passes.closed_loop import close_loop
@@ -26,7 +27,7 @@ from teal_cli.registry.registry import Registry
 from teal_cli.runs.plans import find_plan
 from teal_cli.sparsity.criterion import Scoring
 from teal_cli.sparsity.plan import Plan
-from teal_kernels.spec import PROJECTIONS
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, columns
 
 CPU = torch.device("cpu")
 SMALL = ("--tokens", 128, "--seq-len", 32, "--sparse-from", 4, "-d", "python-docs")
@@ -215,3 +216,47 @@ def test_import_of_teals_lookup(ready: Path, teal: Teal, tmp_path: Path) -> None
     assert ((levels @ shares >= 0.5 - 1e-9) & (levels @ shares < 0.56)).all()
     (tmp_path / "lookup" / "layer-1" / "results.csv").write_text("nonsense\nmore\n")
     assert "is not one of TEAL's results.csv" in teal("plan", "import", tmp_path, "-m", "tiny", "--name", "x").err
+
+
+def test_generate_and_dump_take_a_plan(ready: Path, teal: Teal, tmp_path: Path) -> None:
+    """The masks of a dump are the plan's; resumed and repeated, it is the same plan."""
+    made = teal("plan", "make", "-m", "tiny", "-s", 0.5, "--name", "mine", "--criterion", "wina", *SMALL)
+    assert made.code == 0, made.err
+    ran = teal("generate", "-m", "tiny", "--plan", "mine", "-p", "one two", "--max-new-tokens", 6, "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["plan"], ran.json["sparsity"]["target"]) == ("mine", 0.5)
+    path = tmp_path / "store.zarr"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one two three\nfour five six\n")
+    arguments = (
+        "dump",
+        "-m",
+        "tiny",
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        8,
+        "--ignore-eos",
+        "--dtype",
+        "float32",
+    )
+    ran = teal(*arguments, "--plan", "mine", "-o", path)
+    assert ran.code == 0, ran.err
+    assert teal("store", "verify", path).code == 0
+    store = open_store(path)
+    assert (store.header.plan, store.header.criterion["name"]) == ("mine", "wina")
+    plan = find_plan(Registry().get("tiny"), "mine").plan
+    level = store.level(0.5)
+    for projection, column in PROJECTION_INDEX.items():
+        site = PROJECTION_SITE[projection]
+        place = column - columns(site).start
+        for layer in range(plan.layers):
+            limits = plan.applied().site(layer, site)[place]
+            rows = np.asarray(level.projection(layer, projection)[:])
+            assert (np.abs(rows[rows != 0]) > np.broadcast_to(limits, rows.shape)[rows != 0]).all()
+    assert teal("dump", "--resume", "-o", path).code == 0
+    again = teal("dump", "--like", path, "-o", tmp_path / "again.zarr")
+    assert again.code == 0, again.err
+    assert open_store(tmp_path / "again.zarr").header.plan == "mine"
+    both = teal(*arguments, "--plan", "mine", "-s", "0.5", "-o", tmp_path / "both.zarr")
+    assert (both.code, "a plan says its own sparsity" in both.err) == (2, True)
