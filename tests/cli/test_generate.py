@@ -34,8 +34,8 @@ def test_text_goes_to_stdout_and_figures_to_stderr(teal: Teal) -> None:
 def test_json_is_one_whole_object(teal: Teal, tmp_path: Path) -> None:
     run = teal("generate", "-p", "The quick", *GREEDY, "--json", "--dump", tmp_path / "out.zarr")
     result = run.json
-    assert set(result) == {"model", "calibration", "plan", "prompt", "text", "prompt_ids", "token_ids", "sparsity", "backend", "device",
-                           "dtype", "seed", "timings", "store"}  # fmt: skip
+    assert set(result) == {"model", "calibration", "plan", "prompt", "text", "prompt_ids", "token_ids", "sparsity",
+                           "backend", "device", "dtype", "seed", "timings", "store"}  # fmt: skip
     assert set(result["timings"]) == {"load_s", "prefill_s", "decode_s", "tokens_per_s", "effective_gbps"}
     assert len(result["token_ids"]) == 12
     assert set(result["sparsity"]["per_projection"]) == set("qkvo") | {"gate", "up", "down"}
