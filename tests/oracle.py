@@ -148,9 +148,10 @@ def make_dump(
     return dump
 
 
-def assert_agrees(dump: Dump, path: Path) -> None:
-    """Every sequence of every level of a dump, by the limits that teal promises."""
-    reference = reference_model(dump.session.entry.path)
+def assert_agrees(dump: Dump, path: Path, reference: PreTrainedModel | None = None) -> None:
+    """Every sequence of every level of a dump, by the limits that teal promises; by the model's own checkpoint, or by a
+    reference that is given."""
+    reference = reference or reference_model(dump.session.entry.path)
     for target in dump.request.levels:
         level = open_store(path).level(target)
         kept = entries = 0

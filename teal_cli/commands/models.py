@@ -182,6 +182,8 @@ def entry_payload(entry: ModelEntry) -> dict[str, Any]:
         "context": entry.context,
         "created": entry.created,
         "calibrations": entry.calibrations,
+        "parent": entry.parent,
+        "bits_per_weight": entry.bits_per_weight,
     }
 
 
@@ -228,7 +230,7 @@ def _show_list(
             (
                 entry.name,
                 entry.family,
-                entry.dtype,
+                _numbers(entry),
                 readable_size(entry.size_bytes),
                 entry.context,
                 len(entry.calibrations),
@@ -247,6 +249,10 @@ def _show_list(
         show_table(console, ("name", "family", ">size", ">context", "licence", "hub"), catalogued)
 
 
+def _numbers(entry: ModelEntry) -> str:
+    return entry.dtype if entry.bits_per_weight is None else f"{entry.bits_per_weight:.2f} bits"
+
+
 def _show_info(console: Console, entry: ModelEntry, payload: dict[str, Any]) -> None:
     from teal_cli.ui.table import show_table
 
@@ -255,12 +261,14 @@ def _show_info(console: Console, entry: ModelEntry, payload: dict[str, Any]) -> 
         "source": entry.source,
         "revision": entry.revision,
         "path": entry.path,
-        "model": f"{entry.architecture}, {entry.parameters:,} weights, {entry.dtype}",
+        "model": f"{entry.architecture}, {entry.parameters:,} weights, {_numbers(entry)}",
         "size": f"{readable_size(entry.size_bytes)} in {len(entry.files)} files",
         "context": f"{entry.context} tokens",
         "created": entry.created,
         "calibrations": ", ".join(entry.calibrations) or f"none yet: `teal calibrate -m {entry.name}`",
     }
+    if entry.parent is not None:
+        shown["parent"] = f"{entry.parent}, whose calibrations and plans serve"
     for key, value in shown.items():
         console.print(f"{key:<13} {value}", markup=False, soft_wrap=True)
     if "thresholds" in payload:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
+from teal_cli.model.quantized import Quantization, packed_name, quantization_of
 from teal_kernels.matrix import FloatMatrix, Matrix
+from teal_kernels.packed import PackedMatrix
 from teal_kernels.spec import SITE_PROJECTIONS
 from teal_kernels.steps.spec import MATRICES
 
@@ -31,6 +33,7 @@ Device: TypeAlias = torch.device | str
 _TURNED_ROWS = 256
 _INDEX = "model.safetensors.index.json"
 _STORED: Final = ("BF16", "F16", "F32")
+_PACKED: Final = ("U8",)
 _HINT = "check the files with `teal models verify NAME`, or fetch them again with `teal download --force`"
 _EMBEDDING, _NORM, _HEAD = (TOP[part][0] for part in ("embedding", "final_norm", "lm_head"))
 
@@ -87,6 +90,7 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: what config.json says.
+        quantization: how its matrices are packed; None where they are floats.
 
     Raises:
         NotFoundError, UsageError, TealError: as `load_config`; also for a missing or truncated weight file, a missing
@@ -97,6 +101,7 @@ class Checkpoint:
         self.path = Path(path)
         self.config: ModelConfig = load_config(self.path)
         family = FAMILIES[self.config.family]
+        self.quantization: Quantization | None = _quantization(self.path)
         self._names = {part: family.layer[part][0] for part in family.parts(self.config.hf)}
         self._files: dict[str, Path] = _index(self.path)
         self._check()
@@ -108,6 +113,9 @@ class Checkpoint:
         with self._reading() as read:
             for field, site in MATRICES.items():
                 widths = self.config.segments(site)
+                if self.quantization is not None:
+                    fields[field] = self._packed(read, packed_name(index, field), widths, dtype, device)
+                    continue
                 fused = torch.empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
                 for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
                     _transpose_into(columns, read(prefix + self._names[part]))
@@ -116,6 +124,16 @@ class Checkpoint:
                 vectors = [read(prefix + self._names[part]).to(device, dtype) for part in parts if part in self._names]
                 fields[field] = torch.cat(vectors) if vectors else None
         return LayerWeights(**fields)  # type: ignore[arg-type]
+
+    def _packed(
+        self, read: Any, name: str, widths: tuple[int, ...], dtype: torch.dtype, device: Device
+    ) -> PackedMatrix:
+        assert self.quantization is not None
+        data = read(name).to(device, copy=True)  # a mapped tensor begins anywhere, a copy at a cache line
+        try:
+            return PackedMatrix(data, self.quantization.rows(widths), dtype)
+        except ValueError as error:
+            raise TealError(f"{self._files[name]}: {name} is damaged ({error})", hint=_HINT) from error
 
     def embedding(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
         """Token embedding [vocab, hidden]."""
@@ -128,6 +146,11 @@ class Checkpoint:
     def lm_head(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
         """Output head [vocab, hidden] of a model where it is not `tied`."""
         return self._copy(_HEAD, dtype, device)
+
+    def stored(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors by their names in the files, as they are stored; new memory."""
+        with self._reading() as read:
+            return {name: read(name).clone() for name in names}
 
     def tied(self) -> bool:
         """Whether the embedding serves as the output head.
@@ -151,6 +174,7 @@ class Checkpoint:
             "q_norm": ((config.heads if wide else 1) * config.head_dim,),
             "k_norm": ((config.kv_heads if wide else 1) * config.head_dim,),
         }
+        packed = {part for parts in SITE_PROJECTIONS.values() for part in parts} if self.quantization else set()
         for site, projections in SITE_PROJECTIONS.items():
             for part, width in zip(projections, config.segments(site), strict=True):
                 shapes[part] = (width, config.channels(site))
@@ -159,10 +183,15 @@ class Checkpoint:
             f"{_layer(i)}{name}": shapes.get(part, (config.hidden,))  # what is left is a norm over the hidden size
             for i in range(config.layers)
             for part, name in self._names.items()
+            if part not in packed
         }
         expected |= {_EMBEDDING: (config.vocab, config.hidden), _NORM: (config.hidden,)}
         if not config.tied or _HEAD in self._files:
             expected[_HEAD] = (config.vocab, config.hidden)
+        if self.quantization is not None:
+            for field, site in MATRICES.items():
+                rows = config.channels(site), self.quantization.rows(config.segments(site)).stride
+                expected |= {packed_name(i, field): rows for i in range(config.layers)}
         return expected
 
     def _check(self) -> None:
@@ -177,7 +206,7 @@ class Checkpoint:
                         f"where config.json asks for {list(shape)}",
                         hint=_HINT,
                     )
-                if part.get_dtype() not in _STORED:
+                if part.get_dtype() not in (_PACKED if name.endswith(".packed") else _STORED):
                     raise UsageError(
                         f"{self._files[name]}: {name} is stored as {part.get_dtype()}; teal reads bf16, fp16 and fp32",
                         hint="choose the unquantised checkpoint of the same model",
@@ -212,8 +241,17 @@ class Checkpoint:
 
 
 def config_sha256(path: str | Path) -> str:
-    """sha256 of a checkpoint folder's config.json, byte for byte, in hex."""
+    """sha256 of a checkpoint folder's config.json, byte for byte, in hex; of a quantised model its parent's, since
+    what was made for the parent serves it."""
+    quantization = _quantization(Path(path))
+    if quantization is not None:
+        return quantization.parent_config_sha256
     return hashlib.sha256((Path(path) / "config.json").read_bytes()).hexdigest()
+
+
+def _quantization(folder: Path) -> Quantization | None:
+    file = folder / "config.json"
+    return quantization_of(json.loads(file.read_text(encoding="utf-8")), file)
 
 
 def _open(file: Path) -> Any:

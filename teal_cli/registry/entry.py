@@ -28,7 +28,8 @@ class ModelEntry:
 
     Attributes:
         name: the name in the registry.
-        source: "hub:org/repo", "folder:/path", "gguf:/path/file.gguf" or "wheel:NAME==VERSION".
+        source: "hub:org/repo", "folder:/path", "gguf:/path/file.gguf" "wheel:NAME==VERSION" or
+            "quantized:PARENT".
         revision: the hub's commit hash, or "sha256:..." of a GGUF or of a folder's files.
         path: folder that transformers' from_pretrained loads: the hub's cache, the user's folder, or one of
             ours.
@@ -41,6 +42,8 @@ class ModelEntry:
         context: longest sequence, in tokens.
         created: ISO 8601 time of registration, UTC.
         home: the model's own folder in the registry (model.json, calibrations/).
+        parent: of a quantised model, the one that it was made of; its calibrations and plans serve.
+        bits_per_weight: of a quantised model, the mean over all weights, scales and padding included.
     """
 
     name: str
@@ -56,16 +59,23 @@ class ModelEntry:
     context: int
     created: str
     home: Path
+    parent: str | None = None
+    bits_per_weight: float | None = None
+
+    @property
+    def homes(self) -> tuple[Path, ...]:
+        """Where its calibrations and plans lie: its own folder, and its parent's."""
+        return (self.home,) if self.parent is None else (self.home, self.home.parent / self.parent)
 
     @property
     def kind(self) -> str:
-        """Which source it came from: hub, folder, gguf or wheel."""
+        """Which source it came from: hub, folder, gguf, wheel or quantized."""
         return self.source.partition(":")[0]
 
     @property
     def calibrations(self) -> tuple[str, ...]:
-        """The ids of the calibrations made for this model, sorted; one that is being written is not there yet."""
-        ids = {file.parent.name for file in self.home.glob("calibrations/*/calibration.json")}
+        """The ids of the calibrations that serve this model, sorted; one that is being written is not there yet."""
+        ids = {file.parent.name for home in self.homes for file in home.glob("calibrations/*/calibration.json")}
         return tuple(sorted(name for name in ids if not name.startswith(".")))
 
     def to_json(self) -> dict[str, Any]:
@@ -84,13 +94,18 @@ class ModelEntry:
         """
         if value["schema"] != SCHEMA:
             raise ValueError(f"schema {value['schema']}, not {SCHEMA}")
-        fields = {key: value[key] for key in cls.__dataclass_fields__ if key not in ("home", "name", "path", "files")}
+        given = set(cls.__dataclass_fields__) - {"home", "name", "path", "files", "parent", "bits_per_weight"}
+        fields = {key: value[key] for key in given}
         numbers = ("parameters", "size_bytes", "context")
         for key, field in fields.items():
             if type(field) is not (int if key in numbers else str):
                 raise ValueError(f"{key} is of the wrong type")
         if any(not 0 <= fields[key] < 1 << 63 for key in numbers):
             raise ValueError("a number is out of range")
+        parent, bits = value.get("parent"), value.get("bits_per_weight")
+        if parent is not None and (type(parent) is not str or Path(parent).name != parent or type(bits) is not float):
+            raise ValueError("parent or bits_per_weight is of the wrong type")
+        fields |= {"parent": parent, "bits_per_weight": bits}
         files = tuple(FileRecord(**file) for file in value["files"])
         if not all((type(f.path), type(f.size), type(f.sha256)) == (str, int, str) for f in files):
             raise ValueError("files is of the wrong type")

@@ -135,13 +135,13 @@ class Registry:
                 raise NotFoundError(
                     f"{entry.name} has no calibration yet", hint=f"`teal calibrate -m {entry.name}` makes one"
                 )
-            folders = [entry.home / "calibrations" / name for name in ids]
+            folders = [_place(entry, name) for name in ids]
             return max(folders, key=lambda folder: (folder / "calibration.json").stat().st_mtime_ns)
         found = calibration if calibration in ids else by_prefix(calibration, ids)
         if found is None:
             there = f"it has {', '.join(ids)}" if ids else f"`teal calibrate -m {entry.name}` makes one"
             raise NotFoundError(f"{entry.name} has no calibration called {calibration!r}", hint=there)
-        return entry.home / "calibrations" / found
+        return _place(entry, found)
 
     # ------------------------------------------------------------------ changing
     def lock(self, name: str) -> BaseFileLock:
@@ -214,3 +214,9 @@ class Registry:
                 f"{home / 'model.json'} is damaged: {error}",
                 hint=f"delete {home} and download the model again",
             ) from error
+
+
+def _place(entry: ModelEntry, calibration: str) -> Path:
+    """The folder of a calibration that serves a model: its own, or its parent's."""
+    places = [home / "calibrations" / calibration for home in entry.homes]
+    return next((folder for folder in places if (folder / "calibration.json").is_file()), places[0])

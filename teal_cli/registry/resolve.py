@@ -98,6 +98,11 @@ def _from_catalog(model: catalog.CatalogModel, options: Options, name: str | Non
 def _registered(entry: ModelEntry, options: Options, name: str | None) -> Target:
     """A model that is here: the same source, and the same revision unless another or --force was given."""
     kind, _, rest = entry.source.partition(":")
+    if entry.parent is not None:
+        raise UsageError(
+            f"{entry.name} is no download: it was made of {entry.parent}",
+            hint=f"`teal quantize {entry.parent} --force` makes it again",
+        )
     if kind == "hub" and options.revision is None and not options.force:
         options = Options(entry.revision, options.token, options.offline)
     return Target(name or entry.name, (_source(kind, rest, options),))

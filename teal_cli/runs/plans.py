@@ -51,7 +51,7 @@ class Level:
 
 def plan_names(entry: ModelEntry) -> tuple[str, ...]:
     """Names of a model's plans, sorted."""
-    return tuple(sorted(file.parent.name for file in entry.home.glob(f"plans/*/{MANIFEST}")))
+    return tuple(sorted({file.parent.name for home in entry.homes for file in home.glob(f"plans/*/{MANIFEST}")}))
 
 
 def plan_folder(entry: ModelEntry, name: str) -> Path:
@@ -74,7 +74,8 @@ def find_plan(entry: ModelEntry, name: str) -> NamedPlan:
         if name not in names:
             there = f"it has {', '.join(names)}" if names else f"`teal plan make -m {entry.name}` makes one"
             raise NotFoundError(f"{entry.name} has no plan called {name!r}", hint=did_you_mean(name, names) + there)
-        found = NamedPlan.load(plan_folder(entry, name))
+        places = [home / "plans" / name for home in entry.homes]
+        found = NamedPlan.load(next(place for place in places if (place / MANIFEST).is_file()))
     if found.config_sha256 != config_sha256(entry.path):
         raise UsageError(
             f"the plan {found.name} was made for {found.model}, not for {entry.name}",

@@ -16,6 +16,7 @@ from teal_kernels.matrix import Matrix, floats
 from teal_kernels.ops.kept.op import KeptList, launch_compact
 from teal_kernels.ops.sparse_gemv.cpu import sparse_gemv_cpu
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.packed import PackedMatrix
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _REDUCE_BLOCK = 256
@@ -101,6 +102,17 @@ def _check(x: Tensor, weight: Tensor, thresholds: Tensor, segments: Sequence[int
         )
 
 
+def _sparse_gemv_unpacked(x: Tensor, matrix: PackedMatrix, thresholds: Tensor) -> Tensor:
+    lowest = thresholds.amin(dim=0)
+    index = (x.float().abs() > lowest).nonzero()[:, 0]
+    rows, limits = matrix.rows(index), thresholds if thresholds.ndim == 1 else thresholds[:, index].contiguous()
+    kept = x[index]
+    if not len(index):
+        return x.new_zeros(sum(matrix.segments))
+    _check(kept, rows, limits, matrix.segments)
+    return torch.ops.teal.sparse_gemv(kept, rows, limits, matrix.segments, CPU)
+
+
 def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str | None = None) -> Tensor:
     """A vector times a matrix, reading only the rows whose input entry is kept (TEAL, section 4).
 
@@ -111,7 +123,8 @@ def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str |
     Args:
         x: [K], bfloat16, float16 or float32; thresholded already or not, both give the same.
         matrix: [K, N] of the dtype of `x`, with P projections: row i holds what input i contributes to every output.
-            The reference takes every kind of matrix, the other backends floats.
+            The reference takes every kind of matrix, the CPU backend floats and packed rows, of which it unpacks those
+            that are kept, and Triton floats.
         thresholds: [P] or [P, K] float32, not negative, on the device of `x`; compared with |x| in float32.
         backend: "reference", "cpu" or "triton"; by default the fastest that works on the device of `x`.
 
@@ -124,6 +137,8 @@ def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str |
         BackendError: the backend does not exist or cannot run on the device of `x`.
     """
     name = choose_backend(x.device.type, backend)
+    if name == CPU and isinstance(matrix, PackedMatrix):
+        return _sparse_gemv_unpacked(x, matrix, thresholds)
     weight = matrix.tensor() if name == REFERENCE else floats(matrix, f"the {name} backend")
     _check(x, weight, thresholds, matrix.segments)
     return torch.ops.teal.sparse_gemv(x, weight, thresholds, matrix.segments, name)

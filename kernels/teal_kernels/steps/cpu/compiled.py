@@ -63,20 +63,33 @@ def load(dtype: torch.dtype) -> ModuleType:
     reason = unavailable()
     if reason is not None:
         raise CpuStepUnavailableError(f"The compiled decode step cannot run: {reason}.")
-    module = _import_step()
+    module = _import("step")
     module.run(*module.nothing(np.empty(0, KINDS[dtype])))
     _marker(dtype).touch()
     return module
 
 
 @cache
-def _import_step() -> ModuleType:
-    """Imports step.py while numba's cache points into our folder; numba looks at it when the decorator runs."""
+def load_unpacking() -> ModuleType:
+    """The module whose `unpack` unpacks int8 and int4 rows; compiled at its first call of each kind.
+
+    Raises:
+        CpuStepUnavailableError: see `unavailable`.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise CpuStepUnavailableError(f"Packed rows cannot be unpacked by compiled code: {reason}.")
+    return _import("unpacking")
+
+
+@cache
+def _import(name: str) -> ModuleType:
+    """Imports a module of this folder while numba's cache points into our folder: it looks when decorators run."""
     from numba import config
 
     before, config.CACHE_DIR = config.CACHE_DIR, str(_folder())
     try:
-        return importlib.import_module("teal_kernels.steps.cpu.step")
+        return importlib.import_module(f"teal_kernels.steps.cpu.{name}")
     finally:
         config.CACHE_DIR = before
 

@@ -30,6 +30,13 @@ were released; then for each thread DONE and PARKED. All a cache line apart."""
 DONE, PARKED, PLACES = 0, 1, 8
 """Of one thread's PLACES places: how many steps it has done; whether it sleeps and must be woken."""
 
+FORM, STRIDE, SCALES_AT, GROUP, FIELDS = range(5)
+"""Columns of `Weights.packed`: bits of a code, or PLAIN; bytes from row to row; byte of a row at which its scales
+begin; log2 of the columns that share a scale. And how many they are."""
+
+PLAIN = 0
+"""The form of a matrix of the model's dtype."""
+
 UNIT = 32
 """Outputs are split over threads in multiples of this: 64 bytes of 16-bit weights, so no line is read twice."""
 
@@ -69,13 +76,16 @@ class Rules(NamedTuple):
 
 class Weights(NamedTuple):
     """tensors int64 [layers, 12], addresses or NONE; windows int64 [layers]; ropes int64 [layers], bytes from the first
-    rotary table to the layer's; edges int64 [4, 4], see step.site_edges; norm, rules: how to compute; the rest
-    addresses."""
+    rotary table to the layer's; edges int64 [4, 4], see step.site_edges; packed int64 [layers, 4, 4], per site how its
+    matrix is packed, see FORM; units int64 [layers, 4, 4], the first unit of each of its projections and the number of
+    all (`RowLayout.units`), where it is packed; norm, rules: how to compute; the rest addresses."""
 
     tensors: Any
     windows: Any
     ropes: Any
     edges: Any
+    packed: Any
+    units: Any
     norm: Norm
     rules: Rules
     embedding: int
@@ -137,7 +147,8 @@ class Cache(NamedTuple):
 
 class Own(NamedTuple):
     """What one thread has for itself: its copy of the residual stream, `hidden`; the list of the kept entries' places,
-    `index`, and that of all places, `all`, both int64; and room for what its functions pass to each other."""
+    `index`, and that of all places, `all`, both int64; `room` for the columns of a packed
+    matrix with padding; and room for what its functions pass to each other."""
 
     thread: int
     threads: int
@@ -145,6 +156,7 @@ class Own(NamedTuple):
     x: Any
     index: Any
     all: Any
+    room: Any
     mid: Any
     out: Any
     head: Any

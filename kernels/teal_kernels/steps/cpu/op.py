@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_kernels.matrix import floats
+from teal_kernels.packed import PackedMatrix
+from teal_kernels.packing import UNIT as PACKED_UNIT
 from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.compiled import KINDS, load
-from teal_kernels.steps.cpu.layout import ALL, NONE, Cache, Shape, Shared, Token, Weights
+from teal_kernels.steps.cpu.layout import ALL, FIELDS, NONE, Cache, Shape, Shared, Token, Weights
 from teal_kernels.steps.cpu.team import Team
 from teal_kernels.steps.spec import (
     MATRICES,
@@ -42,12 +44,18 @@ def default_threads() -> int:
     return max(1, min(allowed, torch.get_num_threads()))
 
 
+def _form(matrix: PackedMatrix) -> tuple[int, int, int, int]:
+    layout = matrix.layout
+    return layout.bits, layout.stride, layout.scales_at, layout.group.bit_length() - 1
+
+
 class CpuStep:
     """A decode step of one model under one plan.
 
     Args:
         spec: its dimensions.
-        layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Nothing is copied.
+        layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Each matrix may be of floats or
+            packed (int8, int4). Nothing is copied.
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding
             itself.
         rope: cos and sin [tables, max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin:
@@ -88,8 +96,9 @@ class CpuStep:
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
         kind = np.empty(0, KINDS[self.dtype])
         weights = self._addresses(layers, (embedding, final_norm, lm_head), step, step.site_edges(spec))
-        shared = self._with_thresholds(step.shared_buffers(kind, size, shape), thresholds)
-        own = [step.own_buffers(thread, size, shape) for thread in range(size)]
+        row_bytes = [max(sum(getattr(layer, name).row_bytes) for layer in layers) for name in MATRICES]
+        shared = self._with_thresholds(step.shared_buffers(kind, size, shape, row_bytes), thresholds)
+        own = [step.own_buffers(thread, size, shape, PACKED_UNIT * int(weights.units.max())) for thread in range(size)]
         self._max_tokens = keys.shape[2] if keys.dim() == 4 else 0
         self._row_bytes = spec.head_dim * self.dtype.itemsize
         self._rope = self._rope_addresses(rope)
@@ -151,10 +160,17 @@ class CpuStep:
     ) -> Weights:
         spec, shapes = self.spec, layer_shapes(self.spec)
         table = np.full((len(layers), len(shapes)), NONE, np.int64)
+        packed, units = np.zeros((len(layers), 4, FIELDS), np.int64), np.zeros((len(layers), 4, 4), np.int64)
         for i, layer in enumerate(layers):
             for j, (name, shape) in enumerate(shapes.items()):
                 tensor = getattr(layer, name)
                 if name in MATRICES:
+                    site = SITES.index(MATRICES[name])
+                    if isinstance(tensor, PackedMatrix):
+                        self._check_packed(f"layer {i}, {name}", tensor, shape, spec.segments(SITES[site]))
+                        table[i, j] = tensor.data.data_ptr()
+                        packed[i, site], units[i, site, : len(tensor.layout.units)] = _form(tensor), tensor.layout.units
+                        continue
                     tensor = floats(tensor, "the compiled step")
                 if tensor is not None or name not in OPTIONAL:
                     self._check(f"layer {i}, {name}", tensor, shape)
@@ -167,6 +183,8 @@ class CpuStep:
             np.array([EVERYWHERE if window is None else window for window in spec.windows], np.int64),
             np.zeros(len(layers), np.int64),
             edges,
+            packed,
+            units,
             *step.numbers(traits_in(spec.traits, self.dtype), spec.norm_eps, spec.head_dim),
             *(tensor.data_ptr() for tensor in ends),
         )
@@ -222,6 +240,15 @@ class CpuStep:
                 if tensor.stride(1) != 1:
                     raise ValueError(f"rows[{site!r}]: the channels of a layer must lie together")
                 table[i] = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
+
+    def _check_packed(self, name: str, matrix: PackedMatrix, shape: tuple[int, ...], widths: tuple[int, ...]) -> None:
+        if matrix.shape != shape or matrix.segments != widths or matrix.dtype != self.dtype:
+            raise ValueError(
+                f"{name} must multiply {self.dtype} by {list(shape)} of {widths} columns, not {matrix.dtype} by "
+                f"{list(matrix.shape)} of {matrix.segments}"
+            )
+        if matrix.device.type != "cpu":
+            raise ValueError(f"{name} must lie on the CPU, not on {matrix.device}")
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], *, contiguous: bool = True) -> None:
         """The compiled code trusts addresses, so nothing may reach it unchecked."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from teal_kernels.matrix import Matrix, floats
 from teal_kernels.spec import Geometry
 from teal_kernels.steps.cpu.compiled import KINDS, load
-from teal_kernels.steps.cpu.layout import DOWN, NONE, TENSORS, Shape, Weights
+from teal_kernels.steps.cpu.layout import DOWN, FIELDS, NONE, TENSORS, Shape, Weights
 from teal_kernels.steps.cpu.op import default_threads
 from teal_kernels.traits import LLAMA
 
@@ -62,6 +62,7 @@ class CompiledProducts:
         self._weights = Weights(
             tensors=np.full((MOST_CALLS, TENSORS), NONE, np.int64), windows=none, ropes=none,
             edges=step.site_edges(Geometry(outputs, inputs, 1, 1, 0)),
+            packed=np.zeros((MOST_CALLS, 4, FIELDS), np.int64), units=np.zeros((MOST_CALLS, 4, 4), np.int64),
             norm=norm, rules=rules, embedding=NONE, final_norm=NONE, lm_head=NONE,
         )  # fmt: skip
         self._others = ThreadPoolExecutor(max(1, threads - 1))

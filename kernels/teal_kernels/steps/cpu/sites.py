@@ -14,7 +14,22 @@ import numpy as np
 
 from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, narrow, put
-from teal_kernels.steps.cpu.layout import ATTN_OUT, DOWN, GATE_UP, NONE, QKV, SINGLE, UNIT
+from teal_kernels.steps.cpu.layout import (
+    ATTN_OUT,
+    DOWN,
+    FORM,
+    GATE_UP,
+    GROUP,
+    NONE,
+    PLAIN,
+    QKV,
+    SCALES_AT,
+    SINGLE,
+    STRIDE,
+    UNIT,
+)
+from teal_kernels.steps.cpu.packed_rows import UNIT as PACKED_UNIT
+from teal_kernels.steps.cpu.packed_rows import add_packed_rows
 from teal_kernels.steps.cpu.rows import add_rows
 from teal_kernels.steps.cpu.vectors import (
     ONE,
@@ -33,6 +48,8 @@ PIECE = 4096
 """Bytes of a row that one thread reads at least, where a row has them."""
 
 ZERO = np.float32(0.0)
+INT8, INT4 = np.empty(0, np.int8), np.empty(0, np.uint8)
+"""What tells the compiler how weights are packed, see lanes.py."""
 SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = range(4)
 """In the order of `SITES`."""
 FIRST, LAST = tuple(columns(site).start for site in SITES), tuple(columns(site).stop for site in SITES)
@@ -91,14 +108,64 @@ def multiply(
         if own.thread == 0:
             for projection in range(FIRST[site] + segment, FIRST[site] + following):
                 shared.kept[layer, projection] += kept
-        first, last = share(edges[following] - edges[segment], column, shares)
-        first, last = edges[segment] + first, edges[segment] + last
-        out = parts[group, first : max(first, last)]
-        out[:] = ZERO
         begin, end = kept * group // groups, kept * (group + 1) // groups
-        base, index = weight + first * size, places[begin:end]
-        add_rows(kind, base, width * size, index, end - begin, x, last - first, out)
+        index = places[begin:end]
+        if weights.packed[layer, site, FORM] == PLAIN:
+            first, last = share(edges[following] - edges[segment], column, shares)
+            first, last = edges[segment] + first, edges[segment] + last
+            out = parts[group, first : max(first, last)]
+            out[:] = ZERO
+            add_rows(kind, weight + first * size, width * size, index, end - begin, x, last - first, out)
+        else:
+            units = weights.units[layer, site]
+            while segment < following:
+                stop = abreast(edges, units, segment, following)
+                multiply_packed(
+                    weight, weights.packed[layer, site], units[segment], units[stop], index, x,
+                    parts[group, edges[segment] : edges[stop]], column, shares, own,
+                )  # fmt: skip
+                segment = stop
         segment = following
+
+
+@compiled
+def abreast(edges: Any, units: Any, segment: int, following: int) -> int:
+    """Where the projections end that lie side by side from `segment` on, without padding between them."""
+    stop = segment + 1
+    while stop < following and PACKED_UNIT * (units[stop] - units[segment]) == edges[stop] - edges[segment]:
+        stop += 1
+    return stop
+
+
+@compiled
+def multiply_packed(
+    weight: int, packed: Any, begin: int, end: int, index: Any, x: Any, out: Any, column: int, shares: int, own: Any
+) -> None:
+    """out = this thread's columns of the sum over k of x[k] * row k of a packed matrix, for k in `index`.
+
+    Args:
+        packed: the matrix's row of `Weights.packed`; begin, end: the units of the wanted columns.
+        out: float32, the wanted columns; the last of them may lie in a unit that has padding.
+    """
+    step = max(1, (1 << packed[GROUP]) // PACKED_UNIT)
+    lots = (end - begin) // step
+    first, last = lots * column // shares * step, lots * (column + 1) // shares * step
+    units = last - first
+    if units == 0:
+        return
+    padded = PACKED_UNIT * last > len(out)
+    sums = own.room[: PACKED_UNIT * units] if padded else out[PACKED_UNIT * first : PACKED_UNIT * last]
+    sums[:] = ZERO
+    at = begin + first
+    scales = weight + packed[SCALES_AT] + (PACKED_UNIT * at >> packed[GROUP]) * 2
+    stride, group = packed[STRIDE], packed[GROUP]
+    if packed[FORM] == 8:
+        add_packed_rows(INT8, weight + at * 64, scales, stride, group, index, len(index), x, units, sums)
+    else:
+        add_packed_rows(INT4, weight + at * 32, scales, stride, group, index, len(index), x, units, sums)
+    if padded:
+        for i in range(len(out) - PACKED_UNIT * first):  # a slice would be copied first
+            out[PACKED_UNIT * first + i] = sums[i]
 
 
 @compiled

@@ -8,6 +8,7 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from teal_kernels.steps.cpu.layout import (
     ATTN_NORM,
     ATTN_POST_NORM,
     DONE,
+    FIELDS,
     MEMBERS,
     MLP_NORM,
     MLP_POST_NORM,
@@ -146,11 +148,16 @@ def numbers(traits: Traits, eps: float, head_dim: int) -> tuple[Norm, Rules]:
     return norm, Rules(traits.wide_head_norms, traits.activation == GELU_TANH, *map(np.float32, factors))
 
 
-def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
-    """The record that all threads of a team share."""
+def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[int] | None = None) -> Shared:
+    """The record that all threads of a team share.
 
-    def parts(columns: int) -> NDArray[np.float32]:
-        return np.zeros((row_groups(threads, columns * kind.itemsize), columns), np.float32)
+    Args:
+        row_bytes: per site, bytes of a row of its matrix; None where matrices have the model's dtype.
+    """
+
+    def parts(site: int, columns: int) -> NDArray[np.float32]:
+        size = columns * kind.itemsize if row_bytes is None else row_bytes[site]
+        return np.zeros((row_groups(threads, size), columns), np.float32)
 
     heads = shape.heads, parts_for(threads, shape.kv_heads)
     return Shared(
@@ -160,21 +167,21 @@ def shared_buffers(kind: Any, threads: int, shape: Shape) -> Shared:
         limit_of=np.full((shape.layers, 7), SINGLE, np.int64),
         lowest_of=np.full((shape.layers, 4), SINGLE, np.int64),
         rows=np.zeros((4, 2), np.int64),
-        qkv=parts((shape.heads + 2 * shape.kv_heads) * shape.head_dim),
+        qkv=parts(SITE_ATTN_IN, (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
         tops=np.zeros(heads, np.float32),
         totals=np.zeros(heads, np.float32),
         mixed=np.zeros((*heads, shape.head_dim), np.float32),
-        attn_out=parts(shape.hidden),
-        gate_up=parts(2 * shape.intermediate),
-        down=parts(shape.hidden),
+        attn_out=parts(SITE_ATTN_OUT, shape.hidden),
+        gate_up=parts(SITE_MLP_IN, 2 * shape.intermediate),
+        down=parts(SITE_MLP_MID, shape.hidden),
         logits=np.zeros(shape.vocab, np.float32),
         kept=np.zeros((shape.layers, 7), np.int64),
         control=np.zeros(MEMBERS + PLACES * threads, np.int64),
     )
 
 
-def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
-    """One thread's record."""
+def own_buffers(thread: int, threads: int, shape: Shape, padded: int = 0) -> Own:
+    """One thread's record. `padded`: the most columns that a packed matrix has, with padding."""
     longest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     return Own(
         thread,
@@ -183,6 +190,7 @@ def own_buffers(thread: int, threads: int, shape: Shape) -> Own:
         x=np.zeros(longest, np.float32),
         index=np.zeros(longest, np.int64),
         all=np.arange(max(longest, TILE)),
+        room=np.zeros(padded, np.float32),
         mid=np.zeros(shape.intermediate, np.float32),
         out=np.zeros(longest, np.float32),
         head=np.zeros(shape.head_dim, np.float32),
@@ -199,5 +207,8 @@ def nothing(kind: Any) -> tuple[Any, ...]:
     shape = Shape(0, 0, 0, 1, 1, 0, 0)
     tensors, per_layer = np.empty((0, TENSORS), np.int64), np.empty(0, np.int64)
     norm, rules = numbers(LLAMA, 1.0, 1)
-    weights = Weights(tensors, per_layer, per_layer, site_edges(Geometry(0, 0, 1, 1, 0)), norm, rules, NONE, NONE, NONE)
+    edges, packed = site_edges(Geometry(0, 0, 1, 1, 0)), np.empty((0, 4, FIELDS), np.int64)
+    weights = Weights(
+        tensors, per_layer, per_layer, edges, packed, np.empty((0, 4, 4), np.int64), norm, rules, NONE, NONE, NONE
+    )
     return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(kind, 1, shape)
