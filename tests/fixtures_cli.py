@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,11 @@ HEAVY = {
     "xarray",
 }
 """What only computing needs: nothing that merely talks may import it."""
+
+
+def interruptible() -> None:
+    """For `Popen(preexec_fn=...)`: a child of a job in the background inherits an ignored SIGINT, and keeps it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Result(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import pytest
 import typer
-from fixtures_cli import Teal
+from fixtures_cli import Teal, interruptible
 
 from teal_cli import __version__
 from teal_cli.app import COMMANDS
@@ -209,7 +209,13 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         "sys.modules[module.__name__] = module\n"
         "sys.exit(main(['doctor']))\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from fixtures_cli import Teal
+from fixtures_cli import Teal, interruptible
 
 from teal_cli import open_store
 from teal_cli.runs.recipe import KEYS, load_recipe, shipped_recipes
@@ -212,7 +212,9 @@ def run_dump(prompts: Path, store: Path, *options: str) -> subprocess.Popen[str]
     settings = [*map(str, small(prompts, store)), "--max-new-tokens", "80", "--seed", "1"]
     command = [sys.executable, "-c", SMALL_BLOCKS, "--quiet", *settings, *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
 
 
 def finished(process: subprocess.Popen[str]) -> None:

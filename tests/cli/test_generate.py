@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_cli import Teal
+from fixtures_cli import Teal, interruptible
 
 from teal_cli import open_store
 from teal_cli.registry.registry import Registry
@@ -167,7 +167,9 @@ def test_interrupted_it_leaves_a_store_that_reads(ready: Path, tmp_path: Path) -
     store = tmp_path / "out.zarr"
     settings = ["-p", "The quick", "--ignore-eos", "--max-new-tokens", "240", "--dump", str(store)]
     command = [sys.executable, "-m", "teal_cli", "generate", *settings]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     assert process.stdout is not None
     process.stdout.read(3)  # decoding has begun
     time.sleep(0.05)

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_cli import Teal
-from fixtures_hub import WEAK_TOKEN, Hub, model_files
+from fixtures_cli import Teal, interruptible
+from fixtures_hub import GOOD_TOKEN, WEAK_TOKEN, Hub, model_files
 
 from teal_cli.registry.registry import Registry
 from teal_cli.sparsity.calibration import Calibration
@@ -187,10 +187,12 @@ def child(hub_env: Callable[..., dict[str, str]]) -> Iterator[Callable[..., subp
     """Start `teal ARGS` as a process of its own, against the stand-in."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*args: str) -> subprocess.Popen[str]:
+    def start(*args: str, **more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "teal_cli", *args]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, env=hub_env(), stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(
+            command, env=hub_env(**more), stdout=pipe, stderr=pipe, text=True, preexec_fn=interruptible
+        )
         started.append(process)
         return process
 
@@ -255,3 +257,18 @@ def test_a_disk_that_is_full_before(teal: Teal, hub: Hub, monkeypatch: pytest.Mo
     assert result.code == 1
     assert "5.0 kB free, and 8.3 kB are needed" in result.err
     assert hub.fetched() == ["config.json"]
+
+
+@pytest.mark.parametrize("token", [GOOD_TOKEN, WEAK_TOKEN])
+def test_a_token_is_written_nowhere(
+    child: Callable[..., subprocess.Popen[str]], hub_server: Hub, tmp_path: Path, token: str
+) -> None:
+    hub_server.add("org/Tiny", model_files(), gated=True)
+    said = ""
+    for command in (("download", "org/Tiny", "--json"), ("download", "org/Tiny"), ("models", "ls", "--json")):
+        said += "".join(child(*command, HF_TOKEN=token).communicate(timeout=60))
+    assert said
+    assert token not in said
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert written or token == WEAK_TOKEN
+    assert [file for file in written if token.encode() in file.read_bytes()] == []
