@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
 from teal_cli.store.packing import exceeds, magnitude_bits, to_float, unpack, unpack_mask
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 _CACHED_BLOCKS: Final = 4  # row after row of one layer, or one row of a few layers, decodes each block once
 
@@ -84,6 +87,22 @@ class CsrRows:
     indptr: np.ndarray
     shape: tuple[int, int]
 
+    def to_scipy(self) -> csr_array:
+        """The same rows as a `scipy.sparse.csr_array`, [rows, K]; float16, which SciPy lacks, becomes float32.
+
+        Raises:
+            TealError: SciPy is not installed.
+        """
+        try:
+            from scipy.sparse import csr_array
+        except ModuleNotFoundError:
+            raise TealError("SciPy is not installed", hint="pip install 'teal-cli[scipy]'") from None
+        data = self.data.astype(np.float32) if self.data.dtype == np.float16 else self.data
+        return csr_array((data, self.indices, self.indptr), shape=self.shape)
+
+    def __repr__(self) -> str:
+        return f"<CsrRows {_size(self.shape)}, {len(self.data)} kept>"
+
 
 class SiteReader:
     """The arrays of a site of a level, read block by block with every check that needs no other block.
@@ -97,6 +116,7 @@ class SiteReader:
 
     def __init__(self, path: Path, site: str, header: StoreHeader, tokens: int, *, most: int, guard: Guard) -> None:
         self.channels, self.block, self.tokens = header.channels[site], header.block_tokens, tokens
+        self.level, self.value_dtype = path.name, header.value_dtype
         self.where = f"{path.parent}: {path.name}/{site}"
         self._path, self._site, self._header, self._most, self._guard = path, site, header, most, guard
         self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
@@ -214,9 +234,9 @@ class ActivationArray:
     ndim = 2
 
     def __init__(
-        self, reader: SiteReader, layer: int, *, limit: np.ndarray | None = None, form: Form = "number"
+        self, reader: SiteReader, layer: int, name: str, *, limit: np.ndarray | None = None, form: Form = "number"
     ) -> None:
-        self._reader, self._layer, self._limit, self._form = reader, layer, limit, form
+        self._reader, self._layer, self._name, self._limit, self._form = reader, layer, name, limit, form
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,12 +251,12 @@ class ActivationArray:
     @property
     def raw(self) -> ActivationArray:
         """The same rows as stored: bfloat16 as its bits in uint16."""
-        return ActivationArray(self._reader, self._layer, limit=self._limit, form="raw")
+        return ActivationArray(self._reader, self._layer, self._name, limit=self._limit, form="raw")
 
     @property
     def mask(self) -> ActivationArray:
         """Which entries were kept, bool."""
-        return ActivationArray(self._reader, self._layer, limit=self._limit, form="mask")
+        return ActivationArray(self._reader, self._layer, self._name, limit=self._limit, form="mask")
 
     @property
     def row_nnz(self) -> np.ndarray:
@@ -308,7 +328,14 @@ class ActivationArray:
         return values if self._form == "raw" else to_float(values)
 
     def __repr__(self) -> str:
-        return f"<ActivationArray {self._reader.where}, layer {self._layer}: {self.shape} {self.dtype}>"
+        # Nothing is opened for it: a repr never fails, whatever became of the store.
+        form = f" {self._form}" if self._form != "number" else ""
+        name = f"{self._reader.level} layer {self._layer} {self._name}{form}"
+        return f"<ActivationArray {name}: {_size(self.shape)}, {self._reader.value_dtype}>"
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} tokens x {shape[1]} channels"
 
 
 def _two_keys(key: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ from teal_cli.store.metadata import (
 )
 from teal_cli.store.packing import exceeds
 from teal_cli.store.schema import parse_level
-from teal_cli.store.tokens import Tokens, column_problems
+from teal_cli.store.tokens import Tokens, align, column_problems
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 from teal_kernels.spec import columns as columns_of
 from teal_kernels.thresholds import site_thresholds
@@ -107,13 +107,33 @@ class ActivationStore:
                 return Level(self, found)
         raise NotFoundError(f"{self.path} has no level {name}", hint=f"it has {', '.join(self.levels)}")
 
+    def align(self, levels: Sequence[str | float] = ()) -> dict[str, np.ndarray]:
+        """The rows that levels have in common, by sequence and position.
+
+        Args:
+            levels: names or targets; all of the store if none is given.
+
+        Returns:
+            Name of each level -> int64 [rows], its row indices: row i of each is the same place of the same sequence,
+            in the order of (sequence, position). The tokens there differ if each level decoded on its own.
+
+        Raises:
+            NotFoundError: no such level.
+            TealError: token columns are damaged.
+        """
+        found = [self.level(name) for name in levels or self.levels]
+        rows = align([level.tokens for level in found])
+        return {level.name: indices for level, indices in zip(found, rows, strict=True)}
+
     def find(self, text: str) -> list[int]:
         """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no prompts."""
         return [index for index, prompt in enumerate(self.header.prompts.get("texts", ())) if text in prompt]
 
     def __repr__(self) -> str:
-        levels = ", ".join(self.levels)
-        return f"<ActivationStore {self.path}: {self.header.model}, {self.header.layers} layers, {levels}>"
+        levels = self.levels if len(self.levels) <= 4 else (*self.levels[:2], "...", self.levels[-1])
+        return (
+            f"<ActivationStore {self.path.name}: {self.header.model}, {self.header.layers} layers, {' '.join(levels)}>"
+        )
 
 
 class Level:
@@ -218,7 +238,7 @@ class Level:
         """
         if site not in SITES:
             raise UsageError(f"there is no site {site!r}", hint=f"sites: {', '.join(SITES)}")
-        return ActivationArray(self.site_reader(site), self._layer(layer))
+        return ActivationArray(self.site_reader(site), self._layer(layer), site)
 
     def projection(self, layer: int, projection: str) -> ActivationArray:
         """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own threshold.
@@ -231,7 +251,7 @@ class Level:
         layer = self._layer(layer)
         site = PROJECTION_SITE[projection]
         limit = self.limits(layer, site)[SITE_PROJECTIONS[site].index(projection)]
-        return ActivationArray(self.site_reader(site), layer, limit=np.asarray(limit))
+        return ActivationArray(self.site_reader(site), layer, projection, limit=np.asarray(limit))
 
     def realised(self) -> np.ndarray:
         """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there is none."""

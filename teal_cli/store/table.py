@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import UsageError
-from teal_cli.files import disk_errors
+from teal_cli.files import check_new_file, disk_errors, new_file
 from teal_cli.store.measures import Row
 
 
@@ -17,11 +16,11 @@ def check_table(path: Path, *, force: bool) -> None:
 
     Raises:
         UsageError: the name does not end in .parquet, or a file is there and force is not given.
+        NotFoundError: its folder is not there.
     """
     if path.suffix != ".parquet":
         raise UsageError(f"{path.name} is no table that can be written", hint="end it in .parquet")
-    if path.is_dir() or (path.exists() and not force):
-        raise UsageError(f"{path} exists", hint="replace it with --force, or choose another output")
+    check_new_file(path, force=force)
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -36,14 +35,8 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     from pyarrow import parquet
 
     table = pa.Table.from_pylist([dict(_flat(row.values(per_channel=True))) for row in rows])
-    partial = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with disk_errors(path):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            parquet.write_table(table, partial)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with disk_errors(path), new_file(path.absolute()) as partial:
+        parquet.write_table(table, partial)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

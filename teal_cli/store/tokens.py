@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.schema import NEVER_WRITTEN, OPTIONAL_COLUMNS, PHASES, TOKEN_COLUMNS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,29 @@ class Tokens:
             raise KeyError(name)
         column: np.ndarray = getattr(self, name)
         return column
+
+    def to_pandas(self) -> DataFrame:
+        """A pandas table with a line per row; `phase` is a category of the names of `schema.PHASES`."""
+        import pandas as pd
+
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        phases = sorted(PHASES, key=PHASES.__getitem__)
+        named = pd.Categorical.from_codes(self.phase.astype(np.int8), categories=phases)
+        return pd.DataFrame({name: named if name == "phase" else self[name] for name in names})
+
+    def __repr__(self) -> str:
+        return f"<Tokens: {len(self)} of {len(np.unique(self.sequence))} sequences>"
+
+
+def align(levels: Sequence[Tokens]) -> list[np.ndarray]:
+    """For each level the int64 indices of the rows whose (sequence, position) all levels have, in that order."""
+    keys = [(tokens.sequence.astype(np.uint64) << np.uint64(32)) | tokens.position for tokens in levels]
+    common = reduce(np.intersect1d, keys, np.unique(keys[0]))
+    orders = [np.argsort(key) for key in keys]
+    return [
+        order[np.searchsorted(key, common, sorter=order)].astype(np.int64)
+        for key, order in zip(keys, orders, strict=True)
+    ]
 
 
 def column_problems(header: StoreHeader, columns: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
