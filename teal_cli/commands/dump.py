@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -94,6 +94,14 @@ def dump(
     top_k: options.TopKOption,
     top_p: options.TopPOption,
     seed: options.FixedSeedOption = None,
+    follow: Annotated[
+        Literal["free", "dense", "text"],
+        typer.Option(
+            "--follow",
+            help="Which tokens a level is fed: its own, those that the dense model decodes, or the dataset's text. The "
+            "last two give every level the same rows, at the speed of a prefill.",
+        ),
+    ] = "free",
     ignore_eos: Annotated[
         bool,
         typer.Option(
@@ -179,7 +187,7 @@ def dump(
     else:
         source = PromptSource(dataset, split, None, num_sequences, prompt_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
-    request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos, tuple(plan or ()))
+    request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos, tuple(plan or ()), follow)
     if not (resume or dry_run):
         check_target(out_path, force=force)
     session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)

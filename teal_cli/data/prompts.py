@@ -21,10 +21,16 @@ _KEYS = ("prompt", "text")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as the token ids that are fed."""
+    """A prompt.
+
+    Attributes:
+        text, token_ids: as text, and as the token ids that are fed.
+        following: token ids that come after it, where these are known before anything is decoded.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    following: tuple[int, ...] = ()
 
 
 class Prompts(Protocol):
@@ -65,6 +71,7 @@ class PromptSource:
         file: text with one prompt a line, or JSON lines with a `prompt` or `text` key.
         count: how many prompts; None takes the whole file.
         prompt_tokens: how many tokens of each document of a dataset make the prompt.
+        following: how many of the tokens after it are taken as well.
     """
 
     dataset: str | None = None
@@ -72,6 +79,7 @@ class PromptSource:
     file: Path | None = None
     count: int | None = None
     prompt_tokens: int = 64
+    following: int = 0
 
     @property
     def name(self) -> str:
@@ -104,7 +112,12 @@ class PromptSource:
         """
         if self.file is not None:
             return [Prompt(text, _encoded(text, encode)) for text in self._from_file(self.file)]
-        return [Prompt(decode(ids), tuple(ids)) for ids in self._from_dataset(str(self.dataset), encode)]
+        return [
+            Prompt(
+                decode(ids[: self.prompt_tokens]), tuple(ids[: self.prompt_tokens]), tuple(ids[self.prompt_tokens :])
+            )
+            for ids in self._from_dataset(str(self.dataset), encode)
+        ]
 
     def _from_file(self, file: Path) -> list[str]:
         hint = "--prompts takes a text or .jsonl file"
@@ -134,13 +147,13 @@ class PromptSource:
         count = 1 if self.count is None else self.count
         prompts: list[list[int]] = []
         source = open_source(dataset, split=self.split, held_out=self.split is None)
-        for ids in _long_enough(source.documents(), encode, self.prompt_tokens):
+        wanted = self.prompt_tokens + self.following
+        for ids in _long_enough(source.documents(), encode, wanted):
             prompts.append(ids)
             if len(prompts) == count:
                 return prompts
         raise UsageError(
-            f"{self.name} has {len(prompts)} documents of at least {self.prompt_tokens} tokens, fewer than the "
-            f"{count} asked for",
+            f"{self.name} has {len(prompts)} documents of at least {wanted} tokens, fewer than the {count} asked for",
             hint="lower --num-sequences or --prompt-tokens, or take another split",
         )
 

@@ -75,13 +75,35 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
             same = (sparse.argmax(-1) == best[cut:]).sum()
             sums[number] += (float(nll), float(divergence(dense[cut:], sparse).sum()), int(same))
     if not np.isfinite(sums).all():
-        raise TealError(
-            "the model produced logits that are not finite, so nothing can be scored",
-            hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",
-        )
+        raise _not_finite()
     return [Score(len(targets), nll, max(0.0, kl), int(top1)) for nll, kl, top1 in sums]
+
+
+@torch.inference_mode()
+def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target after the hidden states [S, hidden] of its row: float32 [S].
+
+    Raises:
+        TealError: one is not finite.
+    """
+    rows = max(1, _LOGIT_BYTES // (4 * vocab))
+    found = [
+        head(part).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
+    ]
+    result = torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
+    if not torch.isfinite(result).all():
+        raise _not_finite()
+    return result
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities [S, vocab], in nats: float64 [S]."""
     return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+
+
+def _not_finite() -> TealError:
+    return TealError(
+        "the model produced logits that are not finite, so nothing can be scored",
+        hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",
+    )

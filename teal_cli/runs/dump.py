@@ -6,24 +6,26 @@ Puts a session, decoders, a job and a store together; printing is the command's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
 from pathlib import Path
 
 import numpy as np
 
-from teal_cli.data.prompts import Prompt, Prompts
+from teal_cli.data.prompts import Prompt, Prompts, PromptSource
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.files import free_space
 from teal_cli.model.weights import config_sha256
+from teal_cli.passes.layers import ResidentLayers
+from teal_cli.runs.forced import run_forced
 from teal_cli.runs.job import Progress, run_job
 from teal_cli.runs.plans import Level
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
-from teal_cli.sparsity.plan import Plan
+from teal_cli.sparsity.plan import Plan, dense_plan
 from teal_cli.store.schema import VALUE_DTYPES, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import SITES
@@ -31,6 +33,9 @@ from teal_kernels.spec import SITES
 # Bytes on disk per byte of kept values, after byte shuffle and zstd-1: SmolLM2-135M at 50%, 2026-11-23.
 _VALUE_RATIO = {"bfloat16": 0.65, "float16": 0.78, "float32": 0.84}
 _PACE_STEPS = 8
+
+PASS = "pass"
+"""What a store names as the backend where rows come from a pass."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class DumpRequest:
     Attributes:
         levels: sparsity targets, each in [0, 1); or else
         plans: names of plans of the model, each with a target of its own.
+        follow: `free`, each level goes on with its own tokens; `dense`, all are fed those that the dense model decodes;
+            `text`, those of the dataset's documents.
         prompts: where the prompts come from.
         max_new_tokens: N tokens a prompt, N-1 rows.
         sampling: how tokens are drawn; each sequence has its own random stream.
@@ -52,6 +59,7 @@ class DumpRequest:
     sampling: Sampling
     ignore_eos: bool = False
     plans: tuple[str, ...] = ()
+    follow: str = "free"
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Dump:
                 hint="raise --max-new-tokens",
             )
         self.session, self.request = session, request
-        self.prompts = request.prompts.read(session.encode, session.decode)
+        self.prompts = self._read_prompts()
         self._levels = session.levels(() if request.plans else request.levels, request.plans)
         self._plans = {level_name(level.plan.target): level.plan for level in self._levels}
         _check_levels(self._levels)
@@ -98,6 +106,34 @@ class Dump:
         for decoder in self._decoders.values():
             for prompt in self.prompts:
                 decoder.check(prompt.token_ids, request.max_new_tokens)
+
+    def _read_prompts(self) -> list[Prompt]:
+        """The prompts, with the tokens that follow them where the text gives these."""
+        source = self.request.prompts
+        if self.request.follow == "text" and isinstance(source, PromptSource):
+            if source.file is not None:
+                raise UsageError(
+                    "a file of prompts has no text that follows them", hint="give a --dataset, or --follow dense"
+                )
+            source = replace(source, following=self.request.max_new_tokens)
+        return source.read(self.session.encode, self.session.decode)
+
+    def _follow_dense(self) -> None:
+        """Let the dense model decode what all levels are fed, where a store that is resumed does not say it."""
+        decoder = self._decoder_for(dense_plan(self.session.config.layers))
+        for index, prompt in enumerate(self.prompts):
+            if not prompt.following:
+                tokens = decoder.generate(
+                    prompt.token_ids,
+                    max_new_tokens=self.request.max_new_tokens,
+                    sampling=self.request.sampling,
+                    sequence=index,
+                    stop=self._stop,
+                )
+                self.prompts[index] = replace(prompt, following=tuple(tokens))
+
+    def _decoder_for(self, plan: Plan) -> Decoder:
+        return self.session.decoder(plan, next(iter(self._decoders.values())).cache)
 
     @cached_property
     def _decoders(self) -> dict[str, Decoder]:
@@ -120,7 +156,7 @@ class Dump:
         per_sequence = self.request.max_new_tokens - 1
         seconds = 0.0
         for plan in self._plans.values():
-            decoder = self.session.decoder(plan, next(iter(self._decoders.values())).cache)
+            decoder = self._decoder_for(plan)
             for _ in decoder.generate(
                 self.prompts[0].token_ids, max_new_tokens=steps + 1, sampling=self.request.sampling
             ):
@@ -139,6 +175,8 @@ class Dump:
             TealError: the disk is full.
         """
         request = self.request
+        if request.follow == "dense":
+            self._follow_dense()
         writer = create_store(
             self.session,
             path,
@@ -148,9 +186,13 @@ class Dump:
             request.sampling,
             source=request.prompts,
             stop=self._stop,
+            follow=request.follow,
             force=force,
             resume=resume,
         )
+        if request.follow != "free":
+            yield from run_forced(writer, ResidentLayers(self.session.model), self._plans, self.prompts)
+            return
         yield from run_job(
             writer,
             self._decoders,
@@ -185,6 +227,7 @@ def store_headers(
     *,
     source: Prompts,
     stop: Sequence[int],
+    follow: str = "free",
 ) -> tuple[StoreHeader, list[LevelHeader]]:
     """What a store of these prompts at these levels says of itself; equal headers mean equal contents.
 
@@ -207,6 +250,7 @@ def store_headers(
             "count": len(prompts),
             "texts": [prompt.text for prompt in prompts],
             "token_ids": [list(prompt.token_ids) for prompt in prompts],
+            **({} if follow == "free" else {"following": [list(prompt.following) for prompt in prompts]}),
         },
         seed=sampling.seed,
         sampling={
@@ -216,18 +260,19 @@ def store_headers(
             "max_new_tokens": max_new_tokens,
             "stop_ids": list(stop),
         },
-        backend=session.backend,
+        backend=session.backend if follow == "free" else PASS,
         layers=session.config.layers,
         channels={site: session.config.channels(site) for site in SITES},
         criterion={"name": next((p.scoring.criterion for p in plans if p.target > 0), MAGNITUDE)},
         run={
             "device": session.model.device.type,
             "ignore_eos": not stop,
-            "follow": "free",
+            "follow": follow,
             "prefill": "none",
             "source": source.options,
             **({"plans": names} if names else {}),
         },
+        columns=() if follow == "free" else ("logprob",),
     )
     rows = len(prompts) * (max_new_tokens - 1)
     return header, [
@@ -253,6 +298,7 @@ def create_store(
     *,
     source: Prompts,
     stop: Sequence[int] = (),
+    follow: str = "free",
     force: bool = False,
     resume: bool = False,
 ) -> StoreWriter:
@@ -262,7 +308,9 @@ def create_store(
         UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
         settings. NotFoundError: nothing to resume.
     """
-    header, rows = store_headers(session, prompts, levels, max_new_tokens, sampling, source=source, stop=stop)
+    header, rows = store_headers(
+        session, prompts, levels, max_new_tokens, sampling, source=source, stop=stop, follow=follow
+    )
     if resume:
         return StoreWriter.resume(path, header, rows, str(session.model.device))
     return StoreWriter.create(path, header, rows, device=str(session.model.device), force=force)

@@ -70,11 +70,13 @@ def stored_run(path: Path) -> StoredRun:
 def _options(header: StoreHeader, levels: tuple[str, ...]) -> dict[str, Any]:
     sampling, run = header.sampling, header.run
     stop = items(sampling, "stop_ids", int)
+    follow = take(run, "follow", str) if "follow" in run else "free"
     options = {
         "model": header.model,
         "calibration": header.calibration,
         "dtype": header.dtype,
-        "backend": header.backend,
+        "backend": None if follow != "free" else header.backend,
+        "follow": follow,
         "device": take(run, "device", str) if "device" in run else None,
         "levels": tuple(parse_level(name) for name in levels),
         "max_new_tokens": take(sampling, "max_new_tokens", int),
@@ -93,5 +95,8 @@ def _prompts(header: StoreHeader) -> KnownPrompts:
     texts, ids = items(header.prompts, "texts", str), items(header.prompts, "token_ids", list)
     if not texts:
         raise ValueError("it has no prompts")
-    prompts = tuple(Prompt(text, tuple(row)) for text, row in zip(texts, ids, strict=True))
+    following = items(header.prompts, "following", list) if "following" in header.prompts else [()] * len(texts)
+    prompts = tuple(
+        Prompt(text, tuple(row), tuple(after)) for text, row, after in zip(texts, ids, following, strict=True)
+    )
     return KnownPrompts(take(header.prompts, "source", str), prompts, dict(header.run.get("source") or {}))
