@@ -1,4 +1,5 @@
-"""A made-up criterion, with a scale of its own for every projection and channel, through every backend on a CPU.
+"""A made-up criterion, with a scale of its own for every projection and channel, through every backend on a CPU, and
+from a named plan through dump, reader and verify.
 
 The oracle computes scores as they are defined, |x_i - c_i| * scale_i > t, in float64; it shares nothing with them.
 """
@@ -6,19 +7,28 @@ The oracle computes scores as they are defined, |x_i - c_i| * scale_i > t, in fl
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zarr
+from fixtures_cli import Teal
 from torch import Tensor
 
+from teal_cli import open_store
 from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.steps import NUMBA, TRITON_GRAPH, open_step
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
+from teal_cli.model.weights import config_sha256
+from teal_cli.registry.registry import Registry
+from teal_cli.runs.plans import plan_folder
 from teal_cli.sparsity.criterion import Scoring
+from teal_cli.sparsity.named import NamedPlan
 from teal_cli.sparsity.plan import Plan
+from teal_cli.store.verify import Problem, verify
 from teal_kernels.backends import BackendError
 from teal_kernels.matrix import Matrix
 from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES, columns
@@ -108,3 +118,64 @@ def test_a_backend_that_cannot_take_a_centre_names_those_that_can(model: Transfo
     plan = made_up(model.config, centred=True)
     with pytest.raises(BackendError, match="cannot run a criterion with a centre; reference, cpu, triton can"):
         open_step(model, model.cache(16), plan.applied(), backend, 0.5)
+
+
+def named(ready: Path, *, centred: bool) -> tuple[Plan, Transformer]:
+    """The made-up criterion as a plan of the registered model; a scale of zero is not one that a plan may have."""
+    entry = Registry().get("tiny")
+    model = Transformer.from_checkpoint(entry.path, torch.float32)
+    plan = made_up(model.config, centred=centred)
+    scale = {site: np.maximum(factors, np.float32(1e-3)) for site, factors in plan.scoring.scale.items()}
+    plan = replace(plan, scoring=replace(plan.scoring, scale=scale))
+    digest = config_sha256(entry.path)
+    NamedPlan("odd", plan, "tiny", digest, "2026-01-01T00:00:00+00:00").save(plan_folder(entry, "odd"))
+    return plan, model
+
+
+@pytest.mark.parametrize(
+    ("backend", "centred"),
+    [("reference", False), ("cpu", True), pytest.param(NUMBA, False, marks=BACKENDS[2].marks)],
+)
+def test_a_dump_says_what_was_kept_and_why(
+    teal: Teal, ready: Path, tmp_path: Path, backend: str, centred: bool
+) -> None:
+    plan, model = named(ready, centred=centred)
+    path = tmp_path / "out.zarr"
+    ran = teal("dump", "-m", "tiny", "--plan", "odd", "-d", "python-docs", "-n", 1, "--prompt-tokens", 6, "--dtype",
+               "float32", "--max-new-tokens", 6, "--ignore-eos", "--backend", backend, "-o", path)  # fmt: skip
+    assert ran.code == 0, ran.err
+    store = open_store(path)
+    assert store.header.criterion == {"name": "made-up"}
+    level = store.level(0.5)
+    oracle, cache = Oracle(plan), model.cache(16)
+    prompt = store.header.prompts["token_ids"][0]
+    model.forward(torch.tensor(prompt), 0, cache)
+    for row, token in enumerate(level.tokens.token_id.tolist()):
+        oracle.rows = {site: [] for site in SITES}
+        model.forward(torch.tensor([token]), len(prompt) + row, cache, oracle)
+        for layer in range(model.config.layers):
+            for site in SITES:
+                wanted = oracle.rows[site][layer].numpy()
+                got = np.asarray(level.site(layer, site)[row : row + 1])[0]
+                assert np.array_equal(got == 0, wanted == 0), (row, layer, site)
+                np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+                scores = np.abs(got.astype(np.float64)) * plan.scoring.scale[site][layer]
+                for number, projection in enumerate(SITE_PROJECTIONS[site]):
+                    keeps = scores[number] > plan.thresholds[layer, columns(site)][number]
+                    view = np.asarray(level.projection(layer, projection)[row : row + 1])[0]
+                    assert np.array_equal(view, np.where(keeps, got, 0)), projection
+    dropped = 1 - oracle.kept / (len(level) * np.array(model.config.inputs()))
+    np.testing.assert_allclose(level.realised(), dropped)
+    assert all(not isinstance(found, Problem) for found in verify(path))
+
+
+def test_verify_finds_a_row_that_another_scale_would_not_have_kept(teal: Teal, ready: Path, tmp_path: Path) -> None:
+    plan, _ = named(ready, centred=False)
+    path = tmp_path / "out.zarr"
+    ran = teal("dump", "-m", "tiny", "--plan", "odd", "-d", "python-docs", "-n", 1, "--prompt-tokens", 6, "--dtype",
+               "float32", "--max-new-tokens", 6, "--ignore-eos", "--backend", "reference", "-o", path)  # fmt: skip
+    assert ran.code == 0, ran.err
+    scale = zarr.open_array(path / "s0.50" / "mlp_mid" / "scale", mode="r+")
+    scale[1, 0] = plan.scoring.scale["mlp_mid"][1, 0] / 2
+    found = [problem for problem in verify(path) if isinstance(problem, Problem)]
+    assert any("mlp_mid" in problem.where and "threshold" in problem.what for problem in found), found
