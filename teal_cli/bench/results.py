@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Final
 from teal_cli.bench.machine import Machine
 from teal_cli.bench.rows import DecodeRow, KernelRow, Row
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, write_json
+from teal_cli.files import disk_errors, read_json, write_json
 
 SCHEMA: Final = "teal-bench/1"
 
@@ -63,7 +62,7 @@ def load(path: Path) -> Result:
     """
     hint = "`teal bench kernels --out FILE` and `teal bench decode --out FILE` write such files"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}", hint=hint) from None
     except (OSError, ValueError) as error:

@@ -6,13 +6,13 @@ and turns it into plain numbers. It knows nothing of tensors: `weights` checks t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.files import read_json
 from teal_cli.model.families import FAMILIES, Family
 from teal_kernels.spec import Geometry
 from teal_kernels.traits import GELU_TANH, SILU, Traits
@@ -76,6 +76,19 @@ class ModelConfig(Geometry):
     hf: Any
 
 
+_SIZES: Final = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 20,
+    "num_key_value_heads": 1 << 20,
+    "head_dim": 1 << 20,
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 28,
+    "max_position_embeddings": 1 << 31,
+}
+"""Most of each number in a config.json; no model is near them, and a file with more is damaged or means harm."""
+
+
 def load_config(path: str | Path) -> ModelConfig:
     """Reads `config.json` (and `generation_config.json`, if there) of a checkpoint folder.
 
@@ -92,6 +105,7 @@ def load_config(path: str | Path) -> ModelConfig:
             hint="give a folder in Hugging Face format, or `teal download` a model",
         )
     _refuse_unsupported(raw)
+    _check_sizes(raw, folder)
     hf = _load_hf(folder)
     family = FAMILIES[hf.model_type]
     _refuse_unsupported_parts(family, hf)
@@ -127,7 +141,7 @@ def load_config(path: str | Path) -> ModelConfig:
 def _read_json(file: Path) -> Mapping[str, Any] | None:
     """The object in a JSON file, or None where there is no such file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -141,8 +155,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     """Refuses by the file alone, before transformers meets a model that it may not know either."""
     supported = ", ".join(FAMILIES)
     family = raw.get("model_type")
-    if family not in FAMILIES:
-        named = ", ".join(raw.get("architectures") or ()) or "no architecture named"
+    if not isinstance(family, str) or family not in FAMILIES:
+        architectures = raw.get("architectures")
+        known = architectures if isinstance(architectures, list) else []
+        named = ", ".join(map(str, known)) or "no architecture named"
         raise UsageError(
             f"the architecture {family!r} ({named}) is not supported; teal runs {supported}",
             hint="choose a model of one of these families",
@@ -154,6 +170,19 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             f"the checkpoint is quantised ({method}); teal needs bf16, fp16 or fp32 weights",
             hint="choose the unquantised checkpoint of the same model",
         )
+
+
+def _check_sizes(raw: Mapping[str, Any], folder: Path) -> None:
+    """Bounds on what transformers would make lists of, or divide by."""
+    for name, most in _SIZES.items():
+        size = raw.get(name, 1)
+        if size is None and name in ("head_dim", "num_key_value_heads"):
+            continue
+        if type(size) is not int or not 1 <= size <= most:
+            raise TealError(
+                f"{folder / 'config.json'} is not a valid config: {name} must be 1 to {most:,}, not {str(size)[:40]}",
+                hint=_HINT,
+            )
 
 
 def _load_hf(folder: Path) -> Any:

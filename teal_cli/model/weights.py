@@ -8,7 +8,6 @@ so that no tensor, let alone a model, is held twice. This module does not know w
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.files import read_json
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.model.quantized import Quantization, packed_name, quantization_of
@@ -251,7 +251,7 @@ def config_sha256(path: str | Path) -> str:
 
 def _quantization(folder: Path) -> Quantization | None:
     file = folder / "config.json"
-    return quantization_of(json.loads(file.read_text(encoding="utf-8")), file)
+    return quantization_of(read_json(file), file)
 
 
 def _open(file: Path) -> Any:
@@ -275,7 +275,7 @@ def _index(folder: Path) -> dict[str, Path]:
             hint="teal reads safetensors only; choose a revision of the model that carries them",
         )
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise TealError(f"{index} is damaged ({error})", hint=_HINT) from error
     # The shards' own headers decide: an index that disagrees with them is seen as a missing tensor.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from teal_cli import files
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import read_chunks, readable_size
 from teal_cli.registry.entry import FileRecord, ModelEntry
@@ -93,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
         TealError: not readable, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path)
     except (OSError, ValueError) as error:
         raise TealError(f"{path} cannot be read: {error}", hint="fetch the model again") from error
     if not isinstance(value, dict):

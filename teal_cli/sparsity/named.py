@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, write_json
+from teal_cli.files import disk_errors, read_json, write_json
 from teal_cli.sparsity.criterion import MAGNITUDE, Scoring
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.spec import SITES
@@ -88,7 +87,7 @@ class NamedPlan:
             TealError: it is damaged.
         """
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST)
             content = (folder / ARRAYS).read_bytes()
             if hashlib.sha256(content).hexdigest() != manifest["arrays_sha256"]:
                 raise ValueError(f"{ARRAYS} is not the one that {MANIFEST} names")

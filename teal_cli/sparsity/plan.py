@@ -6,7 +6,6 @@ projection the same sparsity; other allocations make the same object.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from teal_cli.checks import check_sparsity
 from teal_cli.errors import TealError
-from teal_cli.files import disk_errors, write_json
+from teal_cli.files import disk_errors, read_json, write_json
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.criterion import Scoring
 from teal_kernels.spec import PROJECTIONS, SITES, columns
@@ -105,7 +104,7 @@ class Plan:
             TealError: the file cannot be read, or is no plan.
         """
         try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_json(read_json(file))
         except (OSError, ValueError) as error:
             raise TealError(f"{file} cannot be read as a plan: {error}") from error
 

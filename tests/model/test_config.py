@@ -187,3 +187,13 @@ def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(TealError, match=r"config\.json"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("num_hidden_layers", 0),
+                                             ("num_attention_heads", 0), ("hidden_size", "72"), ("vocab_size", True),
+                                             ("model_type", ["llama"])])  # fmt: skip
+def test_a_size_that_lies_is_refused_before_anything_is_made_of_it(tmp_path: Path, name: str, value: object) -> None:
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], name: value}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(TealError, match=r"must be 1 to|is not supported"):
+        load_config(tmp_path)
