@@ -24,6 +24,11 @@ app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_a
 
 SHOWN_PROBLEMS = 10
 
+# One for each row of `formats.FORMATS`, which is heavy to import; a test compares them.
+FORMATS_HELP = (
+    "npz (dense NumPy), csr (SciPy), mtx (Matrix Market), pt (a vector per token), zarr (dense), safetensors (dense), "
+    "parquet, anndata (CSR in Zarr), smtx (DLMC), tns (FROSTT)."
+)
 LayersOption = Annotated[
     str | None, typer.Option("--layers", metavar="N,A:B", help="Layers, such as 0,5 or 0:4; all if not given.")
 ]
@@ -104,8 +109,8 @@ def stats(
     quiet: QuietOption = False,
 ) -> None:
     """Size and entropy bound per site; statistics of the masks per level, layer and projection."""
-    from teal_cli.store.export import parse_layers, parse_names, select
     from teal_cli.store.reader import open_store
+    from teal_cli.store.selection import parse_layers, parse_names, select
     from teal_cli.store.stats import Measured, measure
     from teal_cli.store.table import check_table, write_table
 
@@ -141,10 +146,10 @@ def stats(
 def convert(
     store: StoreArgument,
     target: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A folder that does not exist yet.")],
-    form: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="npz (dense), csr (scipy's npz), mtx (Matrix Market), pt.")
-    ] = "npz",
-    level: LevelOption = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=FORMATS_HELP)] = "npz",
+    level: Annotated[
+        str | None, typer.Option("--level", "-l", metavar="LEVELS", help="Such as 0.5 or 0.5,0.9; all if not given.")
+    ] = None,
     layers: LayersOption = None,
     names: Annotated[
         str | None,
@@ -155,33 +160,35 @@ def convert(
     tokens: Annotated[
         str | None, typer.Option("--tokens", metavar="A:B", help="Range of tokens of each level; all if not given.")
     ] = None,
-    sequence: Annotated[
-        int | None, typer.Option("--sequence", min=0, metavar="N", help="Instead of a range, the rows of one prompt.")
+    sequences: Annotated[
+        str | None,
+        typer.Option("--sequences", metavar="N,A:B", help="Instead of a range, the rows of these prompts: 0,5 or 0:4."),
     ] = None,
+    force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write levels, layers, sites or projections as npz, CSR, Matrix Market or one .pt per token."""
+    """Write levels, layers, sites or projections in another form, for NumPy, SciPy, PyTorch, tables, simulators."""
     from teal_cli.store.export import convert as write
-    from teal_cli.store.export import parse_layers, parse_names, parse_range, select
     from teal_cli.store.reader import open_store
+    from teal_cli.store.selection import parse_layers, parse_names, parse_range, parse_sequences, select
 
-    if tokens is not None and sequence is not None:
-        raise UsageError("--tokens and --sequence exclude each other", hint="give one of them")
+    if tokens is not None and sequences is not None:
+        raise UsageError("--tokens and --sequences exclude each other", hint="give one of them")
     out = output(json, quiet)
     opened = open_store(store)
     selection = select(
         opened,
-        levels=[level] if level else [],
+        levels=parse_names(level),
         layers=parse_layers(layers, opened.header.layers),
         names=parse_names(names),
         tokens=parse_range(tokens) if tokens else (0, None),
-        sequence=sequence,
+        sequences=parse_sequences(sequences, opened.sequences),
     )
     arrays = 0
     with progress(out) as bars:
         task = bars.task("Converting", unit="arrays")
-        for event in write(opened, target, form, selection):
+        for event in write(opened, target, form, selection, force=force):
             arrays = event.done
             task.update(done=event.done, total=event.total)
     payload = {"store": store, "output": target, "format": form, "arrays": arrays, "selection": selection}

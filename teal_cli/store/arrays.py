@@ -5,7 +5,7 @@ Knows the schema and how blocks are checked; nothing of levels and tokens, no fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -102,6 +102,24 @@ class CsrRows:
 
     def __repr__(self) -> str:
         return f"<CsrRows {_size(self.shape)}, {len(self.data)} kept>"
+
+
+def csr_rows(blocks: Sequence[Block], dtype: np.dtype, shape: tuple[int, int]) -> CsrRows:
+    """Blocks, one below the other, in compressed sparse row form.
+
+    Args:
+        dtype: the stored data type.
+        shape: (rows of all blocks, K).
+    """
+    data = [np.empty(0, dtype), *(b.values for b in blocks)]
+    indices = [np.empty(0, np.int32), *(np.nonzero(b.kept)[1].astype(np.int32) for b in blocks)]
+    counts = [np.zeros(1, np.int64), *(b.row_nnz for b in blocks)]
+    return CsrRows(
+        data=to_float(np.concatenate(data)),
+        indices=np.concatenate(indices),
+        indptr=np.cumsum(np.concatenate(counts), dtype=np.int64),
+        shape=shape,
+    )
 
 
 class SiteReader:
@@ -281,15 +299,7 @@ class ActivationArray:
             raise IndexError("csr() takes a contiguous range of tokens")
         stop = max(start, stop)
         blocks = list(self.blocks(start, stop)) if stop > start else []
-        data = [np.empty(0, self._reader.dtype), *(b.values for b in blocks)]
-        indices = [np.empty(0, np.int32), *(np.nonzero(b.kept)[1].astype(np.int32) for b in blocks)]
-        counts = [np.zeros(1, np.int64), *(b.row_nnz for b in blocks)]
-        return CsrRows(
-            data=to_float(np.concatenate(data)),
-            indices=np.concatenate(indices),
-            indptr=np.cumsum(np.concatenate(counts), dtype=np.int64),
-            shape=(stop - start, self.shape[1]),
-        )
+        return csr_rows(blocks, self._reader.dtype, (stop - start, self.shape[1]))
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -95,6 +95,14 @@ class ActivationStore:
         """Whether the run that wrote it came to its end, as of when the store was opened."""
         return self.state.complete
 
+    @property
+    def sequences(self) -> int:
+        """Number of sequences: prompts, or where it does not keep those, one more than the largest index of a row."""
+        texts = self.header.prompts.get("texts")
+        if texts is not None:
+            return len(texts)
+        return 1 + max(int(self.level(name).tokens.sequence.max(initial=0)) for name in self.levels)
+
     def level(self, name: str | float) -> Level:
         """A level by name or target, with the tokens that are committed now.
 

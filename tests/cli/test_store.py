@@ -125,20 +125,45 @@ def test_convert(teal: Teal, store: Path, tmp_path: Path) -> None:
     again = teal("store", "convert", store, "-o", target)
     assert again.code == 2
     assert "exists" in again.err
+    options = (
+        "--level",
+        "0.5,0.9",
+        "--layers",
+        "0",
+        "--names",
+        "q",
+        "--sequences",
+        "0,2:4",
+        "--format",
+        "csr",
+        "--force",
+    )
+    assert teal("store", "convert", store, "-o", target, *options, "--json").json["arrays"] == 2
+    with np.load(target / "s0.90/layer_0/q.npz") as data:
+        assert sorted(set(data["sequence"].tolist())) == [0, 2, 3]
+
+
+def test_the_help_of_convert_names_every_format() -> None:
+    from teal_cli.commands.store import FORMATS_HELP
+    from teal_cli.store.formats import FORMATS
+
+    assert [part.split()[0] for part in FORMATS_HELP.rstrip(".").split(", ")] == list(FORMATS)
 
 
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
         (("--format", "hdf5"), 2, "npz, csr, mtx, pt"),
+        (("--layers", "2:2"), 2, "names no layers"),
+        (("--sequences", "x"), 2, "names no sequences"),
         (("--layers", "a"), 2, "names no layers"),
         (("--layers", "0:x"), 2, "no range"),
         (("--layers", "9"), 2, "there is no layer 9"),
         (("--names", "qkv"), 2, "no site or projection 'qkv'"),
         (("--tokens", "7"), 2, "no range"),
         (("--tokens", "30:50"), 2, "40 tokens"),
-        (("--tokens", "0:5", "--sequence", "1"), 2, "exclude each other"),
-        (("--sequence", "30"), 3, "no row of sequence 30"),
+        (("--tokens", "0:5", "--sequences", "1"), 2, "exclude each other"),
+        (("--sequences", "30"), 3, "no row of sequence 30"),
         (("--level", "0.7"), 3, "s0.50, s0.90"),
     ],
 )

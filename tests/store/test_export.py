@@ -13,7 +13,8 @@ from scipy import sparse
 
 from teal_cli import open_store
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.store.export import convert, select
+from teal_cli.store.export import convert
+from teal_cli.store.selection import select
 
 COUNT = 40
 
@@ -77,7 +78,7 @@ def test_scipy_reads_the_csr_form(store: Path, tmp_path: Path) -> None:
 
 def test_one_file_per_token(store: Path, tmp_path: Path) -> None:
     opened = open_store(store)
-    chosen = select(opened, levels=[0.5], layers=[0], names=["q", "k"], sequence=2)
+    chosen = select(opened, levels=[0.5], layers=[0], names=["q", "k"], sequences=[2])
     list(convert(opened, tmp_path / "out", "pt", chosen))
     files = sorted(str(path.relative_to(tmp_path / "out/s0.50")) for path in (tmp_path / "out").rglob("*.pt"))
     assert len(files) == 2 * 7

@@ -15,9 +15,10 @@ from fixtures_store import CHANNELS, LAYERS, digest, feed, header, levels, write
 
 from teal_cli import open_store
 from teal_cli.errors import TealError, UsageError
-from teal_cli.store.export import convert, select
+from teal_cli.store.export import convert
 from teal_cli.store.reader import describe
 from teal_cli.store.schema import MAX_LEVELS, parse_levels
+from teal_cli.store.selection import select
 from teal_cli.store.verify import Problem, verify
 from teal_cli.store.writer import LevelHeader, StoreWriter
 from teal_kernels.thresholds import channel_thresholds
