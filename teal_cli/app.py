@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from teal_cli import __version__
 from teal_cli.errors import HardwareError, TealError, UsageError
 from teal_cli.files import DISK_ERRORS
 from teal_cli.ui.lazy import CONTEXT_SETTINGS, Entry, LazyGroup
 from teal_cli.ui.output import configure, to_json
+from teal_cli.version import __version__
 
 START, MODELS, RUN, STORES, SPEED = "Start here", "Models", "Sparse decoding", "Stores", "Speed"
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from teal_cli import __version__
+from teal_cli.version import __version__
 
 _PACKAGES: Final = ("torch", "triton", "numba", "numpy", "transformers", "llama-cpp-python")
 _GUESSED_CACHE = 64 << 20

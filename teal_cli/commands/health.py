@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Final, Literal
 
-from teal_cli import __version__, settings
+from teal_cli import settings
 from teal_cli.checks import did_you_mean
 from teal_cli.errors import HardwareError, TealError
 from teal_cli.files import free_space
+from teal_cli.version import __version__
 
 OK: Final = "ok"
 WARN: Final = "warn"

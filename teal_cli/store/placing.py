@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from teal_cli import __version__
 from teal_cli.errors import UsageError
 from teal_cli.files import beside, occupied, put_folder
 from teal_cli.store import layout
@@ -26,6 +25,7 @@ from teal_cli.store.header import (
 from teal_cli.store.metadata import level_state, read_constant, read_state, schema_of
 from teal_cli.store.reader import ActivationStore, open_store
 from teal_cli.store.schema import SCHEMA, SCHEMA_1, blocks_of
+from teal_cli.version import __version__
 from teal_kernels.spec import SITES
 
 

@@ -19,6 +19,7 @@ LAYERS = (
     {"__main__"},
     {"app"},
     {"commands"},
+    {"api"},
     {"plots"},
     {"bench"},
     {"runs"},
@@ -30,12 +31,13 @@ LAYERS = (
     {"registry"},
     {"settings"},
     {"files", "checks"},
-    {"errors", "teal_cli"},
+    {"errors", "version", "teal_cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 ALLOWED = {
-    ("teal_cli", "store"),  # open_store, on first use
+    ("teal_cli", "store"),  # the library's face, on first use
+    ("teal_cli", "api"),
     ("ui.completion", "runs"),  # the names of recipes
 }
 
