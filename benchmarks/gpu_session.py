@@ -3,8 +3,8 @@
     python benchmarks/gpu_session.py OUT [--minutes 8]
 
 OUT is a folder; in it come `tests.txt`, `kernels-*.json`, `decode-*.json`, their tables as .txt, and pictures where
-matplotlib is. Steps run in the order of their worth, each in a process of its own and with what time is left, so that
-one that fails or hangs takes nothing else with it; `session.json` says how each ended. Needs no network and no
+matplotlib is. The most important steps run first, each in a process of its own and with what time is left, so that one
+that fails or hangs does not affect the others; `session.json` says how each ended. Needs no network and no
 checkpoint: weights are random, of the real shapes. Of this project's dependencies, an image made for PyTorch usually
 lacks zarr, numcodecs, donfig, google-crc32c and platformdirs; pytest and hypothesis are for the tests.
 """

@@ -1,6 +1,6 @@
 """Decode one prompt densely and at 50% sparsity, and say what it cost and gained.
 
-    python examples/decode.py [MODEL] [PROMPT]
+python examples/decode.py [MODEL] [PROMPT]
 """
 
 from __future__ import annotations

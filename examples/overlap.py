@@ -1,6 +1,6 @@
 """How much of what a token keeps the next one keeps too, layer by layer: what a cache of weight rows could save.
 
-    python examples/overlap.py STORE [LEVEL] [PROJECTION]
+python examples/overlap.py STORE [LEVEL] [PROJECTION]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Multiply rows of a store by a random matrix with scipy, the way a sparse kernel sees them.
 
-    python examples/sparse_matrix.py STORE [LEVEL] [LAYER] [PROJECTION]
+python examples/sparse_matrix.py STORE [LEVEL] [LAYER] [PROJECTION]
 """
 
 from __future__ import annotations

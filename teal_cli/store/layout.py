@@ -238,16 +238,12 @@ def resize_rows(path: Path, level: str, header: StoreHeader, *, tokens: int) -> 
                 array.resize(spec.shape)
 
 
-def set_attributes(path: Path, group: str, changes: Mapping[str, Any], *, durable: bool = False) -> None:
-    """Changes fields of attrs["teal"] of a group, whose metadata were read before: one file, replaced atomically.
-
-    Args:
-        durable: also wait until the disk has it.
-    """
+def set_attributes(path: Path, group: str, changes: Mapping[str, Any]) -> None:
+    """Changes fields of attrs["teal"] of a group, whose metadata were read before: one file, replaced atomically."""
     file = path / group / "zarr.json"
     node = read_json(file)
     node["attributes"]["teal"] |= changes
-    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=durable)
+    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=False)
 
 
 def consolidate(path: Path) -> None:
