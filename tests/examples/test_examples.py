@@ -61,7 +61,7 @@ def test_the_readmes_python_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(code) >= 2
     for block in code:
         source = "\n".join(line[4:] for line in block.strip("\n").splitlines())
-        exec(compile(source.replace("smollm2-135m", "tiny"), "README.md", "exec"), {})  # noqa: S102
+        exec(compile(source.replace("smollm2-135m", "tiny"), "README.md", "exec"), {})
 
 
 def test_the_library_calibrates(ready: Path) -> None:

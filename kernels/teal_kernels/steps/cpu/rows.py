@@ -1,9 +1,9 @@
 """The two ways in which a step reads rows from memory: weighted sums of rows, and dot products with each row.
 
-Each has two users. Sums of rows are the sparse projections (rows of an input-major matrix, weighted by the kept entries)
-and the values in attention (weighted by probabilities); dot products are the output head (rows of the embedding) and the
-scores in attention. Nearly all the time of a step is spent here, waiting for memory. Query heads that share a key-value
-head are processed four at a time, since widening an element to float32 costs more than using it.
+Each has two users. Sums of rows are the sparse projections (rows of an input-major matrix, weighted by the kept
+entries) and the values in attention (weighted by probabilities); dot products are the output head (rows of the
+embedding) and the scores in attention. Nearly all the time of a step is spent here, waiting for memory. Query heads
+that share a key-value head are processed four at a time, since widening an element to float32 costs more than using it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ STREAM = 8192
 
 @compiled
 def ask(address: int, size: int) -> None:
-    """Prefetches `size` bytes, since the hardware prefetcher starts anew at each row. More bytes at a time would fill the
-    core's line-fill buffers (cache lines in flight), and computing would wait for them.
+    """Prefetches `size` bytes, since the hardware prefetcher starts anew at each row. More bytes at a time would fill
+    the core's line-fill buffers (cache lines in flight), and computing would wait for them.
     """
     for byte in range(0, size, LINE):
         prefetch(address + byte)
