@@ -164,11 +164,15 @@ def convert(
         str | None,
         typer.Option("--sequences", metavar="N,A:B", help="Instead of a range, the rows of these prompts: 0,5 or 0:4."),
     ] = None,
+    with_weights: Annotated[
+        bool, typer.Option("--with-weights", help="Write the weight rows of kept channels, too (safetensors).")
+    ] = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write levels, layers, sites or projections in another form, for NumPy, SciPy, PyTorch, tables, simulators."""
+    from teal_cli.registry.registry import Registry
     from teal_cli.store.export import convert as write
     from teal_cli.store.reader import open_store
     from teal_cli.store.selection import parse_layers, parse_names, parse_range, parse_sequences, select
@@ -185,10 +189,11 @@ def convert(
         tokens=parse_range(tokens) if tokens else (0, None),
         sequences=parse_sequences(sequences, opened.sequences),
     )
+    model = Registry().get(opened.header.model).path if with_weights else None
     arrays = 0
     with progress(out) as bars:
         task = bars.task("Converting", unit="arrays")
-        for event in write(opened, target, form, selection, force=force):
+        for event in write(opened, target, form, selection, force=force, model=model):
             arrays = event.done
             task.update(done=event.done, total=event.total)
     payload = {"store": store, "output": target, "format": form, "arrays": arrays, "selection": selection}

@@ -14,6 +14,7 @@ from typing import Any, Final
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_folder, disk_errors, new_folder, occupied, read_json, write_json
 from teal_cli.store.formats import FORMATS
+from teal_cli.store.kept_weights import layer_weights, open_checkpoint, write_weights
 from teal_cli.store.part import Part
 from teal_cli.store.placing import destination
 from teal_cli.store.reader import ActivationStore, Level
@@ -38,7 +39,13 @@ class Converted:
 
 
 def convert(
-    store: ActivationStore, out: Path, form: str, selection: Selection, *, force: bool = False
+    store: ActivationStore,
+    out: Path,
+    form: str,
+    selection: Selection,
+    *,
+    force: bool = False,
+    model: Path | None = None,
 ) -> Iterator[Converted]:
     """Writes a selection into a new folder, in one of `formats.FORMATS`, with teal.json beside it.
 
@@ -48,9 +55,10 @@ def convert(
         form: name of a format.
         selection: from `select`.
         force: replace a folder that an earlier conversion wrote.
+        model: the checkpoint folder of the store's model; the weight rows of kept channels are then written, too.
 
     Raises:
-        UsageError: unknown form, occupied folder, sites asked for as .pt, tokens out of range.
+        UsageError: unknown form, occupied folder, sites asked for as .pt, tokens out of range, another model.
         TealError: a block is damaged, or the disk refuses.
     """
     if form not in FORMATS:
@@ -61,11 +69,23 @@ def convert(
     _check_target(target, force=force)
     if form == "pt" and any(name in SITES for name in selection.names):
         raise UsageError("one .pt is what one projection consumed; a site feeds several", hint="name projections")
+    checkpoint = None if model is None else open_checkpoint(store, model)
     levels = {name: store.level(name) for name in selection.levels}
     spans = {name: tuple(selection.spans(level)) for name, level in levels.items()}
     with disk_errors(out), new_folder(target, replace=force) as partial:
         write_json(partial / SIDECAR, _provenance(store, form, selection, levels, spans))
-        yield from _arrays(partial, form, selection, levels, spans)
+        parts = list(_parts(selection, levels, spans))
+        total = len(parts) * (1 if checkpoint is None else 2)
+        for done, part in enumerate(parts, 1):
+            yield Converted(FORMATS[form].write(part, partial).relative_to(partial), done, total)
+        if checkpoint is not None:
+            done = len(parts)
+            for layer in selection.layers:
+                weights = layer_weights(checkpoint, layer, store)
+                for part in parts:
+                    if part.layer == layer:
+                        done += 1
+                        yield Converted(write_weights(part, weights, partial).relative_to(partial), done, total)
 
 
 def _check_target(path: Path, *, force: bool) -> None:
@@ -85,18 +105,12 @@ def _is_conversion(path: Path) -> bool:
     return isinstance(note, dict) and {"store", "format", "drops"} <= note.keys()
 
 
-def _arrays(
-    folder: Path, form: str, selection: Selection, levels: dict[str, Level], spans: dict[str, tuple[slice, ...]]
-) -> Iterator[Converted]:
-    total = len(levels) * len(selection.layers) * len(selection.names)
-    done = 0
+def _parts(selection: Selection, levels: dict[str, Level], spans: dict[str, tuple[slice, ...]]) -> Iterator[Part]:
     for level in levels.values():
         for layer in selection.layers:
             for name in selection.names:
                 array = level.site(layer, name) if name in SITES else level.projection(layer, name)
-                path = FORMATS[form].write(Part(level, layer, name, array, spans[level.name]), folder)
-                done += 1
-                yield Converted(path.relative_to(folder), done, total)
+                yield Part(level, layer, name, array, spans[level.name])
 
 
 def _provenance(

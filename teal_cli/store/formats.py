@@ -85,7 +85,7 @@ def _safetensors(part: Part, folder: Path) -> Path:
     path = part.file(folder, ".safetensors")
     tensors = {name: torch.from_numpy(column) for name, column in part.tokens().items()}
     tensors |= {"rows": _tensor(part.dense()), "thresholds": torch.from_numpy(part.thresholds())}
-    save_file(tensors, path, _words(part))
+    save_file(tensors, path, part.words())
     return path
 
 
@@ -98,7 +98,7 @@ def _parquet(part: Part, folder: Path) -> Path:
     tokens = part.tokens()
     fields = [(name, pa.from_numpy_dtype(column.dtype)) for name, column in tokens.items()]
     fields += [("channels", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))]
-    schema = pa.schema(fields, metadata=_words(part))
+    schema = pa.schema(fields, metadata=part.words())
     with parquet.ParquetWriter(path, schema) as writer:
         for row, block in part.blocks():
             ends = np.concatenate([np.zeros(1, np.int32), np.cumsum(block.row_nnz, dtype=np.int32)])
@@ -107,18 +107,6 @@ def _parquet(part: Part, folder: Path) -> Path:
             lists = [pa.ListArray.from_arrays(pa.array(ends), pa.array(values)) for values in kept]
             writer.write_table(pa.table([*columns, *lists], schema=schema))
     return path
-
-
-def _words(part: Part) -> dict[str, str]:
-    """Where a part comes from, in a form's own text metadata."""
-    return {
-        "level": part.level.name,
-        "layer": str(part.layer),
-        "name": part.name,
-        "channels": str(part.shape[1]),
-        "projections": " ".join(part.projections()),
-        "thresholds": " ".join(f"{threshold:.9g}" for threshold in part.thresholds()),
-    }
 
 
 _WIDENED: Final = "the data type, where it is not float32; values are exact"

@@ -62,6 +62,17 @@ class Part:
         """float32 [projections], their thresholds."""
         return np.array([self.level.thresholds[self.layer, PROJECTIONS.index(p)] for p in self.projections()], "f4")
 
+    def words(self) -> dict[str, str]:
+        """Where it comes from, for the text metadata of a file."""
+        return {
+            "level": self.level.name,
+            "layer": str(self.layer),
+            "name": self.name,
+            "channels": str(self.shape[1]),
+            "projections": " ".join(self.projections()),
+            "thresholds": " ".join(f"{threshold:.9g}" for threshold in self.thresholds()),
+        }
+
     def file(self, folder: Path, suffix: str) -> Path:
         """`<level>/layer_<n>/<name><suffix>` below a folder, which is made."""
         place = folder / self.level.name / f"layer_{self.layer}"
