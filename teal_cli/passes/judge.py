@@ -16,7 +16,7 @@ from teal_cli.passes.score import score
 from teal_cli.sparsity.plan import Plan
 
 _ROUNDS: Final = 4
-_CLOSE: Final = 0.001
+_CLOSE: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,21 +91,23 @@ def settle(
         makers: nominal target -> plan.
 
     Yields:
-        Advance, and the judged plans last, in order, each within 0.1 points of `wanted` or as near as four rounds came.
+        Advance, and the judged plans last, in order, each within 0.2 points of `wanted` or as near as four rounds came.
     """
     targets = [wanted] * len(makers)
     best: list[Judged | None] = [None] * len(makers)
+    pending = list(range(len(makers)))
     for _ in range(_ROUNDS):
-        plans = [(target, maker(target)) for target, maker in zip(targets, makers, strict=True)]
+        plans = [(targets[index], makers[index](targets[index])) for index in pending]
         for event in judge(layers, tokens, plans, start):
             if isinstance(event, Advance):
                 yield event
                 continue
-            for index, found in enumerate(event):
+            for index, found in zip(pending, event, strict=True):
                 held = best[index]
                 if held is None or abs(found.realised - wanted) < abs(held.realised - wanted):
                     best[index] = found
                 targets[index] = float(np.clip(targets[index] + wanted - found.realised, 0.01, 0.97))
-        if all(found is not None and abs(found.realised - wanted) < _CLOSE for found in best):
+        pending = [i for i, found in enumerate(best) if found is None or abs(found.realised - wanted) >= _CLOSE]
+        if not pending:
             break
     yield [found for found in best if found is not None]
