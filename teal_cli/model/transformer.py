@@ -18,6 +18,7 @@ from torch import Tensor
 
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
+from teal_cli.model.memory import WeightMemory
 from teal_cli.model.rope import RopeTable, Rotation, rotate_
 from teal_cli.model.weights import Checkpoint, Device, LayerWeights
 from teal_kernels.matrix import Matrix
@@ -239,9 +240,10 @@ class Transformer:
         if dtype is None:
             dtype = getattr(torch, config.torch_dtype)
         embedding = checkpoint.embedding(dtype, device)
+        empty = WeightMemory().empty if torch.device(device).type == "cpu" else torch.empty
         layers = []
         for index in range(config.layers):
-            layers.append(checkpoint.layer(index, dtype, device))
+            layers.append(checkpoint.layer(index, dtype, device, empty))
             if progress is not None:
                 progress(index + 1, config.layers)
         head = embedding if checkpoint.tied() else checkpoint.lm_head(dtype, device)

@@ -8,7 +8,7 @@ so that no tensor, let alone a model, is held twice. This module does not know w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,17 +106,19 @@ class Checkpoint:
         self._files: dict[str, Path] = _index(self.path)
         self._check()
 
-    def layer(self, index: int, dtype: torch.dtype, device: Device = "cpu") -> LayerWeights:
-        """The weights of one layer, cast to `dtype` on `device`; new memory at each call."""
+    def layer(
+        self, index: int, dtype: torch.dtype, device: Device = "cpu", empty: Callable[..., Tensor] = torch.empty
+    ) -> LayerWeights:
+        """The weights of one layer, cast to `dtype` on `device`; new memory at each call, matrices from `empty`."""
         fields: dict[str, Matrix | Tensor | None] = {}
         prefix = _layer(index)
         with self._reading() as read:
             for field, site in MATRICES.items():
                 widths = self.config.segments(site)
                 if self.quantization is not None:
-                    fields[field] = self._packed(read, packed_name(index, field), widths, dtype, device)
+                    fields[field] = self._packed(read, packed_name(index, field), widths, dtype, device, empty)
                     continue
-                fused = torch.empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
+                fused = empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
                 for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
                     _transpose_into(columns, read(prefix + self._names[part]))
                 fields[field] = FloatMatrix(fused, widths)
@@ -126,10 +128,18 @@ class Checkpoint:
         return LayerWeights(**fields)  # type: ignore[arg-type]
 
     def _packed(
-        self, read: Any, name: str, widths: tuple[int, ...], dtype: torch.dtype, device: Device
+        self,
+        read: Any,
+        name: str,
+        widths: tuple[int, ...],
+        dtype: torch.dtype,
+        device: Device,
+        empty: Callable[..., Tensor],
     ) -> PackedMatrix:
         assert self.quantization is not None
-        data = read(name).to(device, copy=True)  # a mapped tensor begins anywhere, a copy at a cache line
+        stored = read(name)
+        data = empty(*stored.shape, dtype=stored.dtype, device=device)  # begins at a cache line, unlike a mapped tensor
+        data.copy_(stored)
         try:
             return PackedMatrix(data, self.quantization.rows(widths), dtype)
         except ValueError as error:
