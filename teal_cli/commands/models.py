@@ -131,8 +131,9 @@ def remove(
     entry = registry.find(name)
     if weights and entry.kind != "hub":
         raise UsageError(f"--weights is for models of the hub, and {entry.name} comes from {entry.source}")
-    if not yes:
-        _confirm(entry)
+    if not yes and not _confirmed(entry):
+        out.result({"removed": None}, lambda console: console.print("nothing was removed"))
+        return
     registry.remove(entry.name)
     freed = remove_from_cache(entry.source.removeprefix("hub:"), entry.revision) if weights else 0
     payload = {"removed": entry.name, "freed_cache_bytes": freed, "default": registry.default}
@@ -211,13 +212,13 @@ def _verified(out: Output, entry: ModelEntry) -> tuple[Problem, ...]:
     raise AssertionError("a check ends with Verified")
 
 
-def _confirm(entry: ModelEntry) -> None:
+def _confirmed(entry: ModelEntry) -> bool:
     lost = [f"{len(entry.calibrations)} calibrations"] if entry.calibrations else []
     lost += ["its converted weights"] if entry.path.is_relative_to(entry.home) else []
     what = f"{entry.name} ({' and '.join(lost)} will be deleted)" if lost else entry.name
     if not sys.stdin.isatty():
         raise UsageError(f"removing {what} needs a yes, and nobody can be asked", hint="add --yes")
-    typer.confirm(f"remove {what}?", abort=True, err=True)
+    return typer.confirm(f"remove {what}?", err=True)
 
 
 def _show_list(

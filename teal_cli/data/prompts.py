@@ -66,7 +66,8 @@ class PromptSource:
     """Where prompts come from: give a dataset or a file.
 
     Attributes:
-        dataset: as `open_source` takes it; documents shorter than `prompt_tokens` are passed over.
+        dataset: as `open_source` takes it; documents shorter than `prompt_tokens` are passed over. One that has at least
+            half of the documents asked for gives as many as it has.
         split: split of the dataset; None takes the one that is not calibrated on.
         file: text with one prompt a line, or JSON lines with a `prompt` or `text` key.
         count: how many prompts; None takes the whole file.
@@ -152,6 +153,8 @@ class PromptSource:
             prompts.append(ids)
             if len(prompts) == count:
                 return prompts
+        if 2 * len(prompts) >= count:
+            return prompts
         raise UsageError(
             f"{self.name} has {len(prompts)} documents of at least {wanted} tokens, fewer than the {count} asked for",
             hint="lower --num-sequences or --prompt-tokens, or take another split",
