@@ -66,9 +66,8 @@ class PromptSource:
     """Where prompts come from: give a dataset or a file.
 
     Attributes:
-        dataset: as `open_source` takes it; documents shorter than `prompt_tokens` are passed over. One that has at
-        least
-            half of the documents asked for gives as many as it has.
+        dataset: as `open_source` takes it; documents shorter than `prompt_tokens` are passed over. One with at least
+            half of the documents that were asked for gives as many as it has.
         split: split of the dataset; None takes the one that is not calibrated on.
         file: text with one prompt a line, or JSON lines with a `prompt` or `text` key.
         count: how many prompts; None takes the whole file.

@@ -285,7 +285,7 @@ class StoreWriter:
         raise NotFoundError(f"the store has no level {name}", hint=f"it has {', '.join(self._levels)}")
 
     def complete(self) -> None:
-        """Declares the store whole: `complete: true`, then metadata consolidated.
+        """Declares the store whole: metadata consolidated, then `complete: true`.
 
         Raises:
             ValueError: a level is not finished.
@@ -299,8 +299,8 @@ class StoreWriter:
             if self.schema != SCHEMA_1:
                 digests = [str(level_state(self.path, name).digest) for name in self._levels]
                 changes["digest"] = store_digest(read_attributes(self.path), digests)
+            layout.consolidate(self.path)  # first: a kill in between leaves a store that does not say it is whole
             layout.set_attributes(self.path, "", changes)
-            layout.consolidate(self.path)
 
     def site_files(self, level: str) -> dict[str, SiteFiles]:
         """Where the blocks of a level go; for LevelWriter."""

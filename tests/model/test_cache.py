@@ -15,6 +15,7 @@ from teal_cli.errors import UsageError
 from teal_cli.model.config import load_config
 from teal_cli.model.rope import RopeTable
 from teal_cli.model.transformer import Transformer, attention, dense
+from teal_kernels.matrix import FloatMatrix
 
 
 def test_a_full_cache_says_so_and_stays_as_it_was(tiny: Callable[[str], Path]) -> None:
@@ -93,4 +94,4 @@ def test_dense_in_half_precision_is_the_rounded_product(tokens: int, channels: i
     x = torch.randn(tokens, channels, generator=generator).half()
     weight = torch.randn(channels, 33, generator=generator).half()
     expected = (x.double() @ weight.double()).half()
-    torch.testing.assert_close(dense(0, "mlp_in", x, weight), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dense(0, "mlp_in", x, FloatMatrix(weight)), expected, rtol=1e-3, atol=1e-3)
