@@ -32,6 +32,12 @@ COMMANDS = (
     Entry("quantize", MODELS, "Make an int8 or int4 model of one that is here."),
     Entry("calibrate", MODELS, "Measure how large the activations of a model are, over a text."),
     Entry(
+        "calibrations",
+        MODELS,
+        "The calibrations of a model: list, inspect, compare, remove, choose the default, import, check.",
+        attribute="app",
+    ),
+    Entry(
         "plan", MODELS, "Make plans that spend sparsity where it hurts least, and keep them by name.", attribute="app"
     ),
     Entry("generate", RUN, "Generate text with sparse decoding."),

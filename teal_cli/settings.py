@@ -131,7 +131,7 @@ class Key(NamedTuple):
 KEYS: Final[dict[str, Key]] = {
     "model": Key(text, "model to use where none is named; else the registry's default"),
     "sparsity": Key(sparsity, "part of every input that generate drops"),
-    "calibration": Key(text, "calibration to use; else the newest of the model"),
+    "calibration": Key(text, "calibration to use; else the default one of the model"),
     "dtype": Key(dtype, "dtype to compute in; else the checkpoint's"),
     "device": Key(device, "device to compute on"),
     "backend": Key(backend, "sparse kernels to use"),

@@ -176,12 +176,14 @@ def decode(
 
     def measured() -> Iterator[Iterable[Progress | Row]]:
         if named or not shapes:
-            yield bench_decode(_registered(out, model, str(where), calibration, levels, prompt_tokens, chosen), request)
+            subject = _registered(out, model, str(where), calibration, levels, prompt_tokens, chosen, asked)
+            yield bench_decode(subject, request)
         for shape in shapes:
             subject = _stack(shape, where, levels, prompt_tokens, request.seed, chosen)
             yield bench_decode(subject, replace(request, gguf=[]))  # a GGUF is of the model
 
-    asked = {"model": model, "stacks": stacks or [], "sparsities": levels, "dump": dump, "tokens": request.new_tokens,
+    asked = {"model": model, "calibration": calibration, "stacks": stacks or [], "sparsities": levels,
+             "dump": dump, "tokens": request.new_tokens,
              "prompt_tokens": prompt_tokens, "rounds": request.rounds, "seed": request.seed, **chosen,
              "gguf": [file.name for file in gguf or ()], "transformers": transformers, "quick": quick}  # fmt: skip
     _finish(out, "decode", where, asked, measured(), path, "rounds")
@@ -195,14 +197,18 @@ def _registered(
     levels: tuple[float, ...],
     prompt_tokens: int,
     chosen: dict[str, Any],
+    asked: dict[str, Any],
 ) -> Subject:
+    """The model under its calibration; both names go into `asked`, which the result records."""
     from teal_cli.bench.subjects import registered
     from teal_cli.runs.session import open_session
 
     session = open_session(model, device=device, calibration=calibration, **chosen)
     subject = registered(session, levels, prompt_tokens)
+    out.note(f"calibration {session.calibration.id} of {session.entry.name}")
     for note in session.notes:
         out.note(note)
+    asked["model"], asked["calibration"] = session.entry.name, session.calibration.id
     return subject
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from teal_cli.commands.opening import opened
+from teal_cli.commands.opening import made_with, opened
 from teal_cli.errors import TealError, UsageError
 from teal_cli.runs.recipe import load_recipe, shipped_recipes
 from teal_cli.ui import completion, options
@@ -192,12 +192,13 @@ def dump(
         check_target(out_path, force=force)
     session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     job = Dump(session, request)
+    made = {"model": session.entry.name, "calibration": job.calibration, "plans": list(request.plans)}
     for note in session.notes:
         out.note(note)
     if dry_run:
         estimate = job.estimate(out_path)
         payload = {
-            "model": session.entry.name,
+            **made,
             "levels": request.levels,
             "prompts": len(job.prompts),
             **asdict(estimate),
@@ -206,7 +207,7 @@ def dump(
         out.result(payload, lambda console: _show_estimate(console, payload))
         return
     payload = {
-        "model": session.entry.name,
+        **made,
         "levels": request.levels,
         "prompts": len(job.prompts),
         **_run(out, job, out_path, force=force, resume=resume),
@@ -241,6 +242,7 @@ def _show_estimate(console: Console, estimate: dict[str, Any]) -> None:
 
 def _show_result(console: Console, result: dict[str, Any]) -> None:
     console.print(f"wrote {result['new_rows']:,} rows in {result['seconds']:.1f} s to [bold]{result['store']}[/bold]")
+    console.print(made_with(result["model"], result["calibration"], *result["plans"]), markup=False, soft_wrap=True)
     console.print(
         f"next: [cyan]teal store info {result['store']}[/cyan], or in Python "
         f'[cyan]teal_cli.open_store("{result["store"]}")[/cyan]',

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teal_cli.commands.opening import opened
+from teal_cli.commands.opening import made_with, opened
 from teal_cli.errors import UsageError
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
@@ -118,6 +118,7 @@ def show_figures(console: Console, result: Generation) -> None:
         f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})"
     )
     console.print(f"sparsity {result.target:.0%} wanted, {result.realised:.1%} realised: {shares}")
+    console.print(made_with(result.model, result.calibration, result.plan), markup=False, soft_wrap=True)
     if result.store:
         console.print(
             f"dumped {steps} rows to {result.store}; look at it with [cyan]teal store info {result.store}[/cyan]",

@@ -77,7 +77,7 @@ def info(
             "-c",
             metavar="ID|DIR",
             help="With --sparsity: whose thresholds to show.",
-            show_default="the model's newest",
+            show_default="the model's default",
             autocompletion=completion.calibrations,
         ),
     ] = None,

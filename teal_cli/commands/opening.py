@@ -1,4 +1,4 @@
-"""Opening a session for a command: options in, a bar while the model loads. No command by itself."""
+"""What commands that decode share: opening a session, and the line that says what a result was made with."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def opened(
             compile_step(session.model.dtype)
             compiling.update(done=1)
         return session
+
+
+def made_with(model: str, calibration: str | None, *plans: str | None) -> str:
+    """Which plans and calibration of which model a result came from, in one line.
+
+    Args:
+        calibration: None on the dense path.
+        plans: names; None stands for a uniform plan.
+    """
+    named = [f"plan {plan}" for plan in plans if plan is not None]
+    named += [f"calibration {calibration}"] if calibration is not None else []
+    return f"{', '.join(named)} of {model}" if named else f"dense, {model}"

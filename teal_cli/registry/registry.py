@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from teal_cli.errors import NotFoundError, TealError
+from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, read_json, write_json
-from teal_cli.registry import catalog
+from teal_cli.registry import calibrations, catalog
 from teal_cli.registry.catalog import by_prefix, unknown
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.settings import teal_home
@@ -117,10 +117,10 @@ class Registry:
     # ------------------------------------------------------------------ calibrations
     def calibration_dir(self, name: str, calibration: str) -> Path:
         """Where a calibration of this id belongs; the folder need not exist."""
-        return self.find(name).home / "calibrations" / calibration
+        return calibrations.folder_of(self.find(name), calibration)
 
     def find_calibration(self, name: str, calibration: str | None = None) -> Path:
-        """The folder of a calibration: by id, unambiguous prefix or as a folder; None for the newest.
+        """The folder of a calibration: by id, unambiguous prefix or as a folder; None for the model's default.
 
         Raises:
             NotFoundError: there is none.
@@ -129,19 +129,38 @@ class Registry:
         if calibration is not None and (Path(calibration) / "calibration.json").is_file():
             return Path(calibration)
         entry = self.find(name)
-        ids = entry.calibrations
-        if calibration is None:
-            if not ids:
-                raise NotFoundError(
-                    f"{entry.name} has no calibration yet", hint=f"`teal calibrate -m {entry.name}` makes one"
-                )
-            folders = [_place(entry, name) for name in ids]
-            return max(folders, key=lambda folder: (folder / "calibration.json").stat().st_mtime_ns)
-        found = calibration if calibration in ids else by_prefix(calibration, ids)
+        found = calibrations.default(entry) if calibration is None else calibrations.find(entry, calibration)
         if found is None:
-            there = f"it has {', '.join(ids)}" if ids else f"`teal calibrate -m {entry.name}` makes one"
-            raise NotFoundError(f"{entry.name} has no calibration called {calibration!r}", hint=there)
-        return _place(entry, found)
+            hint = f"`teal calibrate -m {entry.name}` makes one"
+            raise NotFoundError(f"{entry.name} has no calibration yet", hint=hint)
+        return calibrations.place(entry, found)
+
+    def set_default_calibration(self, name: str, calibration: str) -> str:
+        """Make a calibration, by id or prefix, the default one of its model; returns its id.
+
+        Raises:
+            NotFoundError, UsageError: as `find_calibration`.
+        """
+        entry = self.find(name)
+        found = calibrations.find(entry, calibration)
+        with self.lock(entry.name), disk_errors(entry.home):
+            calibrations.record_default(entry, found)
+        return found
+
+    def remove_calibration(self, name: str, calibration: str) -> str:
+        """Delete a calibration; where it was the default, the newest that is left takes its place. Returns its id.
+
+        Raises:
+            NotFoundError, UsageError: as `find_calibration`; UsageError also if it belongs to the model's parent.
+        """
+        entry = self.find(name)
+        found = calibrations.find(entry, calibration)
+        if not calibrations.place(entry, found).is_relative_to(entry.home):
+            hint = f"`teal calibrations rm {found} -m {entry.parent}` removes it, for both models"
+            raise UsageError(f"the calibration {found} belongs to {entry.parent}", hint=hint)
+        with self.lock(entry.name), disk_errors(entry.home):
+            calibrations.delete(entry, found)
+        return found
 
     # ------------------------------------------------------------------ changing
     def lock(self, name: str) -> BaseFileLock:
@@ -214,9 +233,3 @@ class Registry:
                 f"{home / 'model.json'} is damaged: {error}",
                 hint=f"delete {home} and download the model again",
             ) from error
-
-
-def _place(entry: ModelEntry, calibration: str) -> Path:
-    """The folder of a calibration that serves a model: its own, or its parent's."""
-    places = [home / "calibrations" / calibration for home in entry.homes]
-    return next((folder for folder in places if (folder / "calibration.json").is_file()), places[0])

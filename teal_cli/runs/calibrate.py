@@ -24,9 +24,11 @@ from teal_cli.data.blocks import TokenBlocks, pack
 from teal_cli.data.sources import open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.errors import UsageError
+from teal_cli.files import disk_errors
 from teal_cli.model.config import load_config
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.observe import LayerDone, Observed, expected_peak, observe
+from teal_cli.registry.calibrations import remarks, settle_default
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.sparsity.calibration import MANIFEST, Calibration, Provenance, check_fits, read_manifest
 from teal_cli.sparsity.plan import uniform_plan
@@ -198,7 +200,7 @@ def check(
     The text's held-out split is taken if no split is named, and less of it if there is less.
 
     Args:
-        calibration: id or folder; None is the newest of the model.
+        calibration: id or folder; None is the default of the model.
 
     Raises:
         UsageError: the calibration is another model's.
@@ -208,7 +210,7 @@ def check(
     found = Calibration.load(registry.find_calibration(entry.name, calibration))
     checkpoint = Checkpoint(entry.path)
     dtype = found.provenance.dtype or checkpoint.config.torch_dtype
-    notes = check_fits(found, checkpoint.config, entry.path, dtype)
+    notes = remarks(entry, calibration) + check_fits(found, checkpoint.config, entry.path, dtype)
     blocks = _blocks(entry, text, held_out=True)
     if blocks.fingerprint == found.provenance.fingerprint:
         notes.append(f"{text.dataset} is the very text that {found.id} was made from.")
@@ -267,7 +269,8 @@ def _is_there(folder: Path, wanted: Mapping[str, object]) -> bool:
 
 
 def _keep(registry: Registry, entry: ModelEntry, calibration: Calibration, folder: Path) -> Calibrated:
-    with registry.lock(entry.name):
+    with registry.lock(entry.name), disk_errors(folder):
+        settle_default(entry, calibration.id)
         calibration.save(folder)
     return Calibrated(calibration, folder, reused=False)
 

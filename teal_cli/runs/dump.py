@@ -22,7 +22,7 @@ from teal_cli.model.weights import config_sha256
 from teal_cli.passes.layers import ResidentLayers
 from teal_cli.runs.forced import run_forced
 from teal_cli.runs.job import Progress, run_job
-from teal_cli.runs.plans import Level
+from teal_cli.runs.plans import Level, calibration_of
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
@@ -142,6 +142,11 @@ class Dump:
         return {name: self.session.decoder(plan, cache) for name, plan in self._plans.items()}
 
     @property
+    def calibration(self) -> str | None:
+        """Whose thresholds are applied; None where every level is dense."""
+        return calibration_of(self._levels)
+
+    @property
     def rows(self) -> int:
         """Rows over all levels, at most."""
         return len(self._plans) * len(self.prompts) * (self.request.max_new_tokens - 1)
@@ -242,7 +247,7 @@ def store_headers(
         model=session.entry.name,
         model_revision=session.entry.revision,
         config_sha256=config_sha256(session.entry.path),
-        calibration=next((plan.calibration for plan in plans if plan.calibration), None),
+        calibration=calibration_of(levels),
         plan=", ".join(names) or None,
         dtype=session.dtype,
         prompts={

@@ -30,6 +30,7 @@ from teal_cli.passes.forward import Sparse, States, forward
 from teal_cli.passes.judge import realised_bytes
 from teal_cli.passes.layers import Layers, choose_layers
 from teal_cli.passes.score import Score, score
+from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.calibrate import Text
 from teal_cli.runs.plans import Level, levels_of
@@ -210,6 +211,7 @@ class Evaluate:
         self.calibration: Calibration | None = None
         if any(request.sparsities):
             self.calibration = Calibration.load(registry.find_calibration(self.entry.name, request.calibration))
+            self.notes += remarks(self.entry, request.calibration)
             self.notes += check_fits(self.calibration, self.config, self.entry.path, self.dtype)
         self.levels = levels_of(self.entry, self.config.layers, request.sparsities, request.plans, self.calibration)
         self._cut_text(registry)

@@ -32,6 +32,7 @@ from teal_cli.passes.greedy import greedy
 from teal_cli.passes.judge import Judged, settle
 from teal_cli.passes.layers import Layers, choose_layers
 from teal_cli.passes.scores import ScoreHistogram, channel_means, score_histogram
+from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.plans import check_new, plan_folder
 from teal_cli.runs.session import choose_device
@@ -127,7 +128,8 @@ class PlanMaker:
         self.entry = registry.get(request.model)
         self._checkpoint = Checkpoint(self.entry.path)
         self.calibration = Calibration.load(registry.find_calibration(self.entry.name, request.calibration))
-        self.notes = check_fits(self.calibration, self._checkpoint.config, self.entry.path, request.dtype)
+        self.notes = remarks(self.entry, request.calibration)
+        self.notes += check_fits(self.calibration, self._checkpoint.config, self.entry.path, request.dtype)
         self.name = request.name or _name(request)
         check_new(self.entry, self.name, force=request.force)
         self.folder = plan_folder(self.entry, self.name)

@@ -115,6 +115,11 @@ def levels_of(
     return tuple(levels)
 
 
+def calibration_of(levels: Sequence[Level]) -> str | None:
+    """The id of the calibration that the levels were made from; None where every one is dense."""
+    return next((level.plan.calibration for level in levels if level.plan.calibration), None)
+
+
 def readable_plans(entry: ModelEntry) -> tuple[list[NamedPlan], list[str]]:
     """Every plan of a model that can be read, and what is wrong with those that cannot."""
     found, damaged = [], []

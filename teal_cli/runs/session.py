@@ -22,6 +22,7 @@ from teal_cli.errors import HardwareError, TealError, UsageError
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
+from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.plans import Level, levels_of
 from teal_cli.sparsity.calibration import Calibration, check_fits
@@ -43,7 +44,7 @@ class Session:
         entry: the model in the registry.
         model: its weights on the device.
         backend: what runs the sparse products.
-        calibration_name: which calibration to take thresholds from; None takes the model's newest.
+        calibration_name: which calibration to take thresholds from; None takes the model's default.
         load_s: seconds that opening took.
         notes: remarks for the user, e.g. a calibration made in another dtype.
     """
@@ -77,6 +78,7 @@ class Session:
             UsageError: it belongs to another model.
         """
         calibration = Calibration.load(Registry().find_calibration(self.entry.name, self.calibration_name))
+        self.notes += remarks(self.entry, self.calibration_name)
         self.notes += check_fits(calibration, self.config, self.entry.path, self.dtype)
         return calibration
 
@@ -162,7 +164,7 @@ def open_session(
         dtype: bfloat16, float16 or float32; None takes the checkpoint's own.
         device: "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU where there is one.
         backend: as `choose_step` takes it; None or "auto" takes the fastest that works on the device.
-        calibration: id or folder; None takes the model's newest.
+        calibration: id or folder; None takes the model's default.
         progress: called with (layers loaded, layers).
 
     Raises:

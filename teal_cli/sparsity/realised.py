@@ -18,7 +18,7 @@ from teal_cli.sparsity.plan import Plan
 from teal_kernels.spec import SITES, columns
 
 CHECKED: Final = (0.25, 0.40, 0.50, 0.65, 0.90)
-"""The sparsity levels that `teal calibrate --check` looks at."""
+"""The sparsity levels that `teal calibrations check` looks at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,17 @@ def catalog(incomplete: str) -> Items:
 
 def calibrations(ctx: typer.Context, incomplete: str) -> Items:
     """Calibrations of the model that the line names so far, or of every model."""
-    name = ctx.params.get("model") or _argument(ctx, "name") or "*"
+    return _calibrations(ctx.params.get("model") or _argument(ctx, "name"), incomplete)
+
+
+def calibration_ids(ctx: typer.Context, incomplete: str) -> Items:
+    """As `calibrations`, where the arguments of the line are calibrations."""
+    return _calibrations(ctx.params.get("model"), incomplete)
+
+
+def _calibrations(model: str | None, incomplete: str) -> Items:
     items = []
-    for path in sorted(teal_home().glob(f"models/{name}/calibrations/*/calibration.json")):
+    for path in sorted(teal_home().glob(f"models/{model or '*'}/calibrations/*/calibration.json")):
         entry = _read_json(path)
         items.append((path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype"))))
     return _matching(items, incomplete)

@@ -97,7 +97,7 @@ CalibrationOption = Annotated[
         "-c",
         metavar="ID|DIR",
         help="A calibration of the model, or a folder.",
-        show_default="the model's newest",
+        show_default="the model's default",
         autocompletion=completion.calibrations,
     ),
 ]

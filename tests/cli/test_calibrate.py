@@ -57,13 +57,16 @@ def test_calibrating_on_the_text_that_python_carries(teal: Teal, teal_home: Path
 
 
 def test_for_people(teal: Teal, model: str) -> None:
-    done = teal("calibrate", "-m", model, "-d", "python-docs", *SMALL, "--check", "python-docs")
+    done = teal("calibrate", "-m", model, "-d", "python-docs", *SMALL)
     assert done.code == 0, done.err
     for part in ("attn_in", "mlp_mid", "192 tokens of python-docs", "is ready", "teal generate -m tiny"):
         assert part in done.out
+    assert "Calibrating on python-docs" in done.err
+    done = teal("calibrations", "check", "python-docs", "-m", model, *SMALL)
+    assert done.code == 0, done.err
     for part in ("python-docs (test)", "25%", "90%", "points"):
         assert part in done.out
-    assert "Calibrating on python-docs" in done.err
+    assert "Checking on python-docs" in done.err
 
 
 def test_the_same_again_is_not_made_twice(teal: Teal, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +106,10 @@ def test_a_name_that_another_one_has(teal: Teal, teal_home: Path, model: str) ->
 def test_checking_one_that_is_there(teal: Teal, teal_home: Path, model: str, tmp_path: Path) -> None:
     teal("calibrate", "-d", "python-docs", *SMALL, "--name", "mine")
     (tmp_path / "other.txt").write_text("Sparse activations let half of the columns rest. " * 40)
-    done = teal("calibrate", "-c", "mine", "--check", tmp_path / "other.txt", *SMALL, "--json")
+    done = teal("calibrations", "check", tmp_path / "other.txt", "-c", "mine", *SMALL, "--json")
     assert done.code == 0, done.err
-    check = done.json["check"]
-    assert set(done.json) == {"check"}
+    check = done.json
+    assert set(check) == {"model", "calibration", "dataset", "split", "fingerprint", "tokens", "levels"}
     assert (check["calibration"], check["split"]) == ("mine", None)
     assert [level["target"] for level in check["levels"]] == [0.25, 0.4, 0.5, 0.65, 0.9]
     for level in check["levels"]:
@@ -118,10 +121,10 @@ def test_checking_one_that_is_there(teal: Teal, teal_home: Path, model: str, tmp
 
 def test_a_check_on_the_very_text_is_exact_and_says_so(teal: Teal, model: str) -> None:
     teal("calibrate", "-d", "python-docs", *SMALL, "--dtype", "bfloat16", "--name", "mine")
-    done = teal("calibrate", "-c", "mine", "--check", "python-docs", "--check-split", "train", *SMALL)
+    done = teal("calibrations", "check", "python-docs", "-c", "mine", "--split", "train", *SMALL)
     assert "is the very text that mine was made from" in done.err
-    check = teal("calibrate", "-c", "mine", "--check", "python-docs", "--check-split", "train", *SMALL, "--json").json
-    for level in check["check"]["levels"]:
+    check = teal("calibrations", "check", "python-docs", "-c", "mine", "--split", "train", *SMALL, "--json").json
+    for level in check["levels"]:
         assert level["target"] <= level["mean"] < level["target"] + 0.01
 
 
@@ -135,7 +138,7 @@ class TestImport:
         return tmp_path / "histograms"
 
     def test_thresholds_are_teals(self, teal: Teal, teal_home: Path, teals: Path) -> None:
-        done = teal("calibrate", "-m", "tiny", "--from", teals, "--json")
+        done = teal("calibrations", "import", teals, "-m", "tiny", "--json")
         assert done.code == 0, done.err
         assert (done.json["rule"], done.json["dtype"], done.json["layers"]) == ("teal", None, 1)
         found = Calibration.load(Registry().find_calibration("tiny"))
@@ -143,9 +146,9 @@ class TestImport:
             assert uniform_plan(found, sparsity).site_threshold(0, site) == pytest.approx(threshold, rel=1e-5)
 
     def test_both_rules_beside_each_other(self, teal: Teal, teal_home: Path, teals: Path) -> None:
-        first = teal("calibrate", "--from", teals, "--json").json
-        second = teal("calibrate", "--from", teals, "--rule", "abs", "--json").json
-        assert teal("calibrate", "--from", teals, "--json").json == first | {"reused": True}
+        first = teal("calibrations", "import", teals, "--json").json
+        second = teal("calibrations", "import", teals, "--rule", "abs", "--json").json
+        assert teal("calibrations", "import", teals, "--json").json == first | {"reused": True}
         assert sorted((first["id"], second["id"])) == made(teal_home)
         assert second["id"].startswith("teal-abs-")
         half = [answer["mean_thresholds"]["0.50"]["mlp_in"] for answer in (first, second)]
@@ -153,20 +156,21 @@ class TestImport:
         assert half[0] == pytest.approx(half[1], rel=0.05)
 
     def test_checking_it(self, teal: Teal, teals: Path) -> None:
-        done = teal("calibrate", "--from", teals, "--check", "python-docs", *SMALL, "--json")
+        made = teal("calibrations", "import", teals, "--json").json
+        done = teal("calibrations", "check", "python-docs", *SMALL, "--json")
         assert done.code == 0, done.err
-        assert done.json["check"]["calibration"] == done.json["id"]
+        assert done.json["calibration"] == made["id"]
 
     def test_another_number_of_layers(self, teal: Teal, teal_home: Path, teals: Path) -> None:
         shutil.copytree(teals / "layer-0", teals / "layer-1")
-        done = teal("calibrate", "--from", teals, "--json")
+        done = teal("calibrations", "import", teals, "--json")
         assert (done.code, "has 2 layers, but tiny has 1" in done.error["message"]) == (2, True)
         assert made(teal_home) == []
 
     def test_vectors_of_other_widths(self, teal: Teal, teal_home: Path, teals: Path, tmp_path: Path) -> None:
         make_tiny(tmp_path / "other", "llama3", num_hidden_layers=1)
         teal("download", tmp_path / "other", "--name", "other")
-        done = teal("calibrate", "-m", "other", "--from", teals, "--json")
+        done = teal("calibrations", "import", teals, "-m", "other", "--json")
         assert (done.code, "other widths" in done.error["message"]) == (1, True)
 
 
@@ -180,14 +184,6 @@ class TestImport:
         (("-d", "python-docs", "--seq-len", 257), 2, "context of 256"),
         (("-d", "python-docs", "--name", "../mine"), 2, "cannot be the name"),
         (("-m", "tyny", "-d", "python-docs"), 3, "tyny"),
-        (("--from", "nowhere"), 3, "no folder"),
-        (("--from", "x", "-d", "python-docs"), 2, "--dataset does not go with --from"),
-        (("--from", "x", "--seq-len", 9), 2, "--seq-len does not go with --from"),
-        (("-c", "x", "--check", "python-docs", "--dtype", "float32"), 2, "--dtype does not go with --calibration"),
-        (("-d", "python-docs", "--check-split", "test"), 2, "no --check"),
-        (("--from", "x", "-c", "y", "--check", "python-docs"), 2, "--calibration does not go with --from"),
-        (("-c", "mine"), 2, "no --check"),
-        (("-c", "mine", "--check", "python-docs"), 3, "mine"),
     ],
 )
 def test_bad_input(
@@ -202,11 +198,99 @@ def test_bad_input(
     assert made(teal_home) == []
 
 
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("import", "nowhere"), 3, "no folder"),
+        (("import",), 2, "DIR"),
+        (("check",), 2, "DATASET"),
+        (("check", "python-docs", "-c", "mine"), 3, "mine"),
+        (("check", "wikitxt"), 3, "no calibration yet"),
+        (("info",), 3, "no calibration yet"),
+        (("rm", "mine"), 3, "mine"),
+        (("default", "mine"), 3, "mine"),
+    ],
+)
+def test_bad_input_of_the_group(
+    teal: Teal, teal_home: Path, model: str, args: tuple[Any, ...], code: int, says: str
+) -> None:
+    done = teal("calibrations", *args, "--json")
+    assert done.code == code, done.err
+    assert says in f"{done.error['message']} {done.error['hint']}"
+    assert (done.out, made(teal_home)) == ("", [])
+
+
+class TestDefault:
+    """What is used where no calibration is named."""
+
+    @pytest.fixture
+    def two(self, teal: Teal, model: str) -> str:
+        for name, split in (("first", "train"), ("second", "test")):
+            assert teal("calibrate", "-d", "python-docs", "--split", split, *SMALL, "--name", name).code == 0
+        return model
+
+    def used(self, teal: Teal) -> tuple[str, str]:
+        run = teal("generate", "-p", "The", "--max-new-tokens", 3)
+        assert run.code == 0, run.err
+        shown = " ".join(run.err.split())
+        return teal("generate", "-p", "The", "--max-new-tokens", 3, "--json").json["calibration"], shown
+
+    def test_it_is_the_first_until_another_is_chosen(self, teal: Teal, two: str) -> None:
+        calibration, shown = self.used(teal)
+        assert calibration == "first"
+        assert "second is newer: `teal calibrations default second -m tiny`" in shown
+        assert "calibration first of tiny" in shown
+        assert teal("calibrations", "default", "second").out == "second\n"
+        calibration, shown = self.used(teal)
+        assert (calibration, "newer" in shown) == ("second", False)
+        assert teal("calibrations", "default", "first").code == 0
+        assert self.used(teal)[0] == "first"
+
+    def test_a_prefix_says_what_it_matched(self, teal: Teal, two: str) -> None:
+        run = teal("generate", "-p", "The", "--max-new-tokens", 3, "-c", "sec")
+        assert "calibration second, which 'sec' stands for" in " ".join(run.err.split())
+
+    def test_a_registry_without_a_record_takes_the_newest_and_keeps_it(
+        self, teal: Teal, teal_home: Path, two: str
+    ) -> None:
+        (teal_home / "models" / "tiny" / "default_calibration.json").unlink()
+        assert teal("calibrations", "default", "--json").json["default"] == "second"
+        assert teal("calibrate", "-d", "python-docs", *SMALL, "--dtype", "bfloat16", "--name", "third").code == 0
+        assert teal("calibrations", "default", "--json").json["default"] == "second"
+
+    def test_listed_inspected_and_removed(self, teal: Teal, two: str) -> None:
+        listed = teal("calibrations", "ls", "--json").json
+        assert [(c["id"], c["default"]) for c in listed["calibrations"]] == [("first", True), ("second", False)]
+        assert "first (default)" in teal("calibrations", "ls").out
+        info = teal("calibrations", "info", "--json").json
+        assert (info["id"], info["default"], info["tokens"]) == ("first", True, 192)
+        assert "attn_in" in teal("calibrations", "info", "sec").out
+        removed = teal("calibrations", "rm", "first")
+        assert (removed.out, "is now second" in removed.err) == ("removed first\n", True)
+        assert teal("calibrations", "ls", "--json").json["default"] == "second"
+        assert self.used(teal)[0] == "second"
+
+    def test_two_compared(self, teal: Teal, two: str) -> None:
+        found = teal("calibrations", "compare", "first", "second", "--json").json
+        a, b = (Calibration.load(Registry().find_calibration("tiny", name)) for name in ("first", "second"))
+        assert len(found["thresholds"]) == 4 * 4
+        for row in found["thresholds"]:
+            ratios = [
+                b.threshold(layer, row["site"], row["sparsity"]) / a.threshold(layer, row["site"], row["sparsity"])
+                for layer in range(3)
+            ]
+            assert row["ratio"] == pytest.approx(sorted(ratios)[1])
+            assert row["furthest"] == pytest.approx(max(abs(ratio - 1) for ratio in ratios))
+        assert "second/first" in teal("calibrations", "compare", "first", "second").out
+        same = teal("calibrations", "compare", "first", "first", "--json").json["thresholds"]
+        assert {(row["ratio"], row["furthest"]) for row in same} == {(1.0, 0.0)}
+
+
 def test_a_calibration_of_another_model(teal: Teal, teal_home: Path, model: str, tiny: Callable[[str], Path]) -> None:
     teal("calibrate", "-m", model, "-d", "python-docs", *SMALL, "--name", "mine")
     teal("download", tiny("qwen3"), "--name", "other")
     folder = Registry().find_calibration(model, "mine")
-    done = teal("calibrate", "-m", "other", "-c", folder, "--check", "python-docs", *SMALL, "--json")
+    done = teal("calibrations", "check", "python-docs", "-m", "other", "-c", folder, *SMALL, "--json")
     assert (done.code, "made for another model: tiny" in done.error["message"]) == (2, True)
 
 
