@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,25 @@ def test_calibrations(three: Registry, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     three.calibration_dir("beta", "wiki-1").rename(elsewhere)
     assert three.find_calibration("beta", str(elsewhere)) == elsewhere
+
+
+def test_a_derived_model_follows_its_parents_default(three: Registry) -> None:
+    for age, name in enumerate(("chosen", "older")):
+        folder = three.calibration_dir("beta", name)
+        folder.mkdir(parents=True)
+        (folder / "calibration.json").write_text("{}")
+        os.utime(folder / "calibration.json", (1000 - age, 1000 - age))
+    beta = three.get("beta")
+    three.add(replace(beta, name="beta-int8", home=three.model_home("beta-int8"), parent="beta", bits_per_weight=8.5))
+    three.set_default_calibration("beta", "older")
+    assert three.find_calibration("beta-int8") == three.calibration_dir("beta", "older")
+    three.set_default_calibration("beta-int8", "chosen")
+    assert three.find_calibration("beta-int8").name == "chosen"
+    assert three.find_calibration("beta").name == "older"
+    with pytest.raises(UsageError, match="belongs to beta"):
+        three.remove_calibration("beta-int8", "chosen")
+    assert three.remove_calibration("beta", "old") == "older"
+    assert three.find_calibration("beta").name == "chosen"
 
 
 # ---------------------------------------------------------------- files
