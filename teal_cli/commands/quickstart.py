@@ -134,7 +134,9 @@ def _next(console: Console, result: Generation, path: Path, problems: list[str])
     lines: list[tuple[str, Any]] = [
         ("what is in the store", f"teal store info {path}"),
         ("how well it packs", f"teal store stats {path}"),
-        ("more text, more sparsity", f'teal generate -m {result.model} -s 0.65 --chat -p "Why is the sky blue?"'),
+        ("an answer", f'teal generate -m {result.model} -s 0.4 --chat -p "Why is the sky blue?"'),
+        ("a plan that costs less", f"teal plan make -m {result.model} -s 0.5"),
+        ("what a level costs", f"teal eval -m {result.model} -s 0,0.5 -d python-docs -n 4"),
         ("a dataset of many levels", f"teal dump -m {result.model} --recipe offline -o activations.zarr"),
         ("this machine", "teal doctor"),
     ]

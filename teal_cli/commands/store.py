@@ -205,7 +205,7 @@ def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
 
     about = found.attributes
     console.print(found.path, style="bold", markup=False)
-    prompts = "" if found.prompts is None else f", {found.prompts} prompts"
+    prompts = "" if found.prompts is None else f", {found.prompts} prompt{'s' * (found.prompts != 1)}"
     schema = (
         f"{about['schema']}, {about['layers']} layers, values {about['value_dtype']}, "
         f"blocks of {about['block_tokens']} tokens, teal {about['teal_version']}"
