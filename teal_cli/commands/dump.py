@@ -192,14 +192,18 @@ def dump(
         check_target(out_path, force=force)
     session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     job = Dump(session, request)
-    made = {"model": session.entry.name, "calibration": job.calibration, "plans": list(request.plans)}
+    made = {
+        "model": session.entry.name,
+        "calibration": job.calibration,
+        "plans": list(request.plans),
+        "levels": job.targets,
+    }
     for note in session.notes:
         out.note(note)
     if dry_run:
         estimate = job.estimate(out_path)
         payload = {
             **made,
-            "levels": request.levels,
             "prompts": len(job.prompts),
             **asdict(estimate),
             "store": str(out_path),
@@ -208,7 +212,6 @@ def dump(
         return
     payload = {
         **made,
-        "levels": request.levels,
         "prompts": len(job.prompts),
         **_run(out, job, out_path, force=force, resume=resume),
         "store": str(out_path),

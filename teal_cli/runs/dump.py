@@ -147,6 +147,11 @@ class Dump:
         return calibration_of(self._levels)
 
     @property
+    def targets(self) -> tuple[float, ...]:
+        """Sparsity target of each level."""
+        return tuple(plan.target for plan in self._plans.values())
+
+    @property
     def rows(self) -> int:
         """Rows over all levels, at most."""
         return len(self._plans) * len(self.prompts) * (self.request.max_new_tokens - 1)

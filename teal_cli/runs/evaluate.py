@@ -7,7 +7,6 @@ that was cut off goes on at the window where it stopped, and levels can be added
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from teal_cli.data.sources import Source, open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.data.windows import cut
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, write_json
+from teal_cli.files import check_new_file, disk_errors, read_json, write_json
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.forward import Sparse, States, forward
 from teal_cli.passes.judge import realised_bytes
@@ -258,11 +257,12 @@ class Evaluate:
 
     def _open(self, output: Path) -> None:
         if not self.request.resume:
+            check_new_file(output, force=True)  # what is there has a hint of its own
             if output.exists() and not self.request.force:
                 raise UsageError(f"{output} exists", hint="go on with --resume, or replace it with --force")
             return
         try:
-            state = json.loads(output.read_text(encoding="utf-8"))
+            state = read_json(output)
             found, sums = state["settings"], {key: LevelSums.from_json(v) for key, v in state["sums"].items()}
         except FileNotFoundError:
             raise NotFoundError(f"there is no evaluation at {output} to resume", hint="leave --resume away") from None

@@ -51,7 +51,8 @@ class Level:
 
 def plan_names(entry: ModelEntry) -> tuple[str, ...]:
     """Names of a model's plans, sorted."""
-    return tuple(sorted({file.parent.name for home in entry.homes for file in home.glob(f"plans/*/{MANIFEST}")}))
+    names = {file.parent.name for home in entry.homes for file in home.glob(f"plans/*/{MANIFEST}")}
+    return tuple(sorted(name for name in names if not name.startswith(".")))  # one that is being written is hidden
 
 
 def plan_folder(entry: ModelEntry, name: str) -> Path:

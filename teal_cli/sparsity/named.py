@@ -1,7 +1,7 @@
 """A plan with a name: what lies in a model's `plans/<name>/`, with where it comes from and what it gained.
 
 `plan.json` holds everything but the arrays of a criterion (factors and constants per channel), which lie beside it in
-`scoring.npz`. The manifest is written last and names the arrays' checksum, so a plan is there whole or not at all.
+`scoring.npz`, whose checksum the manifest names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import disk_errors, read_json, write_json
+from teal_cli.files import disk_errors, new_folder, read_json, write_json
 from teal_cli.sparsity.criterion import MAGNITUDE, Scoring
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.spec import SITES
@@ -49,7 +49,7 @@ class NamedPlan:
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the plan to a folder, in place of one that is there.
+        """Write the plan as `folder`: whole or not at all, in place of one that is there.
 
         Raises:
             UsageError: its name is none.
@@ -72,11 +72,9 @@ class NamedPlan:
             "made": dict(self.made),
             **self.plan.to_json(),
         }
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MANIFEST).unlink(missing_ok=True)
-            (folder / ARRAYS).write_bytes(content)
-            write_json(folder / MANIFEST, manifest)
+        with disk_errors(folder), new_folder(folder, replace=True) as partial:
+            (partial / ARRAYS).write_bytes(content)
+            write_json(partial / MANIFEST, manifest)
 
     @classmethod
     def load(cls, folder: Path) -> NamedPlan:

@@ -173,6 +173,7 @@ def test_bad_input(ready: Path, text: Path, teal: Teal, tmp_path: Path) -> None:
         (("--sparse-from", "often"), 2, "is no position"),
         (("--resume",), 2, "nothing to resume"),
         (("-o", tmp_path / "none.json", "--resume"), 3, "no evaluation"),
+        (("-o", tmp_path / "nowhere" / "found.json"), 3, "there is no folder"),
     ):
         ran = teal(*arguments, *extra)
         assert ran.code == code, ran.err

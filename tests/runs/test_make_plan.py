@@ -255,8 +255,27 @@ def test_generate_and_dump_take_a_plan(ready: Path, teal: Teal, tmp_path: Path) 
             rows = np.asarray(level.projection(layer, projection)[:])
             assert (np.abs(rows[rows != 0]) > np.broadcast_to(limits, rows.shape)[rows != 0]).all()
     assert teal("dump", "--resume", "-o", path).code == 0
+    tried = teal(*arguments, "--plan", "mine", "-o", tmp_path / "other.zarr", "--dry-run", "--json")
+    assert (tried.json["levels"], tried.json["plans"]) == ([0.5], ["mine"])
     again = teal("dump", "--like", path, "-o", tmp_path / "again.zarr")
     assert again.code == 0, again.err
     assert open_store(tmp_path / "again.zarr").header.plan == "mine"
     both = teal(*arguments, "--plan", "mine", "-s", "0.5", "-o", tmp_path / "both.zarr")
     assert (both.code, "a plan says its own sparsity" in both.err) == (2, True)
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_one(
+    ready: Path, teal: Teal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teal_cli.sparsity import named as module
+
+    arguments = ("plan", "make", "-m", "tiny", "-a", "uniform", "--name", "mine")
+    assert teal(*arguments, "-s", 0.4).code == 0
+
+    def refused(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_json", refused)
+        assert teal(*arguments, "-s", 0.6, "--force").code == 1
+    assert [plan["sparsity"] for plan in teal("plan", "ls", "-m", "tiny", "--json").json["plans"]] == [0.4]
