@@ -152,8 +152,7 @@ KEYS: Final[dict[str, Key]] = {
 
 
 class Value(NamedTuple):
-    """A setting as resolved, and where from: "command line", the variable's name, the file's path, or
-    "default"."""
+    """A setting as resolved, and where from: "command line", the variable's name, the file's path, or "default"."""
 
     value: Any
     source: str
@@ -244,8 +243,7 @@ def _checked(key: str, value: object, source: str) -> Any:
 
 # ---------------------------------------------------------------- places
 def configs() -> Traversable:
-    """The shipped `configs/` folder: `configs() / "models"` is a folder of TOML files, in a wheel as in a
-    checkout."""
+    """The shipped `configs/` folder: `configs() / "models"` is a folder of TOML files, in a wheel as in a checkout."""
     from importlib.resources import files
 
     try:

@@ -89,8 +89,7 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def _pieces(source: Source) -> Iterator[str]:
-    """The joined text in pieces of some 65,536 characters, cut between rows, so that a stream is never held
-    whole."""
+    """The joined text in pieces of some 65,536 characters, cut between rows, so that a stream is never held whole."""
     rows: list[str] = []
     size = 0
     for row in source.documents():

@@ -1,5 +1,4 @@
-"""The datasets that have a name: one TOML file each in configs/calibrate, where to find it and how to
-calibrate on it.
+"""The datasets that have a name: one TOML file each in configs/calibrate, where to find it and how to calibrate on it.
 
 Reading the names costs no more than a few small files, so completion can list them. This module does not know
 how rows are fetched; `sources` does.

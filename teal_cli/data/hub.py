@@ -1,7 +1,6 @@
 """Datasets of the Hugging Face hub, streamed, or from the cache of `datasets` while offline.
 
-Every failure of the two libraries below becomes one sentence. This module knows neither names of configs/ nor
-columns.
+Every failure of the two libraries below becomes one sentence. This module knows neither names of configs/ nor columns.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The text that every Python carries: the language reference behind `help()`, cut into a training and a
-held-out part.
+"""The text that every Python carries: the language reference behind `help()`, cut into a training and a held-out part.
 
 The topics repeat each other (`specialnames` holds much of `numeric-types`, say), so a paragraph counts only
 where it comes first; otherwise the held-out part would be no such thing. Releases of Python differ in the

@@ -1,9 +1,8 @@
 """From what the user calls a dataset to its rows of text: a name of configs/, a repository of the hub, local
 files, or the text that Python carries.
 
-Rows come lazily, and hub sets are streamed, so a calibration on C4 fetches some megabytes. With
-HF_DATASETS_OFFLINE or HF_HUB_OFFLINE set, hub sets are read from the cache of `datasets`. This module does
-not know about tokens.
+Rows come lazily, and hub sets are streamed, so a calibration on C4 fetches some megabytes. With HF_DATASETS_OFFLINE or
+HF_HUB_OFFLINE set, hub sets are read from the cache of `datasets`. This module does not know about tokens.
 """
 
 from __future__ import annotations

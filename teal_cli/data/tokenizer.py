@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a checkpoint folder; nothing is fetched and no code of the checkpoint is
-    run.
+    """Load the fast tokenizer of a checkpoint folder; nothing is fetched and no code of the checkpoint is run.
 
     Raises:
         TealError: there is none, or its files cannot be read.

@@ -1,5 +1,4 @@
-"""A calibration: how large the activations of a model are at every site of every layer, and how that was
-found out.
+"""A calibration: how large the activations of a model are at every site of every layer, and how that was found out.
 
 It is a folder of two files: calibration.json, which anything can read, and histogram.npz. This module does
 not know how activations are observed (`observe`) nor where the folder lies (the registry does).
@@ -97,8 +96,7 @@ class Calibration:
     def threshold(self, layer: int, site: str, sparsity: float) -> float:
         """The threshold that drops this part of the entries at a site, for a sparsity in [0, 1).
 
-        0 gives 0.0, whatever the rule. An imported calibration can give a slightly negative one, which drops
-        nothing.
+        0 gives 0.0, whatever the rule. An imported calibration can give a slightly negative one, which drops nothing.
         """
         return 0.0 if sparsity == 0.0 else self.histogram.threshold(layer, site, sparsity)
 

@@ -116,8 +116,7 @@ def dense_plan(layers: int) -> Plan:
 
 
 def uniform_plan(calibration: Calibration, sparsity: float) -> Plan:
-    """The same sparsity for every projection of every layer (TEAL, section 4.2). Sparsity 0 drops nothing but
-    zeros.
+    """The same sparsity for every projection of every layer (TEAL, section 4.2). Sparsity 0 drops nothing but zeros.
 
     Raises:
         UsageError: a sparsity outside [0, 1).

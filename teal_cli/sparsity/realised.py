@@ -1,5 +1,4 @@
-"""What a plan does to text that it was not calibrated on: the part of the entries that its thresholds really
-drop.
+"""What a plan does to text that it was not calibrated on: the part of the entries that its thresholds really drop.
 
 Takes a histogram of the other text, observed in a dense pass; so it shows how far magnitudes differ from text
 to text, not how dropping entries in one layer changes the next ones. A decode reports the latter by itself.

@@ -1,5 +1,4 @@
-"""TEAL's own calibrations: the `histograms/` folders that its authors publish, read and asked as TEAL asks
-them.
+"""TEAL's own calibrations: the `histograms/` folders that its authors publish, read and asked as TEAL asks them.
 
 TEAL keeps 10,000 bins of the signed activation x: equal ones between the 1% and the 99% quantile, and one
 wide bin at either end. Its rule for a threshold supposes that x is symmetric around zero (`rule="teal"`);
@@ -60,9 +59,8 @@ class TealHistogram:
     def threshold(self, layer: int, site: str, sparsity: float) -> float:
         """The threshold for a sparsity in (0, 1) by this histogram's rule.
 
-        With the rule `teal` it can be slightly negative at low sparsity, where zero is not the median of x or
-        a bin is wider than the quantile looked for. As |x| > t then holds for every x, such a threshold keeps
-        all.
+        With the rule `teal` it can be slightly negative at low sparsity, where zero is not the median of x or a bin is
+        wider than the quantile looked for. As |x| > t then holds for every x, such a threshold keeps all.
         """
         counts, centers = self.counts[layer, SITE_INDEX[site]], self.centers[layer, SITE_INDEX[site]]
         quantile = _symmetric_quantile if self.rule == "teal" else _magnitude_quantile
@@ -70,9 +68,7 @@ class TealHistogram:
 
 
 def _symmetric_quantile(counts: NDArray[np.float32], centers: NDArray[np.float32], sparsity: float) -> float:
-    """TEAL's icdf(0.5 + s/2), operation by operation in torch's float32, so that its figures come out
-    exactly.
-    """
+    """TEAL's icdf(0.5 + s/2), operation by operation in torch's float32, so that its figures come out exactly."""
     import torch
 
     values, heights = torch.from_numpy(centers.copy()), torch.from_numpy(counts.copy())
@@ -181,8 +177,7 @@ def _bins(file: Path, content: dict[str, Any], key: str) -> tuple[NDArray[np.flo
 
 
 def check_widths(histogram: TealHistogram, channels: dict[str, int]) -> None:
-    """Compare how often each site was counted with how wide it is in a model: every token counts once per
-    channel.
+    """Compare how often each site was counted with how wide it is in a model: every token counts once per channel.
 
     Args:
         channels: site -> K of the model.

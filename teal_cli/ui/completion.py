@@ -1,5 +1,4 @@
-"""What the shell offers after TAB: models with their sizes, calibrations, datasets, levels of a store, fixed
-choices.
+"""What the shell offers after TAB: models with their sizes, calibrations, datasets, levels of a store, fixed choices.
 
 Runs at every TAB, so it reads small JSON and TOML files and imports nothing heavy; a broken file is skipped,
 since a completion must never print an error into the prompt. What the files mean is the registry's and the

@@ -90,8 +90,7 @@ class TealContext(typer.Context):
 
 
 class LazyGroup(TyperGroup):
-    """A group whose commands come from `entries`; each is imported when it is resolved to run or to show its
-    help."""
+    """A group whose commands come from `entries`; each is imported when it is resolved to run or to show its help."""
 
     context_class = TealContext
     entries: Iterable[Entry] = ()

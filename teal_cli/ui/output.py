@@ -1,8 +1,7 @@
 """The one sink of a command: data to stdout, everything else to stderr; JSON or text, decided once.
 
-`app` calls `configure` with the options given before the command; the command calls `output(json)` with its
-own and gets an `Output`. Rich is imported when something is drawn, not before. This file knows nothing of
-what it shows.
+`app` calls `configure` with the options given before the command; the command calls `output(json)` with its own and
+gets an `Output`. Rich is imported when something is drawn, not before. This file knows nothing of what it shows.
 """
 
 from __future__ import annotations

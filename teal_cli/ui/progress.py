@@ -50,8 +50,7 @@ class Bars(Protocol):
 
 @contextmanager
 def progress(out: Output) -> Iterator[Bars]:
-    """Show progress for as long as the block runs; a bar that was cut off by an exception stays where it
-    was."""
+    """Show progress for as long as the block runs; a bar that was cut off by an exception stays where it was."""
     if out.quiet or out.json:
         yield _Silent()
     elif sys.stderr.isatty():

@@ -1,8 +1,7 @@
 """From a GGUF's metadata to config.json and generation_config.json.
 
-Written out by hand because transformers' own GGUF reader drops what decoding depends on: the RoPE scaling of
-Llama 3.1 (which GGUF stores as a tensor of frequency divisors), YaRN and linear scaling, and the second
-end-of-turn token.
+Written out by hand because transformers' own GGUF reader drops what decoding depends on: the RoPE scaling of Llama 3.1
+(which GGUF stores as a tensor of frequency divisors), YaRN and linear scaling, and the second end-of-turn token.
 """
 
 from __future__ import annotations
@@ -128,9 +127,8 @@ def _rope_scaling(gguf: GgufFile, head_dim: int) -> dict[str, Any] | None:
 def _llama3_scaling(gguf: GgufFile, head_dim: int) -> dict[str, Any]:
     """Recover the parameters of Llama 3.1's RoPE from the divisors that llama.cpp computed with them.
 
-    The largest divisor is `factor`; the others are constants of every release. The divisors are computed
-    again from the recovered parameters and must agree, so a fine-tune with other parameters is refused, never
-    decoded wrongly.
+    The largest divisor is `factor`; the others are constants of every release. The divisors are computed again from the
+    recovered parameters and must agree, so a fine-tune with other parameters is refused, never decoded wrongly.
     """
     divisors = np.asarray(gguf.tensors["rope_freqs.weight"].data, dtype=np.float64)
     factor = _plain(float(divisors.max()))

@@ -1,8 +1,7 @@
 """From a GGUF's quantised tensors to one bfloat16 model.safetensors, a slab of rows at a time.
 
-Peak memory is one slab (64 MiB of float32), whatever the model's size, and no torch is imported: the
-safetensors format is a length, a JSON header and the tensors' bytes, and bfloat16 is the upper half of a
-float32.
+Peak memory is one slab (64 MiB of float32), whatever the model's size, and no torch is imported: the safetensors format
+is a length, a JSON header and the tensors' bytes, and bfloat16 is the upper half of a float32.
 """
 
 from __future__ import annotations
