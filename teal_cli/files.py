@@ -1,4 +1,4 @@
-"""Files and folders as teal writes them: whole or not at all, with a full disk told as such.
+"""Files and folders as teal writes them: whole or not at all, and a full disk is reported as a full disk.
 
 Knows nothing of models or stores; pure standard library.
 """

@@ -32,7 +32,7 @@ _DTYPE_ALIASES: Final = {
     "float": "float32",
 }
 _NOT_SETTINGS: Final = {"TEAL_HOME"}
-"""Variables of ours that are no settings."""
+"""Variables of teal that are not settings."""
 
 
 # ---------------------------------------------------------------- checks

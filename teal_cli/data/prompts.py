@@ -176,7 +176,7 @@ def _encoded(text: str, encode: Encode) -> tuple[int, ...]:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string is made of characters: half of a surrogate pair, which JSON and a terminal can give, is none."""
+    """Whether a string can be encoded: JSON and terminals can give half of a surrogate pair, which is no character."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
