@@ -48,6 +48,7 @@ COMMANDS = (
         "Measure what sparsity levels cost: perplexity, divergence from the dense model, agreement with it.",
         attribute="evaluate",
     ),
+    Entry("lm-eval", RUN, "Run lm-evaluation-harness, with models under their plans.", attribute="app"),
     Entry("store", STORES, "Look into a store, check it, measure it, convert it.", attribute="app"),
     Entry("bench", SPEED, "Measure speed against dense, against others and against the memory limit.", attribute="app"),
     Entry("plot", SPEED, "Draw pictures of results.", attribute="app"),

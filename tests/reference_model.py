@@ -6,13 +6,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from teal_cli.model.transformer import Transformer, dense
 from teal_kernels.matrix import Matrix
-from teal_kernels.spec import SITE_PROJECTIONS
+from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS
 
 PROMPT, TOTAL = 13, 24  # both beyond the tiny models' sliding window of 8
 MODULES = {
@@ -37,6 +38,23 @@ def watch(model: Any) -> dict[tuple[int, str], list[Tensor]]:
             linear = getattr(getattr(layer, parent), f"{name}_proj")
             linear.register_forward_pre_hook(lambda _, args, key=(index, name): seen[key].append(args[0][0].clone()))
     return seen
+
+
+@torch.no_grad()
+def log_probabilities(path: Path, rows: list[np.ndarray], thresholds: np.ndarray | None, start: int) -> list[Tensor]:
+    """transformers' log-probabilities of each sequence; entries with |x| <= t zeroed at positions from `start` on."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    for index, layer in enumerate(model.model.layers):
+        for projection, parent in MODULES.items():
+            t = -1.0 if thresholds is None else float(thresholds[index, PROJECTION_INDEX[projection]])
+
+            def hook(module: Any, inputs: tuple[Tensor], t: float = t) -> tuple[Tensor]:
+                x = inputs[0].clone()
+                x[:, start:][x[:, start:].abs() <= t] = 0
+                return (x,)
+
+            getattr(getattr(layer, parent), f"{projection}_proj").register_forward_pre_hook(hook)
+    return [model(torch.from_numpy(row)[None]).logits[0].double().log_softmax(-1) for row in rows]
 
 
 class Recorder:

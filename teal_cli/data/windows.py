@@ -84,7 +84,7 @@ def cut(source: Source, tokenizer: Tokenizer, *, convention: str, count: int, le
     windows, units, words, size = [], [], 0, 0
     documents = (text for text in source.documents() if text.strip())
     for unit, text in zip(range(count), documents, strict=False):
-        for window in _rolling(tokenizer.encode(text, add_special_tokens=False), _before(tokenizer), length):
+        for window in _rolling(tokenizer.encode(text, add_special_tokens=False), token_before(tokenizer), length):
             windows.append(window)
             units.append(unit)
         words += len(re.split(r"\s+", text))
@@ -101,7 +101,7 @@ def _windows(windows: Sequence[Window], units: Sequence[int], words: int, size: 
     return Windows(windows, units, words, size, source.name, source.split, digest.hexdigest())
 
 
-def _before(tokenizer: Tokenizer) -> int:
+def token_before(tokenizer: Tokenizer) -> int:
     """What stands before the first token of a document: begin-of-sequence, or where there is none end-of-sequence."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

@@ -76,18 +76,27 @@ class Decoder:
         sequence: int = 0,
         stop: Collection[int] = (),
         capture: Capture | None = None,
+        dense: int | None = None,
     ) -> Iterator[int]:
         """Yield up to `max_new_tokens` ids; a token of `stop` is yielded and ends the sequence.
 
-        N ids take one prefill and N-1 steps, and only steps are captured: row i of a capture is what the model computed
-        when it was fed the i-th generated id.
+        N ids take one prefill and N-1 steps, and only these steps are captured: row i of a capture is what the model
+        computed when it was fed the i-th generated id.
+
+        Args:
+            dense: tokens of the prompt that the prefill takes; the others are steps of their own, as sparse as those
+                that follow. None: all of them.
 
         Raises:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
         """
         self.check(prompt, max_new_tokens)
         choose = self.step.sampler(sampling, sequence)
-        token = self._prefill(prompt, choose)
+        dense = len(prompt) if dense is None else dense
+        self.cache.length = 0
+        token = self._prefill(prompt[:dense], choose) if dense else prompt[0]
+        for position in range(dense, len(prompt)):
+            token = self._next(prompt[position], position, sequence, choose, None)
         yield token
         for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
             if token in stop:
@@ -111,7 +120,6 @@ class Decoder:
     @torch.inference_mode()
     def _prefill(self, prompt: Sequence[int], choose: Choose) -> int:
         start = time.perf_counter()
-        self.cache.length = 0
         tokens = torch.tensor(list(prompt), device=self.model.device)
         token = choose(self.model.forward(tokens, 0, self.cache), len(prompt) - 1)
         self.tally.prefill_s += time.perf_counter() - start

@@ -80,21 +80,25 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
 
 
 @torch.inference_mode()
-def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target after the hidden states [S, hidden] of its row: float32 [S].
+def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How likely each target is after the hidden states [S, hidden] of its row.
+
+    Returns:
+        The log-probability of each target, float32 [S], and the most likely token of each row, int64 [S].
 
     Raises:
-        TealError: one is not finite.
+        TealError: a log-probability is not finite.
     """
     rows = max(1, _LOGIT_BYTES // (4 * vocab))
-    found = [
-        head(part).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
-    ]
-    result = torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
-    if not torch.isfinite(result).all():
+    found, best = states.new_zeros(len(targets), dtype=torch.float32), torch.zeros_like(targets)
+    for begin in range(0, len(targets), rows):
+        part = slice(begin, begin + rows)
+        predicted = head(states[part]).log_softmax(-1)
+        found[part] = predicted.gather(1, targets[part, None])[:, 0]
+        best[part] = predicted.argmax(-1)
+    if not torch.isfinite(found).all():
         raise _not_finite()
-    return result
+    return found, best
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -78,9 +78,8 @@ def _write(level: LevelWriter, layers: Layers, plan: Plan, prompt: Prompt, seque
             rows[where.site].append(kept[first:] if dense else kept)
 
     def sink(_: int, states: States) -> None:
-        chances.append(
-            log_probabilities(head, layers.config.vocab, (states.dense[first:] if dense else states.sparse[0]), targets)
-        )
+        predicting = states.dense[first:] if dense else states.sparse[0]
+        chances.append(log_probabilities(head, layers.config.vocab, predicting, targets)[0])
 
     variants = [] if dense else [Sparse(plan, first)]
     for _ in forward(layers, [tokens], variants, dense_rows=dense, visit=visit, sink=sink):

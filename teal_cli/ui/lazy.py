@@ -25,7 +25,7 @@ _PlainFormatter: Any = typer.Context.formatter_class
 
 class Entry(NamedTuple):
     """One command, as known without importing it: `teal_cli.commands.<name>` holds a function of its name, or
-    a Typer app for a group."""
+    a Typer app for a group; a hyphen of the name is an underscore there."""
 
     name: str
     panel: str
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
     @property
     def module(self) -> str:
-        return f"teal_cli.commands.{self.name}"
+        return f"teal_cli.commands.{self.name.replace('-', '_')}"
 
 
 class HelpFormatter(_PlainFormatter):  # its class is typer's or click's, by version
@@ -125,7 +125,7 @@ class LazyGroup(TyperGroup):
 
 def load(entry: Entry) -> Any:
     """Import the command, a function or a Typer app, and make it look like the others."""
-    found = getattr(import_module(entry.module), entry.attribute or entry.name)
+    found = getattr(import_module(entry.module), entry.attribute or entry.name.replace("-", "_"))
     if isinstance(found, typer.Typer):
         app = found
         app._add_completion = False  # only the root offers to install completion

@@ -6,14 +6,12 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fixtures_cli import Teal
-from oracle import reference_model
-from reference_model import MODULES
+from reference_model import log_probabilities
 
 from teal_cli.data.sources import Source, open_source
 from teal_cli.data.tokenizer import load_tokenizer
@@ -24,7 +22,6 @@ from teal_cli.registry.registry import Registry
 from teal_cli.runs.evaluate import parse_sparse_from, standard_error
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.plan import uniform_plan
-from teal_kernels.spec import PROJECTION_INDEX
 
 WINDOW, START = 24, 5
 
@@ -37,25 +34,6 @@ def text(tmp_path: Path) -> Path:
     for index, words in enumerate(("the quick brown fox jumps over the dog", "a store of rows", "zinc and copper")):
         (folder / f"{index}.txt").write_text(" ".join([words] * (6 - index)), encoding="utf-8")
     return folder
-
-
-@torch.no_grad()
-def log_probabilities(
-    path: Path, rows: list[np.ndarray], thresholds: np.ndarray | None, start: int
-) -> list[torch.Tensor]:
-    """transformers' log-probabilities of each sequence; entries with |x| <= t zeroed at positions from `start` on."""
-    model = reference_model(path)
-    for index, layer in enumerate(model.model.layers):
-        for projection, parent in MODULES.items():
-            t = -1.0 if thresholds is None else float(thresholds[index, PROJECTION_INDEX[projection]])
-
-            def hook(module: Any, inputs: tuple[torch.Tensor], t: float = t) -> tuple[torch.Tensor]:
-                x = inputs[0].clone()
-                x[:, start:][x[:, start:].abs() <= t] = 0
-                return (x,)
-
-            getattr(getattr(layer, parent), f"{projection}_proj").register_forward_pre_hook(hook)
-    return [model(torch.from_numpy(row)[None]).logits[0].double().log_softmax(-1) for row in rows]
 
 
 def mean_nll(found: list[torch.Tensor], targets: list[np.ndarray]) -> float:

@@ -165,7 +165,7 @@ def _fetch_rest(repo: str, plan: Plan, token: str | None, stop: Event) -> None:
 
 def _counting_bar(stop: Event, report: Callable[[int], None]) -> type[Any]:
     """A tqdm class that draws nothing, reports what is added, and raises once the consumer has gone."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     class CountingBar(tqdm):
         monitor_interval = 0  # no thread that redraws
