@@ -170,6 +170,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow  # lm_eval reads every task it ships
 def test_the_command_runs_local_tasks(ready: Path, tmp_path: Path) -> None:
     documents = [
         {"question": "The quick brown", "choices": [" fox jumps", " dog rests"], "gold": 0},
