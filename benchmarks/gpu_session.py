@@ -47,12 +47,12 @@ def steps(out: Path) -> list[Step]:
     def kernels(dtype: str) -> Step:
         target = out / f"kernels-{dtype}.json"
         command = [*TEAL, "bench", "kernels", "--shapes", SEVENS, "--dtype", dtype, "--rounds", "15"]
-        return Step(target.stem, [*command, "--out", str(target), "--force"], 150)
+        return Step(target.stem, [*command, "--output", str(target), "--force"], 150)
 
     def decode(shape: str, dtype: str, layers: int) -> Step:
         target = out / f"decode-{shape}-{dtype}.json"
         command = [*TEAL, "bench", "decode", "--stack", f"{shape}:{layers}", "--dtype", dtype, "--rounds", "7"]
-        return Step(target.stem, [*command, "--out", str(target), "--force"], 90)
+        return Step(target.stem, [*command, "--output", str(target), "--force"], 90)
 
     return [
         Step("tests", tests, 150),

@@ -7,6 +7,11 @@ traceback. This file knows nothing of the terminal: `teal_cli.app.main` turns an
 from __future__ import annotations
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 prompt`, `1,234 rows`: how messages and results say how many there are of something."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class TealError(Exception):
     """A failure that the user can understand and act on.
 

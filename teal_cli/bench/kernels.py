@@ -20,6 +20,7 @@ from teal_cli.bench.rows import KernelRow, Progress
 from teal_cli.bench.shapes import Matrix
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
 from teal_cli.errors import HardwareError
+from teal_cli.ui.table import percent
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _tune(request: KernelRequest) -> Iterator[Progress]:
         for found in tune(shapes, dtype, request.device):
             done += 1
             gain = found.default_seconds / found.seconds
-            text = f"Tuned {found.inputs}x{found.outputs} {found.dtype} at {found.sparsity:.0%}: {gain:.2f}x"
+            text = f"Tuned {found.inputs}x{found.outputs} {found.dtype} at {percent(found.sparsity)}: {gain:.2f}x"
             yield Progress(done, total, text)
 
 

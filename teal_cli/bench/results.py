@@ -60,7 +60,7 @@ def load(path: Path) -> Result:
         NotFoundError: no such file.
         UsageError: it is no result of `teal bench`, or of another schema.
     """
-    hint = "`teal bench kernels --out FILE` and `teal bench decode --out FILE` write such files"
+    hint = "`teal bench kernels --output FILE` and `teal bench decode --output FILE` write such files"
     try:
         found = read_json(path)
     except FileNotFoundError:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from teal_cli.ui.table import percent
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -120,7 +122,7 @@ class DecodeRow:
         """What it is, in a few words: `teal 50% + dump`, `torch dense`, `transformers`."""
         if self.engine not in ("teal", "torch"):
             return self.engine
-        level = f"{self.sparsity:.0%}" if self.sparsity else "dense"
+        level = percent(self.sparsity) if self.sparsity else "dense"
         return f"{self.engine} {level}{' + dump' if self.dump else ''}"
 
     @property

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from teal_cli.bench.results import Result
 from teal_cli.bench.rows import DecodeRow, KernelRow
-from teal_cli.ui.table import show_table
+from teal_cli.errors import counted
+from teal_cli.ui.table import percent, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +17,7 @@ def show(console: Console, result: Result) -> None:
     """Print a result."""
     machine = result.machine
     busy = "" if machine.load is None else f", load {machine.load}"
-    about = f"{machine.device}, {machine.cores} cores, {machine.threads} threads{busy}"
+    about = f"{machine.device}, {counted(machine.cores, 'core')}, {counted(machine.threads, 'thread')}{busy}"
     console.print(about, style="bold", markup=False)
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     console.print(versions, style="dim", markup=False, soft_wrap=True)
@@ -33,15 +34,15 @@ def show(console: Console, result: Result) -> None:
 
 
 def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
-    first = ("matrix", ">size", "dtype", ">sparsity", "product", ">p20 us", ">p50 us", ">p80 us")
+    first = ("matrix", "dtype", ">sparsity", "product", ">size", ">p20 us", ">p50 us", ">p80 us")
     headings = (*first, ">GB/s", ">floor us", ">/floor", ">x dense", "check")
     lines = (
         (
             row.matrix,
-            f"{row.inputs}x{row.outputs}",
             row.dtype,
-            f"{row.sparsity:.0%}" if row.sparsity else "dense",
+            percent(row.sparsity) if row.sparsity else "dense",
             row.product,
+            f"{row.inputs}x{row.outputs}",
             _figure(row.p20_us, 1),
             _figure(row.p50_us, 1),
             _figure(row.p80_us, 1),
@@ -53,7 +54,7 @@ def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
         )
         for row in rows
     )
-    show_table(console, headings, lines)
+    show_table(console, headings, lines, keys=4)
 
 
 def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
@@ -78,7 +79,7 @@ def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
         )
         for row in rows
     )
-    show_table(console, headings, lines)
+    show_table(console, headings, lines, keys=2)
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -37,8 +37,8 @@ RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=2, metavar="N", help="How often each contender is measured.")
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer rounds and combinations: a few minutes.")]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the rows as JSON, for `teal plot bench`.")
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rows as JSON, for `teal plot bench`.")
 ]
 
 
@@ -78,7 +78,7 @@ def kernels(
     quick: QuickOption = False,
     seed: options.FixedSeedOption = None,
     device: options.DeviceOption,
-    path: OutOption = None,
+    path: OutputOption = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -143,7 +143,7 @@ def decode(
     dtype: options.DtypeOption = None,
     device: options.DeviceOption,
     backend: options.BackendOption,
-    path: OutOption = None,
+    path: OutputOption = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,

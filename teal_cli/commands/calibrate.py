@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teal_cli.errors import counted
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import amount, progress
+from teal_cli.ui.table import percent, show_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,10 +95,10 @@ def show_made(console: Console, made: Calibrated) -> None:
     """Mean thresholds, what the run took, and how to go on."""
     show_thresholds(console, made.calibration)
     origin = made.calibration.provenance
-    if origin.seconds is not None:
+    if origin.seconds is not None and origin.tokens is not None:
         memory = f", peak memory {amount(origin.peak_memory_bytes, None, 'B')}" if origin.peak_memory_bytes else ""
         memory += f", on the GPU {amount(origin.peak_device_bytes, None, 'B')}" if origin.peak_device_bytes else ""
-        console.print(f"{origin.tokens:,} tokens of {origin.dataset} in {origin.seconds:.1f} s{memory}")
+        console.print(f"{counted(origin.tokens, 'token')} of {origin.dataset} in {origin.seconds:.1f} s{memory}")
     state = "was there already" if made.reused else "is ready"
     console.print(
         f"calibration [bold]{made.calibration.id}[/bold] of {origin.model} {state}; next: "
@@ -107,16 +109,12 @@ def show_made(console: Console, made: Calibrated) -> None:
 
 def show_thresholds(console: Console, calibration: Calibration) -> None:
     """A row a sparsity, a column a site: the mean threshold over the layers."""
-    from rich.table import Table
-
     from teal_cli.runs.calibrate import mean_thresholds
     from teal_kernels.spec import SITES
 
-    table = Table(title="Thresholds, mean over the layers", title_justify="left")
-    table.add_column("sparsity", justify="right")
-    for site in SITES:
-        table.add_column(site, justify="right")
+    console.print("thresholds, mean over the layers:")
+    rows = []
     for level in SHOWN:
         means = mean_thresholds(calibration, level)
-        table.add_row(f"{level:.0%}", *(f"{means[site]:.4g}" for site in SITES))
-    console.print(table)
+        rows.append((percent(level), *(f"{means[site]:.4g}" for site in SITES)))
+    show_table(console, (">sparsity", *(f">{site}" for site in SITES)), rows)

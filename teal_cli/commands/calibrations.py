@@ -12,7 +12,7 @@ from teal_cli.errors import TealError
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import output
-from teal_cli.ui.table import show_table
+from teal_cli.ui.table import percent, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,11 +105,13 @@ def info(
         out.note(remark)
 
     def show(console: Console) -> None:
-        for name in ("id", "model", "dataset", "split", "tokens", "dtype", "device", "rule", "criterion", "created"):
-            if payload[name] is not None:
-                note = " (default)" if name == "id" and payload["default"] else ""
-                console.print(f"{name:<10} {payload[name]}{note}", markup=False, soft_wrap=True)
-        console.print(f"{'folder':<10} {folder}\n", markup=False, soft_wrap=True)
+        names = ("id", "model", "dataset", "split", "tokens", "dtype", "device", "rule", "criterion", "created")
+        shown = {name: payload[name] for name in (*names, "folder") if payload[name] is not None}
+        shown["id"] += " (default)" if payload["default"] else ""
+        if "tokens" in shown:
+            shown["tokens"] = f"{shown['tokens']:,}"
+        show_fields(console, shown)
+        console.print()
         show_thresholds(console, found)
 
     out.result(payload, show)
@@ -258,19 +260,16 @@ def _check_payload(checked: Checked) -> dict[str, Any]:
 
 
 def _show_check(console: Console, checked: Checked) -> None:
-    from rich.table import Table
-
     blocks = checked.blocks
     split = f" ({blocks.split})" if blocks.split else ""
     text = f"{blocks.dataset}{split}, {blocks.tokens.size:,} tokens"
-    table = Table(title=f"Realised sparsity of {checked.calibration.id} on {text}", title_justify="left")
-    for column in ("target", "mean", "95% of pairs within", "furthest pairs of layer and site"):
-        table.add_column(column, justify="left" if column.startswith("furthest") else "right")
+    console.print(f"realised sparsity of {checked.calibration.id} on {text}:", markup=False, soft_wrap=True)
+    rows = []
     for level in checked.levels:
         # Joined by spaces that do not break, so that a narrow table breaks between the pairs.
         far = ", ".join(f"{pair.layer}\u00a0{pair.site}\u00a0{pair.sparsity:.1%}" for pair in level.furthest(FURTHEST))
-        table.add_row(f"{level.target:.0%}", f"{level.mean:.1%}", f"{level.p95 * 100:.1f} points", far)
-    console.print(table)
+        rows.append((percent(level.target), f"{level.mean:.1%}", f"{level.p95 * 100:.1f} points", far))
+    show_table(console, (">target", ">mean", ">95% of pairs within", "furthest pairs of layer and site"), rows)
 
 
 def _show_differences(console: Console, first: str, second: str, found: list[Difference]) -> None:
@@ -278,7 +277,7 @@ def _show_differences(console: Console, first: str, second: str, found: list[Dif
     rows = [
         (
             row.site,
-            f"{row.sparsity:.0%}",
+            percent(row.sparsity),
             f"{row.first:.4g}",
             f"{row.second:.4g}",
             "" if row.ratio is None else f"{row.ratio:.3f}",
@@ -288,4 +287,4 @@ def _show_differences(console: Console, first: str, second: str, found: list[Dif
         for row in found
     ]
     headings = ("site", ">sparsity", ">first", ">second", ">second/first", ">furthest", ">layer")
-    show_table(console, headings, rows)
+    show_table(console, headings, rows, keys=2)

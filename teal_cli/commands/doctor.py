@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from teal_cli.ui.options import JsonOption, OfflineOption
+from teal_cli.ui.options import JsonOption, OfflineOption, QuietOption
 from teal_cli.ui.output import output
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MARKS = {"ok": "[green]ok[/green]  ", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 
 
-def doctor(*, offline: OfflineOption, json: JsonOption = False) -> None:
+def doctor(*, offline: OfflineOption, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """What this machine can do, and what is missing.
 
     Looks at versions, settings, storage, devices, kernels (each is run against exact arithmetic), models and
@@ -25,7 +25,7 @@ def doctor(*, offline: OfflineOption, json: JsonOption = False) -> None:
     """
     from teal_cli.commands.health import examine, summary
 
-    out = output(json)
+    out = output(json, quiet)
     findings: list[Finding] = []
     area = ""
     for finding in examine(offline=offline):

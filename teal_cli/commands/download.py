@@ -39,7 +39,7 @@ def download(
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", "-r", metavar="REV", help="Branch, tag or commit of the hub.")
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of the hub.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call the model here.")] = None,
     token: Annotated[

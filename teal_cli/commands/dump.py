@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from teal_cli.commands.opening import made_with, opened
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import TealError, UsageError, counted
+from teal_cli.files import readable_size
 from teal_cli.runs.recipe import load_recipe, shipped_recipes
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
-from teal_cli.ui.progress import amount, progress
+from teal_cli.ui.progress import progress
+from teal_cli.ui.table import percent, show_fields
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,7 +112,9 @@ def dump(
     ] = False,
     out_path: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="STORE", help="The store to write.", callback=_take_store, is_eager=True),
+        typer.Option(
+            "--output", "-o", metavar="STORE", help="The store to write.", callback=_take_store, is_eager=True
+        ),
     ] = None,
     like: Annotated[
         Path | None,
@@ -234,17 +238,21 @@ def _run(out: Output, job: Dump, path: Path, *, force: bool, resume: bool) -> di
 
 
 def _show_estimate(console: Console, estimate: dict[str, Any]) -> None:
-    short = estimate["store_bytes"] > estimate["free_bytes"]
-    free = f"{amount(estimate['free_bytes'], None, 'B')} free{' [red](not enough)[/red]' if short else ''}"
-    console.print(f"levels   {', '.join(f'{level:.2f}' for level in estimate['levels'])}")
-    console.print(f"prompts  {estimate['prompts']}")
-    console.print(f"rows     {estimate['rows']:,} at most")
-    console.print(f"size     about {amount(estimate['store_bytes'], None, 'B')}, {free}")
-    console.print(f"time     about {estimate['seconds'] / 60:.1f} minutes on this machine")
+    short = " (not enough)" if estimate["store_bytes"] > estimate["free_bytes"] else ""
+    fields = {
+        "levels": ", ".join(percent(level) for level in estimate["levels"]),
+        "prompts": f"{estimate['prompts']:,}",
+        "rows": f"{estimate['rows']:,} at most",
+        "size": f"about {readable_size(estimate['store_bytes'])}, {readable_size(estimate['free_bytes'])} free{short}",
+        "time": f"about {estimate['seconds'] / 60:.1f} minutes on this machine",
+    }
+    show_fields(console, fields)
 
 
 def _show_result(console: Console, result: dict[str, Any]) -> None:
-    console.print(f"wrote {result['new_rows']:,} rows in {result['seconds']:.1f} s to [bold]{result['store']}[/bold]")
+    console.print(
+        f"wrote {counted(result['new_rows'], 'row')} in {result['seconds']:.1f} s to [bold]{result['store']}[/bold]"
+    )
     console.print(made_with(result["model"], result["calibration"], *result["plans"]), markup=False, soft_wrap=True)
     console.print(
         f"next: [cyan]teal store info {result['store']}[/cyan], or in Python "

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
-from teal_cli.ui.table import show_table
+from teal_cli.ui.table import percent, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,9 +143,10 @@ def _run(out: Output, job: Evaluate) -> Evaluation:
 
 def _show(console: Console, found: Evaluation) -> None:
     split = f" ({found.split})" if found.split else ""
+    text = f"{counted(found.tokens, 'token')} in {counted(found.windows, 'window')} of at most {found.window}"
     console.print(
-        f"{found.model}, {found.dtype}, on {found.dataset}{split}: {found.tokens:,} tokens in {found.windows} windows "
-        f"of at most {found.window}, sparse from {found.sparse_from}; convention: {found.convention}",
+        f"{found.model}, {found.dtype}, on {found.dataset}{split}: {text}, sparse from {found.sparse_from}; "
+        f"convention: {found.convention}",
         markup=False,
     )
     by_document = found.convention == "document"
@@ -155,7 +156,7 @@ def _show(console: Console, found: Evaluation) -> None:
     for level in found.levels:
         error = "" if level.stderr is None else f" \u00b1 {level.stderr:.3f}"
         row = [
-            level.plan or f"{level.sparsity:.0%}",
+            level.plan or percent(level.sparsity),
             f"{level.realised:.1%}",
             f"{level.perplexity:.2f}",
             f"{level.nll:.4f}{error}",

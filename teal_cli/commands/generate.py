@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from teal_cli.commands.opening import made_with, opened
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
+from teal_cli.ui.table import percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,14 +114,15 @@ def show_figures(console: Console, result: Generation) -> None:
     steps = len(result.token_ids) - 1
     shares = "  ".join(f"{name} {share:.1%}" for name, share in result.per_projection.items())
     console.print(
-        f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {steps} steps, "
+        f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {counted(steps, 'step')}, "
         f"{result.effective_gbps:.1f} GB/s read, prefill {result.prefill_s:.2f} s, load {result.load_s:.2f} s "
         f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})"
     )
-    console.print(f"sparsity {result.target:.0%} wanted, {result.realised:.1%} realised: {shares}")
+    console.print(f"sparsity {percent(result.target)} wanted, {result.realised:.1%} realised: {shares}")
     console.print(made_with(result.model, result.calibration, result.plan), markup=False, soft_wrap=True)
     if result.store:
         console.print(
-            f"dumped {steps} rows to {result.store}; look at it with [cyan]teal store info {result.store}[/cyan]",
+            f"dumped {counted(steps, 'row')} to {result.store}; look at it with "
+            f"[cyan]teal store info {result.store}[/cyan]",
             soft_wrap=True,
         )

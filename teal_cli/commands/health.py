@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from teal_cli import settings
 from teal_cli.checks import did_you_mean
-from teal_cli.errors import HardwareError, TealError
+from teal_cli.errors import HardwareError, TealError, counted
 from teal_cli.files import free_space
 from teal_cli.version import __version__
 
@@ -181,7 +181,7 @@ def _models() -> Iterator[Finding]:
             data={"models": []},
         )
         return
-    detail = f"{len(names)} model{'s' * (len(names) != 1)}, default {default}"
+    detail = f"{counted(len(names), 'model')}, default {default}"
     yield Finding("models", "registry", OK, detail, data={"models": names, "default": default})
 
 
@@ -193,7 +193,7 @@ def _devices() -> Iterator[Finding]:
     threads, memory = torch.get_num_threads(), _memory()
     room = f", {memory / 1e9:.0f} GB memory" if memory else ""
     data = {"threads": threads, "capability": capability, "memory_bytes": memory}
-    yield Finding("devices", "cpu", OK, f"{threads} threads, {capability}{room}", data=data)
+    yield Finding("devices", "cpu", OK, f"{counted(threads, 'thread')}, {capability}{room}", data=data)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal_cli import settings
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
 from teal_cli.files import readable_size
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
+from teal_cli.ui.table import percent, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,12 +46,13 @@ def list_models(
         bool, typer.Option("--all", "-a", help="Also the catalog's models that are not here.")
     ] = False,
     json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """List the models that are here."""
     from teal_cli.registry.catalog import catalog
     from teal_cli.registry.registry import Registry
 
-    out, registry = output(json), Registry()
+    out, registry = output(json, quiet), Registry()
     entries, default = registry.list(), registry.default
     here = {entry.name for entry in entries} | {entry.source.removeprefix("hub:") for entry in entries}
     others = [m for m in catalog().values() if not {m.name, m.hub} & here] if everything else []
@@ -94,11 +96,12 @@ def info(
         ),
     ] = None,
     json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Everything known about one model; with --sparsity, also the thresholds of a uniform plan."""
     from teal_cli.registry.registry import Registry
 
-    out, registry = output(json), Registry()
+    out, registry = output(json, quiet), Registry()
     if calibration is not None and sparsity is None:
         raise UsageError(
             "--calibration shows thresholds, which need a sparsity", hint="add --sparsity, for example 0.5"
@@ -119,6 +122,7 @@ def remove(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Forget a model, with its calibrations and converted weights.
 
@@ -127,7 +131,7 @@ def remove(
     from teal_cli.registry.registry import Registry
     from teal_cli.registry.sources.hub import remove_from_cache
 
-    out, registry = output(json), Registry()
+    out, registry = output(json, quiet), Registry()
     entry = registry.find(name)
     if weights and entry.kind != "hub":
         raise UsageError(f"--weights is for models of the hub, and {entry.name} comes from {entry.source}")
@@ -144,11 +148,11 @@ def remove(
 
 
 @app.command("default")
-def default(name: DefaultedModel = None, json: options.JsonOption = False) -> None:
+def default(name: DefaultedModel = None, json: options.JsonOption = False, quiet: options.QuietOption = False) -> None:
     """Show which model is used where none is named, or choose it."""
     from teal_cli.registry.registry import Registry
 
-    out, registry = output(json), Registry()
+    out, registry = output(json, quiet), Registry()
     entry = registry.set_default(name) if name is not None else registry.find(None)
     out.result({"default": entry.name}, lambda console: console.print(entry.name, markup=False))
 
@@ -213,7 +217,7 @@ def _verified(out: Output, entry: ModelEntry) -> tuple[Problem, ...]:
 
 
 def _confirmed(entry: ModelEntry) -> bool:
-    lost = [f"{len(entry.calibrations)} calibrations"] if entry.calibrations else []
+    lost = [counted(len(entry.calibrations), "calibration")] if entry.calibrations else []
     lost += ["its converted weights"] if entry.path.is_relative_to(entry.home) else []
     what = f"{entry.name} ({' and '.join(lost)} will be deleted)" if lost else entry.name
     if not sys.stdin.isatty():
@@ -224,8 +228,6 @@ def _confirmed(entry: ModelEntry) -> bool:
 def _show_list(
     console: Console, entries: tuple[ModelEntry, ...], default: str | None, others: list[CatalogModel]
 ) -> None:
-    from teal_cli.ui.table import show_table
-
     if entries:
         rows = [
             (
@@ -233,7 +235,7 @@ def _show_list(
                 entry.family,
                 _numbers(entry),
                 readable_size(entry.size_bytes),
-                entry.context,
+                f"{entry.context:,}",
                 len(entry.calibrations),
                 entry.source + (" (default)" if entry.name == default else ""),
             )
@@ -244,7 +246,7 @@ def _show_list(
     if others:
         console.print("\nnot here yet (`teal download NAME`):" if entries else "not here yet (`teal download NAME`):")
         catalogued = [
-            (m.name, m.family, readable_size(m.size_bytes), m.context, "gated" if m.gated else "", m.hub)
+            (m.name, m.family, readable_size(m.size_bytes), f"{m.context:,}", "gated" if m.gated else "", m.hub)
             for m in others
         ]
         show_table(console, ("name", "family", ">size", ">context", "licence", "hub"), catalogued)
@@ -255,25 +257,22 @@ def _numbers(entry: ModelEntry) -> str:
 
 
 def _show_info(console: Console, entry: ModelEntry, payload: dict[str, Any]) -> None:
-    from teal_cli.ui.table import show_table
-
     shown = {
         "name": f"{entry.name} (default)" if payload["default"] else entry.name,
         "source": entry.source,
         "revision": entry.revision,
         "path": entry.path,
         "model": f"{entry.architecture}, {entry.parameters:,} weights, {_numbers(entry)}",
-        "size": f"{readable_size(entry.size_bytes)} in {len(entry.files)} files",
-        "context": f"{entry.context} tokens",
+        "size": f"{readable_size(entry.size_bytes)} in {counted(len(entry.files), 'file')}",
+        "context": f"{entry.context:,} tokens",
         "created": entry.created,
         "calibrations": ", ".join(entry.calibrations) or f"none yet: `teal calibrate -m {entry.name}`",
     }
     if entry.parent is not None:
         shown["parent"] = f"{entry.parent}, whose calibrations and plans serve"
-    for key, value in shown.items():
-        console.print(f"{key:<13} {value}", markup=False, soft_wrap=True)
+    show_fields(console, shown)
     if "thresholds" in payload:
-        console.print(f"\nthresholds at sparsity {payload['sparsity']:g}:", markup=False)
+        console.print(f"\nthresholds at sparsity {percent(payload['sparsity'])}:", markup=False)
         columns = payload["thresholds"]
         rows = [
             (layer, *(f"{value:.4g}" for value in row)) for layer, row in enumerate(zip(*columns.values(), strict=True))
@@ -283,7 +282,7 @@ def _show_info(console: Console, entry: ModelEntry, payload: dict[str, Any]) -> 
 
 def _show_problems(console: Console, entry: ModelEntry, problems: tuple[Problem, ...]) -> None:
     if not problems:
-        files, size = len(entry.files), readable_size(entry.size_bytes)
-        console.print(f"{entry.name} is intact: {files} files, {size}", markup=False)
+        files, size = counted(len(entry.files), "file"), readable_size(entry.size_bytes)
+        console.print(f"{entry.name} is intact: {files}, {size}", markup=False)
     for problem in problems:
         console.print(f"{problem.kind:<8} {problem.path}: {problem.detail}", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
-from teal_cli.ui.table import show_table
+from teal_cli.ui.table import percent, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +54,7 @@ def make(
     sparsity: SparsityOption = 0.5,
     allocation: Annotated[
         Literal["uniform", "greedy", "fisher"],
-        typer.Option("--allocation", "-a", help="How the budget is spread over layers and projections."),
+        typer.Option("--allocation", help="How the budget is spread over layers and projections."),
     ] = "fisher",
     criterion: Annotated[
         Literal["magnitude", "wina", "centred"],
@@ -167,7 +167,7 @@ def list_plans(
     summaries = [_summary(named) for named in plans]
     payload = {"model": entry.name, "plans": summaries}
     rows = [
-        (p["name"], f"{p['sparsity']:.0%}", p["allocation"], p["criterion"], p["calibration"], p["created"][:10])
+        (p["name"], percent(p["sparsity"]), p["allocation"], p["criterion"], p["calibration"], p["created"][:10])
         for p in summaries
     ]
     headings = ("name", ">target", "allocation", "criterion", "calibration", "made")
@@ -279,7 +279,8 @@ def _show_plan(console: Console, named: NamedPlan) -> None:
 
     plan = named.plan
     console.print(
-        f"{named.name}: {plan.target:.0%}, {plan.allocation}, {plan.scoring.criterion}, of {named.model}", markup=False
+        f"{named.name}: {percent(plan.target)}, {plan.allocation}, {plan.scoring.criterion}, of {named.model}",
+        markup=False,
     )
     rows = []
     for layer, levels in enumerate(plan.sparsity):

@@ -23,7 +23,7 @@ def plot() -> None:
 
 @app.command()
 def bench(
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="A file that `teal bench ... --out` wrote.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="A file that `teal bench ... --output` wrote.")],
     picture: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf to write.")],
     force: ForceOption = False,
     json: JsonOption = False,

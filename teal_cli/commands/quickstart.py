@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROMPT = "Explain in a few sentences why the sea is salty."
 DATASET = "python-docs"
 SEQUENCES, SEQ_LEN = 8, 512
+NEW_TOKENS = 96
 
 
 def quickstart(
@@ -37,7 +38,7 @@ def quickstart(
     dtype: options.DtypeOption = None,
     device: options.DeviceOption,
     backend: options.BackendOption,
-    out_path: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The store to write.")] = Path(
+    out_path: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="The store to write.")] = Path(
         "teal-quickstart.zarr"
     ),
     force: options.ForceOption = False,
@@ -51,8 +52,11 @@ def quickstart(
     made again.
     """
     from teal_cli.registry.registry import Registry
+    from teal_cli.store.placing import check_target
 
     out = output(json, quiet)
+    force = force or _is_ours(out_path)
+    check_target(out_path, force=force)
     registry = Registry()
     out.note("1/4  the model")
     entry = _download(out, registry, model)
@@ -93,9 +97,8 @@ def _generate(out: Output, session: Session, sparsity: float, path: Path, *, for
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.generate import GenerateRequest, Generation, generate
 
-    request = GenerateRequest(
-        PROMPT, sparsity, 96, Sampling(temperature=0, seed=0), chat=True, dump=path, force=force or _is_ours(path)
-    )
+    sampling = Sampling(temperature=0, seed=0)
+    request = GenerateRequest(PROMPT, sparsity, NEW_TOKENS, sampling, chat=True, dump=path, force=force)
     for event in generate(session, request):
         if isinstance(event, Generation):
             out.write("\n")
@@ -114,10 +117,11 @@ def _is_ours(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        prompts = open_store(path).header.prompts
+        header = open_store(path).header
     except TealError:
         return False
-    return list(prompts.get("texts", ())) == [PROMPT]
+    made = (header.prompts.get("texts"), header.sampling["max_new_tokens"], header.sampling["temperature"], header.seed)
+    return made == ([PROMPT], NEW_TOKENS, 0, 0)
 
 
 def _verify(path: Path) -> list[str]:

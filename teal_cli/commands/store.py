@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from teal_cli.commands.store_tables import show_stats
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
+from teal_cli.files import readable_size
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import output
 from teal_cli.ui.progress import progress
+from teal_cli.ui.table import short_hash, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +47,7 @@ def info(
     store: StoreArgument,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Find the tokens of prompts that contain this text."),
+        typer.Option("--prompt", metavar="TEXT", help="Find the tokens of prompts that contain this text."),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -197,47 +200,46 @@ def convert(
             arrays = event.done
             task.update(done=event.done, total=event.total)
     payload = {"store": store, "output": target, "format": form, "arrays": arrays, "selection": selection}
-    out.result(payload, lambda console: console.print(f"{arrays} arrays in {target}", markup=False))
+    out.result(payload, lambda console: console.print(f"{counted(arrays, 'array')} in {target}", markup=False))
 
 
 def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
-    from rich.table import Table
-
-    about = found.attributes
-    console.print(found.path, style="bold", markup=False)
-    prompts = "" if found.prompts is None else f", {found.prompts} prompt{'s' * (found.prompts != 1)}"
+    about: Mapping[str, Any] = found.attributes
+    console.print(found.path, style="bold", markup=False, soft_wrap=True)
+    prompts = "" if found.prompts is None else f", {counted(found.prompts, 'prompt')}"
     schema = (
-        f"{about['schema']}, {about['layers']} layers, values {about['value_dtype']}, "
-        f"blocks of {about['block_tokens']} tokens, teal {about['teal_version']}"
+        f"{about['schema']}, {counted(about['layers'], 'layer')}, values {about['value_dtype']}, "
+        f"blocks of {counted(about['block_tokens'], 'token')}, teal {about['teal_version']}"
     )
-    for label, text in (
-        ("model", f"{about['model']} ({about['model_revision'] or 'no revision'})"),
-        ("calibration", about["calibration"]),
-        ("computed", f"{about['dtype']} on the {about['backend']} backend, seed {about['seed']}{prompts}"),
-        ("schema", schema),
-        ("size", f"{found.bytes / 1e6:,.1f} MB in {found.files:,} files"),
-        ("digest", about.get("digest") or "none"),
-        ("complete", "yes" if about["complete"] else "no; `teal dump --resume` goes on"),
-    ):
-        console.print(f"  {label:<12} {text}", markup=False)
-    table = Table("level", "allocation", "tokens", "sequences", "complete", box=None)
+    fields = {
+        "model": f"{about['model']} ({short_hash(about['model_revision']) or 'no revision'})",
+        "calibration": about["calibration"] or "none: every level is dense",
+        "computed": f"{about['dtype']} on the {about['backend']} backend, seed {about['seed']}{prompts}",
+        "schema": schema,
+        "size": f"{readable_size(found.bytes)} in {counted(found.files, 'file')}",
+        "digest": about.get("digest") or "none",
+        "complete": "yes" if about["complete"] else "no; `teal dump --resume` goes on",
+    }
+    show_fields(console, fields)
+    console.print()
+    rows = []
     for level in found.levels:
         state = "yes" if level.complete else f"no, of at most {level.max_tokens:,}"
-        table.add_row(level.name, level.allocation, f"{level.tokens:,}", f"{level.sequences:,}", state)
-    console.print(table)
+        rows.append((level.name, level.allocation, f"{level.tokens:,}", f"{level.sequences:,}", state))
+    show_table(console, ("level", "allocation", ">tokens", ">sequences", "complete"), rows)
     if prompt is not None:
         for match in found.matches:
-            rows = ", ".join(f"{level} {start}:{stop}" for level, (start, stop) in match.rows.items()) or "no rows yet"
-            console.print(f"  sequence {match.sequence}: tokens {rows}", markup=False)
+            where = ", ".join(f"{level} {start}:{stop}" for level, (start, stop) in match.rows.items()) or "no rows yet"
+            console.print(f"sequence {match.sequence}: tokens {where}", markup=False)
         if not found.matches:
-            console.print("  no prompt contains that text", markup=False)
+            console.print("no prompt contains that text", markup=False)
 
 
 def _show_problems(console: Console, store: Path, blocks: int, problems: list[Problem]) -> None:
     if not problems:
-        console.print(f"{store}: whole. {blocks:,} blocks of sites read, nothing wrong.", markup=False)
+        console.print(f"{store}: whole. {counted(blocks, 'block')} of sites read, nothing wrong.", markup=False)
         return
-    console.print(f"{store}: {len(problems):,} problem{'s' * (len(problems) > 1)}", markup=False)
+    console.print(f"{store}: {counted(len(problems), 'problem')}", markup=False)
     for problem in problems[:SHOWN_PROBLEMS]:
         console.print(f"  {problem}", markup=False)
     if len(problems) > SHOWN_PROBLEMS:

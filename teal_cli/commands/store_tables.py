@@ -28,7 +28,7 @@ def show_stats(console: Console, found: Sequence[Measured]) -> None:
         ">overlap",
         ">chance",
     )
-    show_table(console, headings, [_size(measured.site) for measured in found])
+    show_table(console, headings, [_size(measured.site) for measured in found], keys=2)
     console.print(
         "\ndropped: realised, one figure per projection where they differ. bound: order-0 entropy of mask and values."
         "\nchannels: how often a channel is kept, 5th to 95th percentile. overlap: kept entries that the token before"
@@ -37,7 +37,7 @@ def show_stats(console: Console, found: Sequence[Measured]) -> None:
     )
     masks = ("level", "projection", ">kept", ">2:4 fit", ">4:8 fit", ">block 16", ">overlap 8", ">union 4",
              ">across 4", ">imbalance 8", ">bits/entry")  # fmt: skip
-    show_table(console, masks, [_mask(rows) for rows in _by_projection(found)])
+    show_table(console, masks, [_mask(rows) for rows in _by_projection(found)], keys=2)
     console.print(
         "\nMeans over layers. fit: kept entries that N:M holds. block 16: aligned blocks of 16 channels that keep any."
         "\nunion 4: kept by any of 4 tokens, of one sequence or across. imbalance 8: largest of 8 parts over the mean."

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.data.sources import Source
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
 
 _PIECE_CHARS = 1 << 16
 
@@ -111,7 +111,7 @@ def _too_short(source: Source, there: int, num_sequences: int, seq_len: int, roo
         most = there + seq_len - room
         hint = f"not even one sequence fits; lower --seq-len to at most {most}, or name more text"
     return UsageError(
-        f"{source.name}{split} has only {there} tokens; {num_sequences} sequences of {seq_len} need "
-        f"{num_sequences * room}",
+        f"{source.name}{split} has only {counted(there, 'token')}; {counted(num_sequences, 'sequence')} of {seq_len} "
+        f"need {num_sequences * room:,}",
         hint=hint,
     )

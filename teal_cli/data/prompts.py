@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from teal_cli.data.sources import open_source
-from teal_cli.errors import NotFoundError, UsageError
+from teal_cli.errors import NotFoundError, UsageError, counted
 
 Encode = Callable[[str], Sequence[int]]
 Decode = Callable[[list[int]], str]
@@ -139,7 +139,7 @@ class PromptSource:
             raise UsageError(f"{file} holds no prompts")
         if self.count is not None and len(lines) < self.count:
             raise UsageError(
-                f"{file} holds {len(lines)} prompts, fewer than the {self.count} asked for",
+                f"{file} holds {counted(len(lines), 'prompt')}, fewer than the {self.count} asked for",
                 hint="lower --num-sequences, or leave it out to take them all",
             )
         return lines[: self.count]
@@ -156,7 +156,8 @@ class PromptSource:
         if 2 * len(prompts) >= count:
             return prompts
         raise UsageError(
-            f"{self.name} has {len(prompts)} documents of at least {wanted} tokens, fewer than the {count} asked for",
+            f"{self.name} has {counted(len(prompts), 'document')} of at least {counted(wanted, 'token')}, fewer than "
+            f"the {count} asked for",
             hint="lower --num-sequences or --prompt-tokens, or take another split",
         )
 

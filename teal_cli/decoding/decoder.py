@@ -19,7 +19,7 @@ from teal_cli.decoding.projector import Rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import Choose, Step
 from teal_cli.decoding.traffic import step_bytes
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
 from teal_cli.model.cache import KVCache
 from teal_cli.model.transformer import Transformer
 from teal_kernels.spec import PROJECTIONS
@@ -113,7 +113,8 @@ class Decoder:
         room = self.cache.max_tokens
         if len(prompt) + max_new_tokens - 1 > room:
             raise UsageError(
-                f"the prompt has {len(prompt)} tokens, and {max_new_tokens} new ones do not fit the context of {room}",
+                f"the prompt has {counted(len(prompt), 'token')}, and {max_new_tokens} new ones do not fit the "
+                f"context of {room}",
                 hint="shorten the prompt or lower --max-new-tokens",
             )
 

@@ -18,7 +18,7 @@ from teal_cli.data.prompts import is_text
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.steps import TRITON_GRAPH, choose_step, open_step
-from teal_cli.errors import HardwareError, TealError, UsageError
+from teal_cli.errors import HardwareError, TealError, UsageError, counted
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
@@ -203,7 +203,7 @@ def choose_device(device: str | None) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (where.index or 0) >= count:
             raise HardwareError(
-                f"there is no device {device}: PyTorch sees {count} GPU{'s' * (count != 1)} here",
+                f"there is no device {device}: PyTorch sees {counted(count, 'GPU')} here",
                 hint="leave out --device, or see `teal doctor`",
             )
     return where

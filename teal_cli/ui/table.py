@@ -1,28 +1,100 @@
-"""Lists as every command shows them: a bold heading, aligned columns, no boxes, nothing ever cut off.
+"""Lists and tables as every command shows them: a bold heading, aligned columns, no boxes.
 
-Rows are whole lines whatever the terminal's width, so that they can be piped into grep and awk.
+In a pipe rows are whole lines, for grep and awk to read. On a terminal that is too narrow for a table it comes in
+parts, each with the columns that identify a row in front; nothing is lost, and no word or number is broken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_GAP: Final = "  "
+_LEAST: Final = 8
+"""Characters that a column keeps beside wide keys, however narrow the terminal."""
 
-def show_table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows under headings; a heading that starts with ">" is of a column aligned to the right."""
+Cells = list[list[str]]
+
+
+def show_table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[object]], *, keys: int = 1) -> None:
+    """Print rows under headings; a heading that starts with ">" is of a column aligned to the right.
+
+    Args:
+        keys: so many columns at the left identify a row; they stand in every part of a table that does not fit.
+    """
     right = [heading.startswith(">") for heading in headings]
     names = [heading.removeprefix(">") for heading in headings]
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    cells = [names, *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for number, columns in enumerate(_parts(widths, _width(console), keys)):
+        if number:
+            console.print()
+        room = [widths[column] for column in columns]
+        if len(columns) == keys + 1 and _taken(room) > _width(console):
+            room[-1] = max(_LEAST, _width(console) - _taken(room[:-1]) - len(_GAP))
+        for index, row in enumerate(cells):
+            for line in _lines([row[column] for column in columns], room, [right[column] for column in columns]):
+                console.print(line, style="bold" if index == 0 else None, markup=False, soft_wrap=True)
 
-    def line(row: Sequence[str]) -> str:
+
+def show_fields(console: Console, fields: Mapping[str, object]) -> None:
+    """Print a name and a value a line, the values under each other; on a terminal long ones go on below themselves."""
+    indent = max(map(len, fields), default=0) + len(_GAP)
+    for name, value in fields.items():
+        lines = _folded(str(value), max(_LEAST, _width(console) - indent), shorten=False)
+        for number, line in enumerate(lines):
+            console.print(f"{'' if number else name:<{indent}}{line}".rstrip(), markup=False, soft_wrap=True)
+
+
+def percent(target: float) -> str:
+    """A sparsity as it was asked for: 50%, 62.5%. What was measured has one digit more: {:.1%}."""
+    return f"{100 * target:.4g}%"
+
+
+def short_hash(digest: str | None) -> str | None:
+    """The first twelve digits of a hash, for people; JSON has it whole."""
+    return None if digest is None else digest[:12]
+
+
+def _width(console: Console) -> int:
+    """Columns of the terminal; without end where the output is no terminal."""
+    return 1 << 30 if console.soft_wrap else console.width
+
+
+def _taken(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _parts(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
+    """Columns of each part: the keys, and of the others, in order, as many as fit."""
+    first = list(range(keys))
+    parts = [list(first)]
+    for column in range(keys, len(widths)):
+        if len(parts[-1]) > keys and _taken([widths[i] for i in (*parts[-1], column)]) > width:
+            parts.append(list(first))
+        parts[-1].append(column)
+    return parts
+
+
+def _lines(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> Iterable[str]:
+    """A row as one line, or as several where its last cell has to be folded."""
+    folded = _folded(cells[-1], widths[-1], shorten=True)
+    for number, last in enumerate(folded):
+        row = [*cells[:-1], last] if number == 0 else [*([""] * (len(cells) - 1)), last]
         aligned = zip(row, widths, right, strict=True)
-        return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in aligned).rstrip()
+        yield _GAP.join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in aligned).rstrip()
 
-    console.print(line(names), style="bold", markup=False, soft_wrap=True)
-    for row in cells:
-        console.print(line(row), markup=False, soft_wrap=True)
+
+def _folded(text: str, width: int, *, shorten: bool) -> list[str]:
+    """Text in lines of at most `width`, cut between words; a word that is longer loses its middle, or stands out."""
+    if len(text) <= width:
+        return [text]
+    words = text.split(" ")
+    if shorten:
+        half = (width - 1) // 2
+        words = [word if len(word) <= width else f"{word[: width - 1 - half]}…{word[-half:]}" for word in words]
+    return textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False) or [text]

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -61,16 +62,40 @@ def test_command_is_documented(teal: Teal, entry: Entry) -> None:
     assert teal(entry.name, "--help").code == 0
 
 
-@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: entry.name)
-def test_every_command_takes_json_after_it(entry: Entry) -> None:
-    def check(command) -> None:
-        children = getattr(command, "commands", {}).values()
-        if not children:
-            assert any("--json" in parameter.opts for parameter in command.params), command.name
-        for child in children:
-            check(child)
+def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(name, command) of a command that runs, or of all that a group holds."""
+    children = getattr(command, "commands", {})
+    for child in children:
+        yield from commands(children[child], f"{name} {child}")
+    if not children:
+        yield name, command
 
-    check(load(entry))
+
+def options(command: Any) -> dict[str, str]:
+    """Each name of an option, short or long -> its long name."""
+    named = [sorted(parameter.opts, key=len) for parameter in command.params if parameter.param_type_name == "option"]
+    return {name: names[-1] for names in named for name in names}
+
+
+@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: entry.name)
+def test_every_command_takes_json_and_quiet_after_it(entry: Entry) -> None:
+    for name, command in commands(load(entry), entry.name):
+        assert {"--json", "-q", "--quiet"} <= options(command).keys(), name
+
+
+def test_an_option_has_one_name_in_every_command() -> None:
+    """A letter stands for one word; what is written goes to -o/--output, and --force replaces what is there."""
+    letters: dict[str, set[str]] = {}
+    for entry in COMMANDS:
+        for name, command in commands(load(entry), entry.name):
+            found = options(command)
+            for letter, word in found.items():
+                letters.setdefault(letter, set()).add(word)
+            assert not found.keys() & {"--out", "--outdir", "--out-file"}, name
+            assert "--output" not in found or found["-o"] == "--output", name
+            if found.keys() & {"--output", "--dump", "--name"}:
+                assert found.get("-f") == "--force", name
+    assert {letter: words for letter, words in letters.items() if len(words) > 1} == {}
 
 
 def test_version(teal: Teal) -> None:

@@ -26,7 +26,7 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_to_a_file_and_a_picture(teal: Teal, tmp_path: Path) -> None:
     file, picture = tmp_path / "r.json", tmp_path / "r.png"
-    shown = teal(*KERNELS, "--out", file)
+    shown = teal(*KERNELS, "--output", file)
     assert shown.code == 0, shown.err
     assert "x dense" in shown.out
     assert "memory reads at" in shown.out
@@ -36,7 +36,7 @@ def test_kernels_to_a_file_and_a_picture(teal: Teal, tmp_path: Path) -> None:
     assert found["settings"]["sparsities"] == [0.5]
     assert {"device", "cores", "memory_bytes", "versions", "load"} <= set(found["machine"])
     assert {row["product"] for row in found["rows"]} >= {"torch [N,K]", "cpu"}
-    again = teal(*KERNELS, "--out", file)
+    again = teal(*KERNELS, "--output", file)
     assert again.code == 2
     assert "--force" in again.err
     pytest.importorskip("matplotlib")
@@ -47,7 +47,7 @@ def test_kernels_to_a_file_and_a_picture(teal: Teal, tmp_path: Path) -> None:
 
 
 def test_kernels_as_json_is_what_the_file_holds(teal: Teal, tmp_path: Path) -> None:
-    run = teal(*KERNELS, "--out", tmp_path / "r.json", "--json")
+    run = teal(*KERNELS, "--output", tmp_path / "r.json", "--json")
     assert run.json == json.loads((tmp_path / "r.json").read_text())
 
 
@@ -95,7 +95,7 @@ def test_a_failed_check_is_said_and_exits_with_1(teal: Teal, monkeypatch: pytest
 
 @pytest.mark.usefixtures("ready")
 def test_decode_of_a_model_with_all_its_peers(teal: Teal, tmp_path: Path) -> None:
-    run = teal(*DECODE, "--no-dump", "--out", tmp_path / "r.json", "--json")
+    run = teal(*DECODE, "--no-dump", "--output", tmp_path / "r.json", "--json")
     assert run.code == 0, run.err
     rows = {(row["engine"], row["sparsity"]): row for row in run.json["rows"]}
     assert set(rows) == {("torch", 0.0), ("teal", 0.0), ("teal", 0.5), ("transformers", 0.0)}
@@ -174,7 +174,7 @@ def test_llama_cpp(teal: Teal, tiny: Callable[[str], Path], tmp_path: Path, monk
         (("kernels", "--shapes", "96x64", "-s", "1.5"), 2, "below 1"),
         (("kernels", "--shapes", "96x64", "-s", "0"), 2, "dense is measured always"),
         (("kernels", "--replay", "nowhere.zarr"), 3, "nowhere.zarr"),
-        (("kernels", "--shapes", "96x64", "--out", "no/where.json"), 3, "no folder"),
+        (("kernels", "--shapes", "96x64", "--output", "no/where.json"), 3, "no folder"),
         (("kernels", "--model", "nobody"), 3, "nobody"),
         (("kernels", "--shapes", "96x64", "--device", "cuda:99"), 5, "no device cuda:99"),
         (("decode", "--stack", "lama-2-7b:2"), 2, "did you mean llama-2-7b"),
@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_nothing_behind(
     monkeypatch.setattr(kernels, "interleave", interrupt)
     monkeypatch.setattr("teal_cli.store.writer.LevelWriter.end", interrupt)
     file = tmp_path / "r.json"
-    run = teal(*command, "--out", file)
+    run = teal(*command, "--output", file)
     assert run.code == 130, run.err
     assert "Traceback" not in run.err
     assert not file.exists()

@@ -144,15 +144,15 @@ def test_the_same_settings_make_the_same_plan(ready: Path, teal: Teal) -> None:
 
 
 def test_plans_are_listed_shown_and_removed(ready: Path, teal: Teal) -> None:
-    assert teal("plan", "make", "-m", "tiny", "-s", 0.4, "-a", "uniform").code == 0
+    assert teal("plan", "make", "-m", "tiny", "-s", 0.4, "--allocation", "uniform").code == 0
     (listed,) = teal("plan", "ls", "-m", "tiny", "--json").json["plans"]
     assert (listed["name"], listed["sparsity"]) == ("uniform-0.4", 0.4)
     shown = teal("plan", "show", "uniform-0.4", "-m", "tiny")
     assert "40%" in shown.out
     assert all(len(line) <= 80 for line in shown.out.splitlines())
-    again = teal("plan", "make", "-m", "tiny", "-s", 0.4, "-a", "uniform")
+    again = teal("plan", "make", "-m", "tiny", "-s", 0.4, "--allocation", "uniform")
     assert (again.code, "replace it with --force" in again.err) == (2, True)
-    assert teal("plan", "make", "-m", "tiny", "-s", 0.4, "-a", "uniform", "--force").code == 0
+    assert teal("plan", "make", "-m", "tiny", "-s", 0.4, "--allocation", "uniform", "--force").code == 0
     wrong = teal("plan", "rm", "uniform-0.5", "-m", "tiny")
     assert (wrong.code, "did you mean uniform-0.4?" in wrong.err) == (3, True)
     assert teal("plan", "rm", "uniform-0.4", "-m", "tiny").code == 0
@@ -161,7 +161,7 @@ def test_plans_are_listed_shown_and_removed(ready: Path, teal: Teal) -> None:
 
 def test_a_damaged_plan_is_told_and_hides_no_other(ready: Path, teal: Teal) -> None:
     for name in ("good", "bad"):
-        assert teal("plan", "make", "-m", "tiny", "-a", "uniform", "--name", name).code == 0
+        assert teal("plan", "make", "-m", "tiny", "--allocation", "uniform", "--name", name).code == 0
     arrays = Registry().get("tiny").home / "plans" / "bad" / "scoring.npz"
     arrays.write_bytes(arrays.read_bytes() + b"x")
     listed = teal("plan", "ls", "-m", "tiny")
@@ -177,8 +177,8 @@ def test_a_damaged_plan_is_told_and_hides_no_other(ready: Path, teal: Teal) -> N
         (("-s", 0), 2, "drops nothing"),
         (("-s", 1), 2, "outside [0, 1)"),
         (("--name", "../x"), 2, "cannot be the name of a plan"),
-        (("-a", "fisher", "--seq-len", 32, "--sparse-from", 64), 2, "have no row after 64"),
-        (("-a", "fisher", "--tokens", 100_000_000), 2, "has only"),
+        (("--allocation", "fisher", "--seq-len", 32, "--sparse-from", 64), 2, "have no row after 64"),
+        (("--allocation", "fisher", "--tokens", 100_000_000), 2, "has only"),
         (("-c", "none"), 3, "no calibration called 'none'"),
     ],
 )
@@ -189,7 +189,7 @@ def test_bad_input(ready: Path, teal: Teal, extra: tuple[object, ...], code: int
 
 
 def test_a_plan_of_another_model_is_refused(ready: Path, teal: Teal, tiny: Callable[[str], Path]) -> None:
-    assert teal("plan", "make", "-m", "tiny", "-a", "uniform", "--name", "mine").code == 0
+    assert teal("plan", "make", "-m", "tiny", "--allocation", "uniform", "--name", "mine").code == 0
     assert teal("download", tiny("qwen3"), "--name", "other").code == 0
     folder = Registry().get("tiny").home / "plans" / "mine"
     ran = teal("eval", "-m", "other", "--plan", folder, "-d", "python-docs")
@@ -269,7 +269,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(
 ) -> None:
     from teal_cli.sparsity import named as module
 
-    arguments = ("plan", "make", "-m", "tiny", "-a", "uniform", "--name", "mine")
+    arguments = ("plan", "make", "-m", "tiny", "--allocation", "uniform", "--name", "mine")
     assert teal(*arguments, "-s", 0.4).code == 0
 
     def refused(path: Path, value: object) -> None:
