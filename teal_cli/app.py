@@ -7,8 +7,10 @@ Ctrl-C into 130. No command is imported here: see `ui.lazy`.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -138,14 +140,41 @@ def _usage(error: Any, as_json: bool) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message(), err=True)
         return UsageError.exit_code
+    if type(error.__cause__).__name__ == "ValidationError":  # pydantic's, by which some versions of typer read values
+        error.message = _in_words(error.__cause__.errors()[0])
     possible = sorted(getattr(error, "possibilities", None) or ())
     text = error.message if possible else error.format_message()
     sentence, _, guess = " ".join(text.split()).partition(" Did you mean ")
+    sentence = sentence[:1].lower() + sentence[1:].rstrip(".")
+    path = error.ctx.command_path if error.ctx else "teal"
+    hint = getattr(error, "hint", None) or f"`{path} --help` shows what there is"
     if possible or guess:
         hint = f"did you mean {guess or ' or '.join(possible) + '?'}"
-    else:
-        hint = f"`{error.ctx.command_path if error.ctx else 'teal'} --help` shows what there is"
-    return _fail(sentence[:1].lower() + sentence[1:].rstrip("."), hint, error.exit_code, as_json)
+    elif extra := re.fullmatch(r"got unexpected extra argument\S* \((.*)\)", sentence):
+        sentence = f"unexpected argument {extra[1]!r}"
+        if any("-p" in parameter.opts for parameter in error.ctx.command.params):
+            quoted = shlex.quote(extra[1]) if set(extra[1]) & set('"$`\\!') else f'"{extra[1]}"'
+            hint = f"a prompt is given with -p: `{path} -p {quoted}`"
+    return _fail(sentence, hint, error.exit_code, as_json)
+
+
+def _in_words(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, as our own checks say it.
+
+    Args:
+        problem: one of `ValidationError.errors()`.
+    """
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    match kind.partition("_")[0]:
+        case "int":
+            return f"{value!r} is not a whole number"
+        case "float":
+            return f"{value!r} is not a number"
+        case "greater":
+            return f"{value} must be at least {context['ge']}"
+        case "value":
+            return str(context["error"])
+    return str(problem["msg"])
 
 
 def _fail(message: str, hint: str | None, code: int, as_json: bool) -> int:

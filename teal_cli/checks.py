@@ -20,6 +20,11 @@ def is_sparsity(value: SupportsFloat) -> bool:
     return 0.0 <= float(value) < 1.0
 
 
+def meant_sparsity(value: SupportsFloat) -> str:
+    """`did you mean 0.5? ` where a percentage was given for a sparsity, to begin a hint with; else empty."""
+    return f"did you mean {float(value) / 100:g}? " if 1.0 < float(value) < 100.0 else ""
+
+
 def check_sparsity(value: SupportsFloat, *, hint: str = "give a fraction such as 0.5") -> None:
     """Refuse a sparsity outside [0, 1).
 
@@ -27,7 +32,7 @@ def check_sparsity(value: SupportsFloat, *, hint: str = "give a fraction such as
         UsageError: it is.
     """
     if not is_sparsity(value):
-        raise UsageError(f"sparsity {float(value):g} {OUTSIDE}", hint=hint)
+        raise UsageError(f"sparsity {float(value):g} {OUTSIDE}", hint=meant_sparsity(value) + hint)
 
 
 def closest(word: str, words: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:

@@ -31,6 +31,10 @@ class TealError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        """The sentence and, on a line of its own, the hint: what Python shows of an error that nobody caught."""
+        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
 
 class UsageError(TealError):
     """The request itself is wrong: a value out of range, options that exclude each other, an unsupported input."""

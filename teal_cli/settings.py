@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from teal_cli.checks import OUTSIDE, closest, is_sparsity
+from teal_cli.checks import OUTSIDE, closest, is_sparsity, meant_sparsity
 from teal_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +33,14 @@ _DTYPE_ALIASES: Final = {
 }
 _NOT_SETTINGS: Final = {"TEAL_HOME"}
 """Variables of teal that are not settings."""
+
+
+class RefusedError(ValueError):
+    """A value that a check refuses, with a hint of its own."""
+
+    def __init__(self, problem: str, *, hint: str) -> None:
+        super().__init__(problem)
+        self.hint = hint
 
 
 # ---------------------------------------------------------------- checks
@@ -85,7 +93,7 @@ def number(value: object) -> float:
 def sparsity(value: object) -> float:
     part = number(value)
     if not is_sparsity(part):
-        raise ValueError(OUTSIDE)
+        raise RefusedError(OUTSIDE, hint=meant_sparsity(part) + "0.5 drops half of every input")
     return part
 
 
@@ -238,7 +246,7 @@ def _checked(key: str, value: object, source: str) -> Any:
     try:
         return KEYS[key].check(value)
     except ValueError as error:
-        raise UsageError(f"{key} = {value!r} in {source} {error}") from None
+        raise UsageError(f"{key} = {value!r} in {source} {error}", hint=getattr(error, "hint", None)) from None
 
 
 # ---------------------------------------------------------------- places

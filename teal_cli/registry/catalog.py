@@ -100,6 +100,14 @@ def check_name(name: str) -> str:
     return name
 
 
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo(text: str) -> bool:
+    """Whether this could be "org/repo"."""
+    return _REPO.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
 def name_from(text: str) -> str:
     """A name made from a repository's, file's or folder's: "Qwen2.5-7B Instruct" -> "qwen2.5-7b-instruct"."""
     return check_name(re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "model")
@@ -121,6 +129,9 @@ def by_prefix(typed: str, names: Iterable[str]) -> str | None:
 def unknown(typed: str, names: Collection[str], *, what: str = "model") -> NotFoundError:
     """The error for a name that nothing matches, with what was probably meant."""
     meant = did_you_mean(typed.lower(), names, count=3, cutoff=0.5)
+    if is_repo(typed):
+        fetch = f"`teal download {typed}` fetches it, if it is a model of the hub"
+        return NotFoundError(f"there is no {what} called {typed!r} on this machine", hint=meant + fetch)
     return NotFoundError(
         f"there is no {what} called {typed!r}", hint=f"{meant}`teal models ls --all` shows those there are"
     )

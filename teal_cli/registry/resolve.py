@@ -11,11 +11,11 @@ from pathlib import Path
 
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.registry import catalog
-from teal_cli.registry.catalog import by_prefix, check_name, unknown
+from teal_cli.registry.catalog import by_prefix, check_name, is_repo, unknown
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.sources import Source
-from teal_cli.registry.sources.hub import HubSource, is_repo
+from teal_cli.registry.sources.hub import HubSource
 from teal_cli.registry.sources.local import FolderSource, GgufSource
 from teal_cli.registry.sources.wheel import WheelSource
 

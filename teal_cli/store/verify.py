@@ -139,6 +139,10 @@ def _strangers(store: ActivationStore) -> Iterator[Problem]:
             yield Problem(entry.name, "the store has no such level; the folder was not made by it")
 
 
+def _reason(error: Exception) -> object:
+    return error.message if isinstance(error, TealError) else error
+
+
 def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
     if store.state.schema == SCHEMA_1:
         return
@@ -149,7 +153,7 @@ def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
         try:
             digests.append(level_digest(store.path, level.name, store.header, level.state))
         except (OSError, ValueError, TealError) as error:
-            yield Problem(level.name, f"its digest cannot be taken: {error}")
+            yield Problem(level.name, f"its digest cannot be taken: {_reason(error)}")
             continue
         if digests[-1] != level.state.digest:
             yield Problem(level.name, "data or metadata are not what was written: its digest is another")
@@ -193,7 +197,7 @@ def _metadata(store: ActivationStore, level: Level) -> Iterator[Problem]:
             found = read_node(store.path / where)
             shape = list(found["shape"]) if name in specs else []
         except (TealError, KeyError, TypeError) as error:
-            yield Problem(where, f"its metadata are unreadable: {error}", fatal=True)
+            yield Problem(where, f"its metadata are unreadable: {_reason(error)}", fatal=True)
             continue
         if (axis := specs[name].grows if name in specs else None) is not None and len(shape) == len(expected["shape"]):
             block = header.block_tokens if "block" in specs[name].dimensions else 1

@@ -29,7 +29,10 @@ def checked(check: Callable[[object], Any]) -> Callable[[Any], Any]:
         try:
             return check(value)
         except ValueError as error:
-            raise typer.BadParameter(f"{value} {error}") from None
+            shown = f"{value:g}" if isinstance(value, float) else value
+            refused: Any = typer.BadParameter(f"{shown} {error}")
+            refused.hint = getattr(error, "hint", None)  # for `app`, which shows it
+            raise refused from None
 
     return callback
 

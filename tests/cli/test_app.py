@@ -136,6 +136,33 @@ def _counting(count: Annotated[int, typer.Option(help="How many.")] = 1) -> None
 
 
 @pytest.mark.parametrize(
+    ("args", "says", "hint"),
+    [
+        (("generate", "The sea is"), "unexpected argument 'The sea is'", '-p: `teal generate -p "The sea is"`'),
+        (("store", "info", "a", "b"), "unexpected argument 'b'", "`teal store info --help`"),
+        (("generate", "-p", "x", "-s", 50), "50 is outside [0, 1)", "did you mean 0.5?"),
+        (("dump", "-s", "0.5,65", "-o", "x.zarr"), "sparsity 65 is outside", "did you mean 0.65?"),
+        (("generate", "-p", "x", "-m", "org/name"), "called 'org/name'", "`teal download org/name`"),
+        (("generate", "-p", "x", "--max-new-tokens", "many"), "'many' is not a whole number", "--help"),
+        (("generate", "-p", "x", "-s", "half"), "'half' is not a number", "--help"),
+        (("eval", "--window", 1), "1 must be at least 2", "--help"),
+        (("dump", "--follow", "me"), "'me' is not one of 'free', 'dense', 'text'", "--help"),
+    ],
+)
+def test_mistakes_are_told_in_our_words(teal: Teal, args: tuple[object, ...], says: str, hint: str) -> None:
+    result = teal(*args)
+    error, hinted = result.err.splitlines()[-2:]
+    assert (result.code in (2, 3), says in error, hint in hinted) == (True, True, True), result.err
+    assert not any(phrase in error for phrase in ("Input should be", "Value error", "unable to parse"))
+
+
+def test_in_python_an_error_carries_its_hint() -> None:
+    error = NotFoundError("the sky is green", hint="look again")
+    assert str(error) == "the sky is green\n  hint: look again"
+    assert (error.message, str(TealError("no more"))) == ("the sky is green", "no more")
+
+
+@pytest.mark.parametrize(
     ("kind", "code"),
     [(TealError, 1), (UsageError, 2), (NotFoundError, 3), (AuthError, 4), (HardwareError, 5)],
 )

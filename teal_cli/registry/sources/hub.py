@@ -17,14 +17,13 @@ from typing import Final
 from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, is_disk_full, read_chunks, require_space, sha256_of
 from teal_cli.registry.architectures import architecture_of
-from teal_cli.registry.catalog import name_from
+from teal_cli.registry.catalog import is_repo, name_from
 from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, read_json, select_files
 from teal_cli.registry.entry import FileRecord
 from teal_cli.registry.events import Fetched, Note, Plan, PlannedFile, Progress
 from teal_cli.registry.sources import UnreachableError
 from teal_cli.registry.sources.hub_transfer import transfer
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _TIMEOUT_S: Final = 10.0
 
@@ -199,11 +198,6 @@ class HubSource:
 
         found = try_to_load_from_cache(self.repo, name, revision=commit)
         return Path(found) if isinstance(found, str) else None
-
-
-def is_repo(text: str) -> bool:
-    """Whether this could be "org/repo"."""
-    return _REPO.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 def remove_from_cache(repo: str, commit: str) -> int:
