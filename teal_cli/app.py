@@ -50,6 +50,7 @@ COMMANDS = (
         "Measure what sparsity levels cost: perplexity, divergence from the dense model, agreement with it.",
         attribute="evaluate",
     ),
+    Entry("compare", RUN, "Decode prompts densely and at sparsity levels, side by side."),
     Entry("lm-eval", RUN, "Run lm-evaluation-harness, with models under their plans.", attribute="app"),
     Entry("store", STORES, "Look into a store, check it, measure it, convert it.", attribute="app"),
     Entry("bench", SPEED, "Measure speed against dense, against others and against the memory limit.", attribute="app"),

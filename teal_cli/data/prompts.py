@@ -62,6 +62,23 @@ class KnownPrompts:
 
 
 @dataclass(frozen=True)
+class TypedPrompts:
+    """Prompts as texts, which have no token ids until a model reads them."""
+
+    texts: tuple[str, ...]
+    name: str = "--prompt"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """None: they cannot be read again."""
+        return {}
+
+    def read(self, encode: Encode, decode: Decode) -> list[Prompt]:
+        """The prompts, in order. Raises UsageError for one without tokens."""
+        return [Prompt(text, _encoded(text, encode)) for text in self.texts]
+
+
+@dataclass(frozen=True)
 class PromptSource:
     """Where prompts come from: give a dataset or a file.
 

@@ -101,6 +101,32 @@ def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor) -
     return found, best
 
 
+@torch.inference_mode()
+def differences(head: Head, vocab: int, dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the predictions of sparse rows are from those of dense ones, row by row.
+
+    Args:
+        dense, sparse: hidden states [S, hidden] after the last layer, of the same tokens.
+
+    Returns:
+        KL(dense || sparse) in nats, float64 [S], and whether both find the same token most likely, bool [S].
+
+    Raises:
+        TealError: a divergence is not finite.
+    """
+    rows = max(1, _LOGIT_BYTES // (4 * vocab))
+    kl = dense.new_zeros(len(dense), dtype=torch.float64)
+    same = torch.zeros(len(dense), dtype=torch.bool, device=dense.device)
+    for begin in range(0, len(dense), rows):
+        part = slice(begin, begin + rows)
+        p, q = head(dense[part]).log_softmax(-1), head(sparse[part]).log_softmax(-1)
+        kl[part] = divergence(p, q).clamp(min=0)
+        same[part] = p.argmax(-1) == q.argmax(-1)
+    if not torch.isfinite(kl).all():
+        raise _not_finite()
+    return kl, same
+
+
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities [S, vocab], in nats: float64 [S]."""
     return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
