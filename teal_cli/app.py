@@ -43,6 +43,11 @@ COMMANDS = (
         "plan", MODELS, "Make plans that spend sparsity where it hurts least, and keep them by name.", attribute="app"
     ),
     Entry("generate", RUN, "Generate text with sparse decoding."),
+    Entry(
+        "chat",
+        RUN,
+        "Converse with a model, decoding sparsely, with speed and realised sparsity after each answer.",
+    ),
     Entry("dump", RUN, "Dump activations of many prompts at many sparsity levels into one store."),
     Entry(
         "eval",

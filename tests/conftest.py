@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["fixtures_cli", "fixtures_tiny", "fixtures_smollm2", "fixtures_hub", "fixtures_ready"]
+pytest_plugins = [
+    "fixtures_cli", "fixtures_tiny", "fixtures_smollm2", "fixtures_hub", "fixtures_ready", "fixtures_talker",
+]  # fmt: skip

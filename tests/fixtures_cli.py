@@ -21,6 +21,7 @@ HEAVY = {
     "huggingface_hub",
     "numpy",
     "pandas",
+    "prompt_toolkit",
     "pyarrow",
     "xarray",
 }

@@ -131,7 +131,7 @@ class _Bench:
         """Our decoder, its steps held against PyTorch's on the same tokens."""
         engine = Teal(self._subject, self.cache, sparsity, self._new_tokens)
         entry = _Entry(engine, self._check_steps(engine), "dense" if sparsity == 0 else f"{sparsity:.2f}")
-        engine.begin()
+        engine.decoder.count_anew()
         self.entries.append(entry)
         return entry
 

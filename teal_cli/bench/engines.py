@@ -87,16 +87,9 @@ class Teal:
         self.decoder = Decoder(model, cache, step)
         self.tokens: list[int] = []
         self._prompt, self._new_tokens = subject.prompt, new_tokens
-        self._before: tuple[int, NDArray[np.int64] | None] = (0, None)
-
-    def begin(self) -> None:
-        """Count what is kept from here on."""
-        self._before = self.decoder.tally.steps, self.decoder.step.kept()
 
     def kept(self) -> NDArray[np.float64] | None:
-        steps, before = self._before
-        now = self.decoder.step.kept()
-        return None if now is None or before is None else (now - before) / (self.decoder.tally.steps - steps)
+        return self.decoder.mean_kept()
 
     def weight_bytes(self) -> int | None:
         return None

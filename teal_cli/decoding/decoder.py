@@ -42,6 +42,7 @@ class Tally:
     """What decoding took, summed over the sequences of one decoder. Seconds are wall-clock."""
 
     prompt_tokens: int = 0
+    """Tokens that were prefilled; what the cache held already is not in it."""
     prefill_s: float = 0.0
     steps: int = 0
     decode_s: float = 0.0
@@ -65,7 +66,12 @@ class Decoder:
 
     def __init__(self, model: Transformer, cache: KVCache, step: Step) -> None:
         self.model, self.cache, self.step = model, cache, step
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Begin all figures at zero: tally, kept entries, bandwidth."""
         self.tally = Tally()
+        self._kept_before = self.step.kept()
 
     def generate(
         self,
@@ -77,6 +83,7 @@ class Decoder:
         stop: Collection[int] = (),
         capture: Capture | None = None,
         dense: int | None = None,
+        cached: int = 0,
     ) -> Iterator[int]:
         """Yield up to `max_new_tokens` ids; a token of `stop` is yielded and ends the sequence.
 
@@ -86,16 +93,22 @@ class Decoder:
         Args:
             dense: tokens of the prompt that the prefill takes; the others are steps of their own, as sparse as those
                 that follow. None: all of them.
+            cached: how many of the prompt's first tokens the cache holds from what was decoded before; the prefill
+                begins after them. At least one token is left to it.
 
         Raises:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
         """
         self.check(prompt, max_new_tokens)
+        if not 0 <= cached < len(prompt) or cached > self.cache.length:
+            raise ValueError(
+                f"{cached} tokens of a prompt of {len(prompt)} cannot be in a cache of {self.cache.length}"
+            )
         choose = self.step.sampler(sampling, sequence)
         dense = len(prompt) if dense is None else dense
-        self.cache.length = 0
-        token = self._prefill(prompt[:dense], choose) if dense else prompt[0]
-        for position in range(dense, len(prompt)):
+        self.cache.length = cached
+        token = self._prefill(prompt[cached:dense], cached, choose) if cached < dense else prompt[cached]
+        for position in range(max(cached, dense), len(prompt)):
             token = self._next(prompt[position], position, sequence, choose, None)
         yield token
         for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
@@ -119,10 +132,10 @@ class Decoder:
             )
 
     @torch.inference_mode()
-    def _prefill(self, prompt: Sequence[int], choose: Choose) -> int:
+    def _prefill(self, prompt: Sequence[int], position: int, choose: Choose) -> int:
         start = time.perf_counter()
         tokens = torch.tensor(list(prompt), device=self.model.device)
-        token = choose(self.model.forward(tokens, 0, self.cache), len(prompt) - 1)
+        token = choose(self.model.forward(tokens, position, self.cache), position + len(prompt) - 1)
         self.tally.prefill_s += time.perf_counter() - start
         self.tally.prompt_tokens += len(prompt)
         return token
@@ -140,19 +153,29 @@ class Decoder:
         self.tally.context += position + 1
         return chosen
 
+    def mean_kept(self) -> NDArray[np.float64] | None:
+        """Kept entries of a mean step, float64 [layers, 7]; None for a dense step, or before the first one."""
+        kept = self.step.kept()
+        if kept is None or self._kept_before is None or not self.tally.steps:
+            return None
+        return np.asarray((kept - self._kept_before) / self.tally.steps, np.float64)
+
     def realised(self) -> NDArray[np.float64]:
-        """Share of dropped entries over all steps so far, float64 [layers, 7]; zeros for a dense step."""
-        config, kept = self.model.config, self.step.kept()
-        if kept is None or not self.tally.steps:
+        """Share of dropped entries over all steps counted, float64 [layers, 7]; zeros for a dense step."""
+        config, kept = self.model.config, self.mean_kept()
+        if kept is None:
             return np.zeros((config.layers, len(PROJECTIONS)))
-        return 1.0 - kept / (self.tally.steps * np.array(config.inputs()))
+        return np.asarray(1.0 - kept / np.array(config.inputs()), np.float64)
+
+    def realised_share(self) -> float:
+        """`realised`, weighted by the size of each projection's matrix."""
+        sizes = self.model.config.projection_sizes()
+        return float(np.average(self.realised().mean(0), weights=[sizes[p] for p in PROJECTIONS]))
 
     def effective_gbps(self) -> float:
         """Bytes that the steps had to read (kept weight rows, lm_head, cache) over their time, in GB/s."""
         tally = self.tally
         if not tally.steps:
             return 0.0
-        kept = self.step.kept()
-        mean_kept = None if kept is None else kept / tally.steps
-        read = step_bytes(self.model, tally.context / tally.steps, mean_kept)
+        read = step_bytes(self.model, tally.context / tally.steps, self.mean_kept())
         return read * tally.steps / tally.decode_s / 1e9

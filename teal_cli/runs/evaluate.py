@@ -32,6 +32,7 @@ from teal_cli.passes.score import Score, score
 from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.calibrate import Text
+from teal_cli.runs.costs import record_costs
 from teal_cli.runs.plans import Level, levels_of
 from teal_cli.runs.session import choose_device
 from teal_cli.sparsity.calibration import Calibration, check_fits, read_manifest
@@ -225,11 +226,9 @@ class Evaluate:
         self.windows = cut(
             source, tokenizer, convention=self.request.convention, count=text.num_sequences, length=text.seq_len
         )
-        used = {level.plan.calibration for level in self.levels if level.plan.calibration}
-        for name in sorted(used):
+        for name in sorted({level.plan.calibration for level in self.levels if level.plan.calibration}):
             self.notes += _own_text(registry, self.entry, name, source, tokenizer)
-        found = len(set(self.windows.units))
-        if found < text.num_sequences:
+        if (found := len(set(self.windows.units))) < text.num_sequences:
             self.notes.append(f"{source.name} has text for {found} of {text.num_sequences} {self.request.convention}s")
 
     def open_layers(self, progress: Callable[[int, int], None] | None = None) -> Layers:
@@ -307,6 +306,8 @@ class Evaluate:
         self._seconds += time.perf_counter() - begun
         result = self._result(str(layers.device))
         self._save(self._seconds, result)
+        found = {asked.key: level.perplexity for asked, level in zip(self.levels, result.levels, strict=True)}
+        record_costs(self.entry, self._settings, result.dataset, result.tokens, found)
         yield result
 
     def _unfinished(self) -> list[Level]:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from teal_cli.data.detokenize import TextStream
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
-from teal_cli.decoding.detokenize import TextStream
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.runs.dump import create_store
 from teal_cli.runs.plans import Level
@@ -175,7 +173,6 @@ def _result(
     text: str,
 ) -> Generation:
     dropped, tally = decoder.realised(), decoder.tally
-    sizes = session.config.projection_sizes()
     return Generation(
         model=session.entry.name,
         calibration=level.plan.calibration,
@@ -185,7 +182,7 @@ def _result(
         prompt_ids=prompt.token_ids,
         token_ids=tuple(token_ids),
         target=level.plan.target,
-        realised=float(np.average(dropped.mean(0), weights=[sizes[p] for p in PROJECTIONS])),
+        realised=decoder.realised_share(),
         per_projection={p: float(share) for p, share in zip(PROJECTIONS, dropped.mean(0), strict=True)},
         backend=decoder.step.backend,
         device=str(session.model.device),

@@ -7,7 +7,7 @@ cache. Commands stay free of the question of where things come from, and tests o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -106,8 +106,15 @@ class Session:
         return self.model.cache(min(tokens, self.config.context))
 
     def decoder(self, plan: Plan, cache: KVCache) -> Decoder:
-        """A decoder under a plan; decoders of one session may share a cache, one sequence at a time."""
-        step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
+        """A decoder under a plan; decoders of one session may share a cache, one sequence at a time.
+
+        Raises:
+            HardwareError: the backend cannot run the plan's criterion.
+        """
+        try:
+            step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
+        except BackendError as error:
+            raise HardwareError(str(error), hint="choose another with --backend") from None
         return Decoder(self.model, cache, step)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
@@ -117,19 +124,30 @@ class Session:
             UsageError: the model has no chat template, or the text is none.
             TealError: the template fails, or the tokenizer belongs to another model.
         """
-        if not is_text(text):
-            raise UsageError("the prompt is no text: it holds half of a surrogate pair", hint="give it as UTF-8")
-        if not chat:
-            return self._known(self.tokenizer(text).input_ids)
-        if not self.tokenizer.chat_template:
-            raise UsageError(f"{self.entry.name} has no chat template", hint="leave out --chat")
-        message = [{"role": "user", "content": text}]
+        if chat:
+            return self.encode_chat([{"role": "user", "content": text}])
+        _check_text(text)
+        return self._known(self.tokenizer(text).input_ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where the model's answer begins.
+
+        Args:
+            messages: each a `role` (system, user, assistant) and its `content`.
+
+        Raises: as `encode`.
+        """
+        for message in messages:
+            _check_text(message["content"])
+        check_template(self.entry.name, self.tokenizer)
         try:
-            encoded: Any = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+            encoded: Any = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+            )
         except Exception as error:  # a template is a foreign program: its sandbox stops it with whatever comes
             raise TealError(
                 f"the chat template of {self.entry.name} fails: {type(error).__name__}: {error}",
-                hint="leave out --chat, or download the model again",
+                hint="`teal generate` without --chat takes the text as it is; or download the model again",
             ) from error
         return self._known(encoded["input_ids"])
 
@@ -146,6 +164,24 @@ class Session:
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
         return str(self.tokenizer.decode(token_ids))
+
+
+def check_template(model: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a model that was not made to converse, by its name and tokenizer.
+
+    Raises:
+        UsageError: it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"{model} has no chat template: it continues text, and was not trained to converse",
+            hint=f"`teal generate -m {model}` without --chat continues text; to converse, take an instruct model",
+        )
+
+
+def _check_text(text: str) -> None:
+    if not is_text(text):
+        raise UsageError("the prompt is no text: it holds half of a surrogate pair", hint="give it as UTF-8")
 
 
 def open_session(

@@ -89,6 +89,14 @@ class Output:
 
         self.err.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
+    def problem(self, message: str, hint: str | None) -> None:
+        """A mistake that ends nothing, on stderr, in the form in which `app` tells those that do."""
+        from rich.text import Text
+
+        self.err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+        if hint:
+            self.err.print(Text.assemble(("  hint: ", "cyan"), hint), soft_wrap=True)
+
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Encode as strict JSON: dataclasses as objects, paths as text, numpy scalars as numbers, NaN and
