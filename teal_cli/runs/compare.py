@@ -16,9 +16,9 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from teal_cli.data.detokenize import TextStream
 from teal_cli.data.prompts import Prompt, Prompts
 from teal_cli.decoding.decoder import Decoder
-from teal_cli.decoding.detokenize import TextStream
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.passes.forward import Sparse, States, forward
