@@ -21,6 +21,7 @@ from teal_cli.ui.table import percent, show_fields
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from teal_cli.runs.board import Board
     from teal_cli.runs.dump import Dump
 
 
@@ -160,7 +161,10 @@ def dump(
     stored, token by token. Stop it whenever you like: what is committed stays, and `teal dump --resume -o STORE`
     goes on.
     """
-    out = output(json, quiet)
+    from teal_cli.runs.board import open_board, rank_of_job
+
+    first = rank_of_job() == 0  # of several ranks one talks
+    out = output(json, quiet or not first)
     if out_path is None:
         raise UsageError("where should the store go?", hint="name it with -o, e.g. -o activations.zarr")
     if resume and force:
@@ -192,7 +196,8 @@ def dump(
         source = PromptSource(dataset, split, None, num_sequences, prompt_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
     request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos, tuple(plan or ()), follow)
-    if not (resume or dry_run):
+    board = open_board()
+    if first and not (resume or dry_run or board.attempt):
         check_target(out_path, force=force)
     session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
     job = Dump(session, request)
@@ -217,18 +222,19 @@ def dump(
     payload = {
         **made,
         "prompts": len(job.prompts),
-        **_run(out, job, out_path, force=force, resume=resume),
+        **_run(out, job, out_path, board, force=force, resume=resume),
         "store": str(out_path),
     }
-    out.result(payload, lambda console: _show_result(console, payload))
+    if first:
+        out.result(payload, lambda console: _show_result(console, payload))
 
 
-def _run(out: Output, job: Dump, path: Path, *, force: bool, resume: bool) -> dict[str, Any]:
+def _run(out: Output, job: Dump, path: Path, board: Board, *, force: bool, resume: bool) -> dict[str, Any]:
     new_rows, seconds = 0, 0.0
     with progress(out) as bars:
         task = bars.task("Decoding", total=job.rows, unit="rows")
         try:
-            for state in job.run(path, force=force, resume=resume):
+            for state in job.run(path, force=force, resume=resume, board=board):
                 task.update(done=state.rows, text=f"Decoding {state.level}")
                 new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teal_cli.commands.opening import opened
 from teal_cli.commands.store_tables import show_stats
 from teal_cli.errors import UsageError, counted
 from teal_cli.files import readable_size
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
-from teal_cli.ui.output import output
+from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
 from teal_cli.ui.table import short_hash, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from teal_cli.runs.replay import Replayed
     from teal_cli.store.reader import StoreInfo
     from teal_cli.store.verify import Problem
 
@@ -66,6 +68,10 @@ def verify(
     partial: Annotated[
         bool, typer.Option("--partial", help="Accept a store whose run was cut off or still goes on.")
     ] = False,
+    rows: Annotated[
+        int | None,
+        typer.Option("--replay", min=1, metavar="N", help="Compute N random rows again from the model, too."),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -84,10 +90,35 @@ def verify(
                 task.update(done=event.done, total=event.total)
             else:
                 problems.append(event)
+    again = _replay(out, store, rows) if rows and not problems else []
+    problems += [row.problem() for row in again if not row.close]
     payload = {"store": store, "ok": not problems, "blocks": blocks, "problems": problems}
-    out.result(payload, lambda console: _show_problems(console, store, blocks, problems))
+    out.result(payload | ({"replay": again} if rows else {}), lambda console: _show_verified(console, payload, again))
     if problems:
         raise typer.Exit(1)
+
+
+def _replay(out: Output, path: Path, count: int) -> list[Replayed]:
+    """Rows of a store computed again, with remarks on stderr."""
+    from teal_cli.runs.replay import open_for_replay, replay
+    from teal_cli.store.reader import open_store
+
+    store, found = open_store(path), []
+    header = store.header
+    session, notes = open_for_replay(
+        store,
+        lambda device, backend: opened(
+            out, model=header.model, dtype=header.dtype, device=device, backend=backend, calibration=header.calibration
+        ),
+    )
+    for note in notes:
+        out.note(note)
+    with progress(out) as bars:
+        task = bars.task("Computing again", total=count, unit="rows")
+        for row in replay(session, store, count):
+            found.append(row)
+            task.update(done=len(found))
+    return found
 
 
 @app.command()
@@ -203,6 +234,32 @@ def convert(
     out.result(payload, lambda console: console.print(f"{counted(arrays, 'array')} in {target}", markup=False))
 
 
+@app.command()
+def merge(
+    store: StoreArgument,
+    target: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="The store to write.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was cut off.")] = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make one store of a collection that several ranks wrote, with the rows in the order of one rank."""
+    from teal_cli.store.merge import merge as write
+    from teal_cli.store.reader import open_store
+
+    if resume and force:
+        raise UsageError("--resume and --force exclude each other", hint="--resume goes on, --force begins anew")
+    out = output(json, quiet)
+    rows = 0
+    with progress(out) as bars:
+        task = bars.task("Merging", unit="rows")
+        for event in write(open_store(store), target, force=force, resume=resume):
+            rows = event.total
+            task.update(done=event.done, total=event.total)
+    payload = {"store": store, "output": target, "rows": rows, "digest": open_store(target).state.digest}
+    out.result(payload, lambda console: console.print(f"{counted(rows, 'row')} in {target}", markup=False))
+
+
 def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
     about: Mapping[str, Any] = found.attributes
     console.print(found.path, style="bold", markup=False, soft_wrap=True)
@@ -216,6 +273,7 @@ def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
         "calibration": about["calibration"] or "none: every level is dense",
         "computed": f"{about['dtype']} on the {about['backend']} backend, seed {about['seed']}{prompts}",
         "schema": schema,
+        **({"parts": ", ".join(found.parts)} if found.parts else {}),
         "size": f"{readable_size(found.bytes)} in {counted(found.files, 'file')}",
         "digest": about.get("digest") or "none",
         "complete": "yes" if about["complete"] else "no; `teal dump --resume` goes on",
@@ -235,9 +293,16 @@ def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
             console.print("no prompt contains that text", markup=False)
 
 
-def _show_problems(console: Console, store: Path, blocks: int, problems: list[Problem]) -> None:
+def _show_verified(console: Console, found: dict[str, Any], again: list[Replayed]) -> None:
+    store, problems = found["store"], found["problems"]
+    if again:
+        equal, worst = sum(row.equal for row in again), max(row.error for row in again)
+        rest = "" if equal == len(again) else f"; the others follow from what is before them within {worst:.1e}"
+        console.print(f"{counted(len(again), 'row')} computed again: {equal} bit for bit{rest}", markup=False)
     if not problems:
-        console.print(f"{store}: whole. {counted(blocks, 'block')} of sites read, nothing wrong.", markup=False)
+        console.print(
+            f"{store}: whole. {counted(found['blocks'], 'block')} of sites read, nothing wrong.", markup=False
+        )
         return
     console.print(f"{store}: {counted(len(problems), 'problem')}", markup=False)
     for problem in problems[:SHOWN_PROBLEMS]:

@@ -45,14 +45,25 @@ class PlanProjector:
             What any projection of the site reads [S, K], dropped entries zero (with a centre c it is x - c that is
             read), and the product [S, N].
         """
+        kept = threshold_reference(self.centred(site, x), self._lowest[site])
+        return kept, self.product(site, kept, matrix, counts)
+
+    def centred(self, site: str, x: Tensor) -> Tensor:
+        """What entries of x are compared: x, or where the site has a centre c, x - c in x's dtype."""
+        centre = self._centre.get(site)
+        return x if centre is None else (x.float() - centre).to(x.dtype)
+
+    def beyond(self, site: str, x: Tensor) -> Tensor:
+        """By how much entries of a centred x [S, K] exceed what drops them, float32; 0 where they are dropped."""
+        return (x.float().abs() - self._lowest[site]).clamp_min(0)
+
+    def product(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None = None) -> Tensor:
+        """What follows from the entries that were kept; arguments as for a call."""
+        out = self._multiply(site, kept, matrix, counts)
         centre = self._centre.get(site)
         if centre is not None:
-            x = (x.float() - centre).to(x.dtype)
-        kept = threshold_reference(x, self._lowest[site])
-        out = self._multiply(site, kept, matrix, counts)
-        if centre is not None:
-            out += matrix.dense(centre.to(x.dtype)[None])
-        return kept, out
+            out += matrix.dense(centre.to(kept.dtype)[None])
+        return out
 
     def _multiply(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None) -> Tensor:
         group = columns(site)

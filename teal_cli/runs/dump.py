@@ -5,6 +5,7 @@ Puts a session, decoders, a job and a store together; printing is the command's 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,12 +21,16 @@ from teal_cli.errors import UsageError
 from teal_cli.files import free_space
 from teal_cli.model.weights import config_sha256
 from teal_cli.passes.layers import ResidentLayers
-from teal_cli.runs.forced import run_forced
-from teal_cli.runs.job import Progress, run_job
+from teal_cli.runs.board import Board, LocalBoard
+from teal_cli.runs.decoded import Decoding
+from teal_cli.runs.forced import Forcing
+from teal_cli.runs.job import Producer, Progress, run_job
 from teal_cli.runs.plans import Level, calibration_of
+from teal_cli.runs.ranks import Target, run_ranks
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
+from teal_cli.store.manifest import is_collection
 from teal_cli.store.schema import VALUE_DTYPES, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import SITES
@@ -118,19 +123,24 @@ class Dump:
             source = replace(source, following=self.request.max_new_tokens)
         return source.read(self.session.encode, self.session.decode)
 
-    def _follow_dense(self) -> None:
-        """Let the dense model decode what all levels are fed, where a store that is resumed does not say it."""
+    def _follow_dense(self, board: Board) -> None:
+        """Let the dense model decode what all levels are fed, where a store that is resumed does not say it; each rank
+        takes some of the prompts.
+        """
         decoder = self._decoder_for(dense_plan(self.session.config.layers))
-        for index, prompt in enumerate(self.prompts):
-            if not prompt.following:
-                tokens = decoder.generate(
-                    prompt.token_ids,
-                    max_new_tokens=self.request.max_new_tokens,
-                    sampling=self.request.sampling,
-                    sequence=index,
-                    stop=self._stop,
-                )
-                self.prompts[index] = replace(prompt, following=tuple(tokens))
+        missing = [index for index, prompt in enumerate(self.prompts) if not prompt.following]
+        while (turn := board.add("dense", 1) - 1) < len(missing):
+            tokens = decoder.generate(
+                self.prompts[missing[turn]].token_ids,
+                max_new_tokens=self.request.max_new_tokens,
+                sampling=self.request.sampling,
+                sequence=missing[turn],
+                stop=self._stop,
+            )
+            board.put(f"dense/{missing[turn]}", json.dumps(list(tokens)))
+        for index in missing:
+            following = tuple(json.loads(board.get(f"dense/{index}")))
+            self.prompts[index] = replace(self.prompts[index], following=following)
 
     def _decoder_for(self, plan: Plan) -> Decoder:
         return self.session.decoder(plan, next(iter(self._decoders.values())).cache)
@@ -177,19 +187,25 @@ class Dump:
         size = sum(per_level * row_bytes(self.session, plan) for plan in self._plans.values())
         return Estimate(self.rows, round(size), free_space(path), seconds)
 
-    def run(self, path: Path, *, force: bool = False, resume: bool = False) -> Iterator[Progress]:
+    def run(
+        self, path: Path, *, force: bool = False, resume: bool = False, board: Board | None = None
+    ) -> Iterator[Progress]:
         """Write the store, yielding after every sequence; left by an exception, it can be resumed.
+
+        Args:
+            board: of the ranks that write it together, as a collection; None where this process is alone.
 
         Raises:
             UsageError: something is at `path` and neither `force` nor `resume` is given, or the settings differ.
-            TealError: the disk is full.
+            TealError: the disk is full, or another rank has failed.
         """
-        request = self.request
+        request, board = self.request, board or LocalBoard()
+        collection = is_collection(path)
+        resume = resume or (collection and board.attempt > 0)
         if request.follow == "dense":
-            self._follow_dense()
-        writer = create_store(
+            self._follow_dense(board)
+        header, levels = store_headers(
             self.session,
-            path,
             self.prompts,
             self._levels,
             request.max_new_tokens,
@@ -197,18 +213,23 @@ class Dump:
             source=request.prompts,
             stop=self._stop,
             follow=request.follow,
-            force=force,
-            resume=resume,
         )
-        if request.follow != "free":
-            yield from run_forced(writer, ResidentLayers(self.session.model), self._plans, self.prompts)
-            return
-        yield from run_job(
-            writer,
+        device = str(self.session.model.device)
+        if board.size > 1 or (resume and collection):
+            target = Target(path, header, levels, device, force=force and not resume, resume=resume)
+            yield from run_ranks(board, target, self._producer())
+        else:
+            writer = open_writer(path, header, levels, device, force=force, resume=resume)
+            yield from run_job(writer, self._producer())
+
+    def _producer(self) -> Producer:
+        if self.request.follow != "free":
+            return Forcing(ResidentLayers(self.session.model), self._plans, self.prompts)
+        return Decoding(
             self._decoders,
             self.prompts,
-            max_new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
+            max_new_tokens=self.request.max_new_tokens,
+            sampling=self.request.sampling,
             stop=self._stop,
         )
 
@@ -298,32 +319,13 @@ def store_headers(
     ]
 
 
-def create_store(
-    session: Session,
-    path: Path,
-    prompts: Sequence[Prompt],
-    levels: Sequence[Level],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    source: Prompts,
-    stop: Sequence[int] = (),
-    follow: str = "free",
-    force: bool = False,
-    resume: bool = False,
+def open_writer(
+    path: Path, header: StoreHeader, levels: Sequence[LevelHeader], device: str, *, force: bool, resume: bool = False
 ) -> StoreWriter:
-    """Open a store for these prompts and levels, a new one or one that an earlier run left.
-
-    Raises:
-        UsageError: something is there and neither `force` nor `resume` is given, or it was made with other
-        settings. NotFoundError: nothing to resume.
-    """
-    header, rows = store_headers(
-        session, prompts, levels, max_new_tokens, sampling, source=source, stop=stop, follow=follow
-    )
+    """Open a store, a new one or one that an earlier run left; raises as `StoreWriter.create` and `resume`."""
     if resume:
-        return StoreWriter.resume(path, header, rows, str(session.model.device))
-    return StoreWriter.create(path, header, rows, device=str(session.model.device), force=force)
+        return StoreWriter.resume(path, header, levels, device)
+    return StoreWriter.create(path, header, levels, device=device, force=force)
 
 
 def row_bytes(session: Session, plan: Plan) -> float:

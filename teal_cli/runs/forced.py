@@ -6,8 +6,8 @@ tokens would have consumed (see `passes.forward`). Each row also has the log-pro
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,54 +17,65 @@ from teal_cli.data.prompts import Prompt
 from teal_cli.passes.forward import Sparse, States, Where, forward
 from teal_cli.passes.layers import Layers
 from teal_cli.passes.score import log_probabilities
-from teal_cli.runs.job import Progress
+from teal_cli.runs.job import other_tokens
 from teal_cli.sparsity.plan import Plan
-from teal_cli.store.writer import LevelWriter, StoreWriter
+from teal_cli.store.schema import PHASES
+from teal_cli.store.writer import LevelWriter
 from teal_kernels.spec import SITES
 
 
-def run_forced(
-    writer: StoreWriter, layers: Layers, plans: Mapping[str, Plan], prompts: Sequence[Prompt]
-) -> Iterator[Progress]:
-    """Run every prompt and the tokens that follow it through the pass, level after level.
+class Forcing:
+    """Runs prompts and the tokens that follow them through the pass; a `Producer`.
 
     Args:
-        writer: a store created or resumed with these very settings; entered and left here.
         layers: the model in memory.
-        plans: level name -> plan, in the order to run.
+        plans: level name -> plan.
         prompts: sequence i is prompt i, dense, and then its `following` tokens but the last, a row each.
+    """
+
+    batch = 1
+
+    def __init__(self, layers: Layers, plans: Mapping[str, Plan], prompts: Sequence[Prompt]) -> None:
+        self._layers, self._plans, self._prompts = layers, plans, prompts
+        self.sequences = len(prompts)
+
+    def most(self, sequence: int) -> int:
+        """Rows that a sequence has at each level."""
+        return max(0, len(self._prompts[sequence].following) - 1)
+
+    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
+        """Write the rows of sequences; see `Producer`."""
+        plan, written = self._plans[level.name], 0
+        for sequence in sequences:
+            if self.most(sequence) > len(held):
+                written += _write(level, self._layers, plan, self._prompts[sequence], sequence, held)
+            held = held[:0]
+        return written
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForcedRows:
+    """What one sequence gives.
+
+    Attributes:
+        first: position of the first row.
+        token_ids: int64 [rows], the tokens that were fed.
+        rows: site -> [layers, rows, K], what the projections consumed.
+        logprob: natural logarithm of the probability of the token that follows each row.
+    """
+
+    first: int
+    token_ids: np.ndarray
+    rows: Mapping[str, Tensor]
+    logprob: list[float]
+
+
+def forced_rows(layers: Layers, plan: Plan, prompt: Prompt) -> ForcedRows:
+    """Run a prompt, dense, and then its `following` tokens but the last, a row each.
 
     Raises:
-        TealError: the disk is full, or a logit is not finite.
+        TealError: a logit is not finite.
     """
-    start = time.perf_counter()
-    lengths = [max(0, len(prompt.following) - 1) for prompt in prompts]
-    total, new_rows, done_rows = len(plans) * sum(lengths), 0, 0
-    with writer:
-        for index, (name, plan) in enumerate(plans.items()):
-            level = writer.level(name)
-            skip = level.committed
-            for sequence, prompt in enumerate(prompts):
-                held = min(skip, lengths[sequence])
-                skip -= held
-                if not level.complete and held < lengths[sequence]:
-                    new_rows += _write(level, layers, plan, prompt, sequence, held)
-                done_rows += lengths[sequence]
-                yield Progress(
-                    name,
-                    index * len(prompts) + sequence + 1,
-                    len(plans) * len(prompts),
-                    done_rows,
-                    total,
-                    new_rows,
-                    time.perf_counter() - start,
-                )
-            level.finish()
-        writer.complete()
-
-
-def _write(level: LevelWriter, layers: Layers, plan: Plan, prompt: Prompt, sequence: int, held: int) -> int:
-    """Write the rows of one sequence but the first `held`, which the level has; returns how many."""
     first = len(prompt.token_ids)
     tokens = np.array([*prompt.token_ids, *prompt.following[:-1]], np.int64)
     dense = plan.target == 0
@@ -84,11 +95,22 @@ def _write(level: LevelWriter, layers: Layers, plan: Plan, prompt: Prompt, seque
     variants = [] if dense else [Sparse(plan, first)]
     for _ in forward(layers, [tokens], variants, dense_rows=dense, visit=visit, sink=sink):
         pass
-    stacked = {site: torch.stack(of_layers) for site, of_layers in rows.items()}  # [layers, rows, K]
-    logprob = chances[0].tolist()
-    for number in range(held, len(tokens) - first):
-        views = level.begin(int(tokens[first + number]), first + number, sequence, "forced")
-        for site, view in views.items():
-            view.copy_(stacked[site][:, number])
-        level.end(logprob=min(0.0, logprob[number]))
-    return len(tokens) - first - held
+    stacked = {site: torch.stack(of_layers) for site, of_layers in rows.items()}
+    return ForcedRows(first, tokens[first:], stacked, [min(0.0, chance) for chance in chances[0].tolist()])
+
+
+def _write(level: LevelWriter, layers: Layers, plan: Plan, prompt: Prompt, sequence: int, held: np.ndarray) -> int:
+    """Write the rows of one sequence but the first ones, whose tokens the level has; returns how many."""
+    found = forced_rows(layers, plan, prompt)
+    if (found.token_ids[: len(held)] != held).any():
+        raise other_tokens(sequence, found.first)
+    count = len(found.token_ids) - len(held)
+    columns = {
+        "token_id": found.token_ids[len(held) :],
+        "position": np.arange(count) + found.first + len(held),
+        "sequence": np.full(count, sequence),
+        "phase": np.full(count, PHASES["forced"]),
+        "logprob": np.array(found.logprob[len(held) :], np.float32),
+    }
+    level.extend(columns, {site: x[:, len(held) :] for site, x in found.rows.items()})
+    return count

@@ -15,7 +15,7 @@ from teal_cli.data.detokenize import TextStream
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.sampling import Sampling
-from teal_cli.runs.dump import create_store
+from teal_cli.runs.dump import open_writer, store_headers
 from teal_cli.runs.plans import Level
 from teal_cli.runs.session import Session
 from teal_kernels.spec import PROJECTIONS
@@ -133,17 +133,11 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
     stop = () if request.ignore_eos else session.config.eos_ids
     writer = None
     if request.dump is not None:
-        writer = create_store(
-            session,
-            request.dump,
-            [prompt],
-            [level],
-            request.max_new_tokens,
-            request.sampling,
-            stop=stop,
-            source=KnownPrompts("--prompt", (prompt,)),
-            force=request.force,
+        source = KnownPrompts("--prompt", (prompt,))
+        header, levels = store_headers(
+            session, [prompt], [level], request.max_new_tokens, request.sampling, source=source, stop=stop
         )
+        writer = open_writer(request.dump, header, levels, str(session.model.device), force=request.force)
     token_ids, pieces, text = [], TextStream(session.tokenizer), []
     with writer or nullcontext():
         capture = None if writer is None else writer.level(plan.target)

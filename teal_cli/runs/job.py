@@ -1,8 +1,8 @@
-"""`teal dump`: many prompts at many sparsity levels into one store, to be stopped and taken up again at will.
+"""The loop of `teal dump`: sequences of many prompts at many levels into one store, to be stopped and taken up at will.
 
-A job is a pure function of its settings: every (level, sequence) pair decodes the same way whenever it runs, so after
-an interruption the sequence in which the last commit lies is decoded again and its first rows are compared instead of
-written. How rows reach the disk is the writer's business.
+A job is a pure function of its settings: every (level, sequence) pair gives the same rows whenever it runs, so after an
+interruption the sequence in which the last commit lies is computed again and its first rows are compared instead of
+written. Where rows come from is a producer's business, how they reach the disk the writer's.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from teal_cli.data.prompts import Prompt
-from teal_cli.decoding.decoder import Decoder
-from teal_cli.decoding.projector import Rows
-from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import TealError
 from teal_cli.store.writer import LevelWriter, StoreWriter
 
@@ -42,89 +39,100 @@ class Progress:
     seconds: float
 
 
-def run_job(
-    writer: StoreWriter,
-    decoders: dict[str, Decoder],
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[int] = (),
-) -> Iterator[Progress]:
-    """Decode every prompt at every level into an open writer, level after level.
+class Producer(Protocol):
+    """Where the rows of sequences come from.
+
+    Attributes:
+        sequences: how many there are.
+        batch: how many it is given at a time, in rising order.
+    """
+
+    sequences: int
+    batch: int
+
+    def most(self, sequence: int) -> int:
+        """Rows that a sequence has at each level, at most."""
+        ...
+
+    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
+        """Write the rows of sequences into a level.
+
+        Args:
+            held: token ids of the first rows, which the level has already.
+
+        Returns:
+            How many rows were written.
+
+        Raises:
+            TealError: the disk is full, a result is not finite, or the first rows have other tokens.
+        """
+        ...
+
+
+def run_job(writer: StoreWriter, producer: Producer) -> Iterator[Progress]:
+    """Write every sequence at every level into an open writer, level after level.
 
     Args:
         writer: a store created or resumed with these very settings; entered and left here.
-        decoders: level name -> decoder under that level's plan, in the order to run.
-        prompts: sequence i of each level starts from prompt i.
-        max_new_tokens: N tokens give N-1 rows a sequence.
-        sampling: shared by all levels; each sequence has its own random stream.
-        stop: token ids that end a sequence early.
 
     Raises:
-        TealError: the disk is full; or, on resume, the tokens differ from those in the store.
+        TealError: as `Producer.write`.
     """
-    start = time.perf_counter()
-    per_sequence = max_new_tokens - 1
-    total = len(decoders) * len(prompts)
-    new_rows = 0
+    clock = Clock(len(writer.names), producer)
     with writer:
-        for index, (name, decoder) in enumerate(decoders.items()):
+        for number, name in enumerate(writer.names):
             level = writer.level(name)
-            capture = _Resumable(level)
-            first = len(prompts) if level.complete else capture.first_sequence
-            for sequence in range(first, len(prompts)):
-                for _ in decoder.generate(
-                    prompts[sequence].token_ids,
-                    max_new_tokens=max_new_tokens,
-                    sampling=sampling,
-                    sequence=sequence,
-                    stop=stop,
-                    capture=capture,
-                ):
-                    pass
-                done = index * len(prompts) + sequence + 1
-                yield Progress(
-                    name,
-                    done,
-                    total,
-                    done * per_sequence,
-                    total * per_sequence,
-                    new_rows + capture.written,
-                    time.perf_counter() - start,
-                )
+            todo, held = left_over(level, range(producer.sequences))
+            clock.skip(number, producer.sequences - len(todo))
+            for batch in batches(todo, producer.batch):
+                yield clock.after(name, batch, producer.write(level, batch, held))
+                held = held[:0]
             level.finish()
-            new_rows += capture.written
         writer.complete()
 
 
-class _Resumable:
-    """A capture that lets rows pass which the level already holds, after comparing their tokens."""
+def left_over(level: LevelWriter, sequences: Sequence[int]) -> tuple[list[int], np.ndarray]:
+    """Which of the sequences a level has yet to be given, and the token ids of what it has of the first of them."""
+    if level.complete or not level.committed:
+        return [] if level.complete else list(sequences), np.zeros(0, np.uint32)
+    tokens = level.committed_tokens()
+    last = int(tokens["sequence"][-1])
+    whole = set(tokens["sequence"].tolist()) - {last}
+    todo = [last, *(s for s in sequences if s != last and s not in whole)]
+    return todo, tokens["token_id"][tokens["sequence"] == last]
 
-    def __init__(self, level: LevelWriter) -> None:
-        self._level = level
-        self._held = np.zeros(0, np.uint32)
-        self.first_sequence = 0
-        self.written = 0
-        self._recording = False
-        if level.committed:
-            tokens = level.committed_tokens()
-            self.first_sequence = int(tokens["sequence"][-1])
-            self._held = tokens["token_id"][tokens["sequence"] == self.first_sequence]
 
-    def begin(self, token_id: int, position: int, sequence: int) -> Rows | None:
-        self._recording = not len(self._held)
-        if self._recording:
-            return self._level.begin(token_id, position, sequence)
-        if token_id != self._held[0]:
-            raise TealError(
-                f"sequence {sequence} decodes to other tokens here than the store holds (at position {position})",
-                hint="resume on the machine and with the versions that began the store, or start anew with --force",
-            )
-        self._held = self._held[1:]
-        return None
+def batches(sequences: Sequence[int], size: int) -> list[list[int]]:
+    """The sequences, so many at a time."""
+    return [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
-    def end(self) -> None:
-        if self._recording:
-            self._level.end()
-            self.written += 1
+
+def other_tokens(sequence: int, position: int) -> TealError:
+    """The error where a sequence has other tokens than the rows that a store holds of it."""
+    return TealError(
+        f"sequence {sequence} has other tokens here than the store holds (at position {position})",
+        hint="resume on the machine and with the versions that began the store, or start anew with --force",
+    )
+
+
+class Clock:
+    """Counts what is done, and tells it as `Progress`."""
+
+    def __init__(self, levels: int, producer: Producer) -> None:
+        self._begun = time.perf_counter()
+        self._each = [producer.most(sequence) for sequence in range(producer.sequences)]
+        self._levels, self._done, self._rows, self._new = levels, 0, 0, 0
+
+    def skip(self, level: int, sequences: int) -> None:
+        """So many sequences of a level are there, and all of those before it."""
+        self._done = level * len(self._each) + sequences
+        self._rows = level * sum(self._each) + sum(self._each[:sequences])
+
+    def after(self, name: str, batch: Sequence[int], written: int) -> Progress:
+        """Sequences have been written, with so many new rows."""
+        self._done += len(batch)
+        self._rows += sum(self._each[sequence] for sequence in batch)
+        self._new += written
+        total = self._levels * len(self._each), self._levels * sum(self._each)
+        seconds = time.perf_counter() - self._begun
+        return Progress(name, self._done, total[0], self._rows, total[1], self._new, seconds)

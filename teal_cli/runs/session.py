@@ -6,6 +6,7 @@ cache. Commands stay free of the question of where things come from, and tests o
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,13 +228,17 @@ def open_session(
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device to run on; None and "auto" take the first GPU, or else the CPU.
+    """The device to run on; None and "auto" take the GPU of this rank, or the first, or else the CPU.
 
     Raises:
         HardwareError: a GPU was asked for and is not there.
     """
     if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK", "")  # torchrun sets it
+        gpu = (
+            f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdigit() and torch.cuda.is_available() else "cuda"
+        )
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     where = torch.device(device)
     if where.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

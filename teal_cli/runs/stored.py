@@ -59,6 +59,11 @@ def stored_run(path: Path) -> StoredRun:
         TealError: it is damaged, or does not hold its prompts.
     """
     state = read_state(path)
+    if "part" in state.header.run:
+        raise UsageError(
+            f"{path} is a part of a collection, which cannot be repeated or gone on with alone",
+            hint=f"give the collection: {path.absolute().parent}",
+        )
     try:
         return StoredRun(path, _options(state.header, state.levels), _prompts(state.header))
     except ValueError as error:
@@ -91,12 +96,19 @@ def _options(header: StoreHeader, levels: tuple[str, ...]) -> dict[str, Any]:
     return options | {name: take(source, name, kind, optional=True) for name, kind in _SOURCE.items() if name in source}
 
 
-def _prompts(header: StoreHeader) -> KnownPrompts:
+def stored_prompts(header: StoreHeader) -> tuple[Prompt, ...]:
+    """The prompts that a store keeps, with what follows them where it says that; sequence i is prompt i.
+
+    Raises:
+        ValueError: it has none.
+    """
     texts, ids = items(header.prompts, "texts", str), items(header.prompts, "token_ids", list)
     if not texts:
         raise ValueError("it has no prompts")
     following = items(header.prompts, "following", list) if "following" in header.prompts else [()] * len(texts)
-    prompts = tuple(
-        Prompt(text, tuple(row), tuple(after)) for text, row, after in zip(texts, ids, following, strict=True)
-    )
-    return KnownPrompts(take(header.prompts, "source", str), prompts, dict(header.run.get("source") or {}))
+    return tuple(Prompt(text, tuple(row), tuple(after)) for text, row, after in zip(texts, ids, following, strict=True))
+
+
+def _prompts(header: StoreHeader) -> KnownPrompts:
+    source = dict(header.run.get("source") or {})
+    return KnownPrompts(take(header.prompts, "source", str), stored_prompts(header), source)

@@ -5,6 +5,7 @@ Knows the schema and how blocks are checked; nothing of levels and tokens, no fi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -122,7 +123,48 @@ def csr_rows(blocks: Sequence[Block], dtype: np.dtype, shape: tuple[int, int]) -
     )
 
 
-class SiteReader:
+class Blocks(ABC):
+    """A site of a level as blocks of T tokens.
+
+    Attributes:
+        level: its name.
+        channels, block, tokens: K, T, rows.
+        value_dtype: what the header calls the data type of the values.
+        held: how many blocks a reader keeps in memory while it goes through all of them in order.
+        read: (layer, block) -> `Block`, the last few of them cached.
+    """
+
+    held = 1
+    read: Callable[[int, int], Block]
+
+    def __init__(self, level: str, header: StoreHeader, site: str, tokens: int) -> None:
+        self.level, self.value_dtype = level, header.value_dtype
+        self.channels, self.block, self.tokens = header.channels[site], header.block_tokens, tokens
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype:
+        """Data type of the values as stored."""
+
+    @abstractmethod
+    def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
+        """All layers of one block at once, or a range of them."""
+
+    @abstractmethod
+    def row_nnz(self, layer: int) -> np.ndarray:
+        """uint32 [tokens], kept entries of every row of a layer."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks with committed tokens, the last one perhaps partial."""
+        return blocks_of(self.tokens, self.block)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """First token of a block and the one after its last."""
+        return block * self.block, min(self.tokens, (block + 1) * self.block)
+
+
+class SiteReader(Blocks):
     """The arrays of a site of a level, read block by block with every check that needs no other block.
 
     Args:
@@ -133,8 +175,7 @@ class SiteReader:
     """
 
     def __init__(self, path: Path, site: str, header: StoreHeader, tokens: int, *, most: int, guard: Guard) -> None:
-        self.channels, self.block, self.tokens = header.channels[site], header.block_tokens, tokens
-        self.level, self.value_dtype = path.name, header.value_dtype
+        super().__init__(path.name, header, site, tokens)
         self.where = f"{path.parent}: {path.name}/{site}"
         self._path, self._site, self._header, self._most, self._guard = path, site, header, most, guard
         self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
@@ -158,15 +199,6 @@ class SiteReader:
     def dtype(self) -> np.dtype:
         """Data type of the values as stored."""
         return self.arrays[0].dtype
-
-    @property
-    def blocks(self) -> int:
-        """Blocks with committed tokens, the last one perhaps partial."""
-        return blocks_of(self.tokens, self.block)
-
-    def span(self, block: int) -> tuple[int, int]:
-        """First token of a block and the one after its last."""
-        return block * self.block, min(self.tokens, (block + 1) * self.block)
 
     def _read(self, layer: int, block: int) -> Block:
         """One layer of one block.
@@ -252,7 +284,7 @@ class ActivationArray:
     ndim = 2
 
     def __init__(
-        self, reader: SiteReader, layer: int, name: str, *, limit: np.ndarray | None = None, form: Form = "number"
+        self, reader: Blocks, layer: int, name: str, *, limit: np.ndarray | None = None, form: Form = "number"
     ) -> None:
         self._reader, self._layer, self._name, self._limit, self._form = reader, layer, name, limit, form
 

@@ -58,6 +58,13 @@ class BlockBuffer:
         for name, value in values.items():
             self.tokens[name][index] = value
 
+    def fill(self, index: int, columns: Mapping[str, np.ndarray], rows: Mapping[str, torch.Tensor]) -> None:
+        """Fills rows from this index on: token columns [rows], and per site [layers, rows, K]."""
+        for name, column in columns.items():
+            self.tokens[name][index : index + len(column)] = column
+        for site, x in rows.items():
+            self._rows[site][:, index : index + x.shape[1]].copy_(x)
+
     def seal(self) -> None:
         """Marks, on the decoding stream, the point after which the rows are complete."""
         if self._stream is not None:

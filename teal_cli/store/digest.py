@@ -51,8 +51,15 @@ def level_digest(path: Path, level: str, header: StoreHeader, state: LevelState)
 
 
 def store_digest(attributes: Mapping[str, Any], levels: Sequence[str]) -> str:
-    """The digest of a store from its attrs["teal"] and the digests of its levels, in their order."""
+    """The digest of a store from its attrs["teal"] and the digests of its levels, in their order; that of a collection
+    from those of its parts.
+    """
     return hashlib.sha256(_attributes(attributes) + _canonical(list(levels))).hexdigest()
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """The digest of a level of a collection, from those of its parts in their order."""
+    return hashlib.sha256(_canonical(list(digests))).hexdigest()
 
 
 def _leaves(folder: Path, spec: ArraySpec) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ names it. Opens no file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import numpy as np
 from teal_cli.errors import UsageError
 from teal_cli.store.schema import (
     BITORDER,
+    COLLECTION,
     COMPARE,
     MAX_BLOCK_BYTES,
     MAX_CHANNELS,
@@ -29,6 +30,7 @@ from teal_cli.store.schema import (
     TOKEN_COLUMNS,
     VALUE_DTYPES,
     block_tokens,
+    is_part_name,
     level_name,
     parse_level,
 )
@@ -199,10 +201,11 @@ class StoreState:
     """attrs["teal"] of a store as they were read, checked.
 
     Attributes:
-        schema: `schema.SCHEMA` or `schema.SCHEMA_1`.
+        schema: `schema.SCHEMA`, `schema.SCHEMA_1` or `schema.COLLECTION`.
         levels: the levels it has, as the root lists them; empty where the schema has no such list.
         digest: of a complete store, see `store.digest`.
         attributes: all of them, as they stand in the file.
+        parts: of a collection, names of the stores that it is made of.
     """
 
     header: StoreHeader
@@ -211,6 +214,7 @@ class StoreState:
     complete: bool
     digest: str | None
     attributes: Mapping[str, Any]
+    parts: tuple[str, ...] = ()
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> StoreState:
@@ -226,7 +230,12 @@ class StoreState:
             if not is_level_name(name):
                 raise ValueError(f"{name!r} in levels names no level")
         digest = take(attributes, "digest", str, optional=True)
-        return cls(header, SCHEMA, tuple(levels), complete, digest, attributes)
+        if attributes["schema"] != COLLECTION:
+            return cls(header, SCHEMA, tuple(levels), complete, digest, attributes)
+        parts = items(attributes, "parts", str)
+        if not parts or len(set(parts)) < len(parts) or not all(map(is_part_name, parts)):
+            raise ValueError("parts must be different names such as part-00000")
+        return cls(header, COLLECTION, tuple(levels), complete, digest, attributes, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -270,15 +279,18 @@ class LevelState:
         )
 
 
-def new_attributes(header: StoreHeader, levels: list[str], *, teal_version: str) -> dict[str, Any]:
-    """The JSON object of attrs["teal"] on a new store."""
+def new_attributes(
+    header: StoreHeader, levels: list[str], *, teal_version: str, parts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The JSON object of attrs["teal"] on a new store; with `parts`, on a new collection."""
     return {
-        "schema": SCHEMA,
+        "schema": COLLECTION if parts else SCHEMA,
         "teal_version": teal_version,
         **header.to_attributes(),
         "levels": levels,
         "compare": COMPARE,
         "bitorder": BITORDER,
+        **({"parts": list(parts)} if parts else {}),
         "complete": False,
         "digest": None,
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -166,6 +166,14 @@ def create_skeleton(path: Path, header: StoreHeader, levels: list[LevelHeader], 
         group = root.create_group(level.name)
         group.attrs.put({"teal": level.to_attributes()})
         create_level(group, header, level)
+
+
+def create_manifest(
+    path: Path, header: StoreHeader, levels: Sequence[str], parts: Sequence[str], *, teal_version: str
+) -> None:
+    """Writes the root of a new collection, without its parts, at a path that does not exist."""
+    root = zarr.create_group(LocalStore(path))
+    root.attrs.put({"teal": new_attributes(header, list(levels), teal_version=teal_version, parts=parts)})
 
 
 def create_level(group: zarr.Group, header: StoreHeader, level: LevelHeader) -> None:

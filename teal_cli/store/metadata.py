@@ -20,20 +20,24 @@ from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import read_json
 from teal_cli.store.header import LevelState, StoreHeader, StoreState, is_level_name
 from teal_cli.store.layout import Array, ArraySpec, level_arrays
-from teal_cli.store.schema import SCHEMA, SCHEMA_1, parse_level
+from teal_cli.store.schema import COLLECTION, SCHEMA, SCHEMA_1, SCHEMAS, parse_level
 from teal_kernels.spec import SITES
 
 VERIFY_HINT: Final = "`teal store verify` says more"
 
 
-def require_store(path: Path) -> None:
-    """Raises unless the path holds a store of a known schema; `read_state` says what it raises."""
+def require_store(path: Path, *, plain: bool = False) -> None:
+    """Raises unless the path holds a store of a known schema, or a collection where not a `plain` one is asked for;
+    `read_state` says what it raises.
+    """
     if not path.exists():
         raise NotFoundError(f"there is no store at {path}", hint="`teal dump -o PATH` makes one")
     schema = schema_of(path)
     if schema is None:
         raise UsageError(f"{path} is not a teal store", hint="give the folder that `teal dump -o` wrote")
-    if schema not in (SCHEMA_1, SCHEMA):
+    if plain and schema == COLLECTION:
+        raise UsageError(f"{path} is a collection, not one store", hint="`teal store merge` makes one store of it")
+    if schema not in SCHEMAS:
         raise UsageError(
             f"{path} has the schema {schema[:80]}; this teal reads {SCHEMA}",
             hint="read it with the version of teal that wrote it (teal_version in its zarr.json)",

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from teal_cli.errors import UsageError
@@ -22,9 +22,9 @@ from teal_cli.store.header import (
     differing_level_fields,
     is_level_name,
 )
+from teal_cli.store.levels import ActivationStore
 from teal_cli.store.metadata import level_state, read_constant, read_state, schema_of
-from teal_cli.store.reader import ActivationStore, open_store
-from teal_cli.store.schema import SCHEMA, SCHEMA_1, blocks_of
+from teal_cli.store.schema import SCHEMAS, blocks_of, is_part_name
 from teal_cli.version import __version__
 from teal_kernels.spec import SITES
 
@@ -70,7 +70,7 @@ def destination(path: Path) -> Path:
 
 
 def _is_ours(name: str) -> bool:
-    return name == "zarr.json" or is_level_name(name) or name.endswith(".partial")
+    return name == "zarr.json" or is_level_name(name) or is_part_name(name) or name.endswith(".partial")
 
 
 def check_target(path: Path, *, force: bool) -> bool:
@@ -85,7 +85,7 @@ def check_target(path: Path, *, force: bool) -> bool:
     schema = schema_of(path)
     if schema is None:
         raise UsageError(f"{path} exists and is not a teal store", hint="choose another output; teal leaves it alone")
-    if schema not in (SCHEMA_1, SCHEMA):
+    if schema not in SCHEMAS:
         raise UsageError(f"{path} exists and has another schema", hint="choose another output; teal leaves it alone")
     if strangers := [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]:
         what = f"{path} exists and holds files that teal did not write, such as {strangers[0]}"
@@ -96,21 +96,30 @@ def check_target(path: Path, *, force: bool) -> bool:
 
 
 def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
-    """Builds the skeleton beside the target, locks it and renames it in.
-
-    Raises:
-        UsageError: as `StoreWriter.create`.
-    """
+    """Puts an empty store at a path, and locks it; raises as `StoreWriter.create`."""
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise UsageError(f"a level is named twice: {', '.join(names)}", hint="give each sparsity once")
+    return place(
+        path,
+        lambda skeleton: layout.create_skeleton(skeleton, header, list(levels), teal_version=__version__),
+        force=force,
+    )
+
+
+def place(path: Path, make: Callable[[Path], None], *, force: bool) -> StoreLock:
+    """Builds a skeleton beside the target, locks it and renames it in.
+
+    Raises:
+        UsageError: as `check_target`; another process writes what is there, or made it meanwhile.
+    """
     replaces = check_target(path, force=force)
     old_lock = StoreLock(path) if replaces else None
     path.parent.mkdir(parents=True, exist_ok=True)
     skeleton = beside(path)
     lock = None
     try:
-        layout.create_skeleton(skeleton, header, list(levels), teal_version=__version__)
+        make(skeleton)
         lock = StoreLock(skeleton)
         _put(skeleton, path, replace=replaces)
     except BaseException:
@@ -154,7 +163,7 @@ def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader
             f"{path} was made with other settings; what differs: {', '.join(differing)}",
             hint="resume with the settings it was made with, or write to another folder",
         )
-    store = open_store(path)
+    store = ActivationStore(path)
     for level in levels:
         _check_last_block(store, level.name)
     for partial in path.rglob("*.partial"):

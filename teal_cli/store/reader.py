@@ -1,303 +1,38 @@
-"""Reading a store: lazy dense arrays per (level, layer, site or projection), and what lies beneath them.
+"""Opening and describing a store.
 
     store = open_store("out.zarr")
     level = store.level(0.5)
     rows = level.projection(3, "gate")     # [token, channel], nothing read yet
     rows[level.rows(sequence=0)]           # float32, zeros where the kernel skipped
 
-Only committed tokens are visible, so a store may be read while it is written; `ActivationStore.level` looks
-again each time. Nothing that a store says is taken on trust: metadata at odds with the schema or each other, a row
-that was never written, a checksum that does not match, a bitmap that disagrees with the row counts or a kept value
-of zero (a chunk that is missing reads as zeros) is an error. So is a store that was replaced since it was opened.
-
-Needs no torch and nothing of a model.
+What a store and a level are is told in `levels`, what several ranks wrote in `collection`.
 """
 
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import sizes_below
-from teal_cli.store import layout
-from teal_cli.store.arrays import ActivationArray, SiteReader, per_value
-from teal_cli.store.header import LevelState, StoreHeader, StoreState
-from teal_cli.store.metadata import (
-    VERIFY_HINT,
-    as_numpy,
-    level_state,
-    open_array,
-    read_constant,
-    read_state,
-    require_store,
-)
-from teal_cli.store.packing import exceeds
-from teal_cli.store.schema import parse_level
-from teal_cli.store.tokens import Tokens, align, column_problems
-from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
-from teal_kernels.spec import columns as columns_of
-from teal_kernels.thresholds import site_thresholds
+from teal_cli.store.collection import Collection
+from teal_cli.store.levels import ActivationStore, Level
+from teal_cli.store.metadata import schema_of
+from teal_cli.store.schema import COLLECTION
+
+__all__ = ["ActivationStore", "Level", "LevelInfo", "Match", "StoreInfo", "describe", "open_store"]
 
 
 def open_store(path: str | os.PathLike[str]) -> ActivationStore:
-    """Opens a store for reading.
+    """Opens a store, or a collection of several as one, for reading.
 
     Raises:
         NotFoundError: nothing there.
         UsageError: not a teal store, or one of another schema.
-        TealError: its attributes are damaged.
+        TealError: its attributes are damaged, or a part of a collection is missing or of other settings.
     """
-    return ActivationStore(Path(path))
-
-
-class ActivationStore:
-    """A store open for reading. Use `open_store`.
-
-    Attributes:
-        path: its folder.
-        attrs: attrs["teal"] as it stands in the file: model, calibration, prompts, seed, backend, ...
-        header: the same as a `StoreHeader`.
-        levels: names of the levels, from the lowest sparsity to the highest.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        require_store(path)
-        # An open folder keeps its inode from being used again, so that `check_same` cannot be deceived.
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        weakref.finalize(self, os.close, folder)
-        self._opened = os.fstat(folder)
-        self.state: StoreState = read_state(path)
-        self.header: StoreHeader = self.state.header
-        self.attrs: Mapping[str, Any] = self.state.attributes
-        self.levels = tuple(sorted(self.state.levels, key=parse_level))
-        self.check_same()
-
-    def check_same(self) -> None:
-        """Raises TealError if another store stands where this one was opened: the two must not be mixed."""
-        try:
-            now: os.stat_result | None = self.path.stat()
-        except OSError:
-            now = None
-        if now is None or not os.path.samestat(now, self._opened):
-            raise TealError(f"the store {self.path} was replaced or removed since it was opened", hint="open it again")
-
-    @property
-    def complete(self) -> bool:
-        """Whether the run that wrote it came to its end, as of when the store was opened."""
-        return self.state.complete
-
-    @property
-    def sequences(self) -> int:
-        """Number of sequences: prompts, or where it does not keep those, one more than the largest index of a row."""
-        texts = self.header.prompts.get("texts")
-        if texts is not None:
-            return len(texts)
-        return 1 + max(int(self.level(name).tokens.sequence.max(initial=0)) for name in self.levels)
-
-    def level(self, name: str | float) -> Level:
-        """A level by name or target, with the tokens that are committed now.
-
-        Raises:
-            NotFoundError: no such level.
-        """
-        target = parse_level(name)
-        for found in self.levels:
-            if parse_level(found) == target:
-                return Level(self, found)
-        raise NotFoundError(f"{self.path} has no level {name}", hint=f"it has {', '.join(self.levels)}")
-
-    def align(self, levels: Sequence[str | float] = ()) -> dict[str, np.ndarray]:
-        """The rows that levels have in common, by sequence and position.
-
-        Args:
-            levels: names or targets; all of the store if none is given.
-
-        Returns:
-            Name of each level -> int64 [rows], its row indices: row i of each is the same place of the same sequence,
-            in the order of (sequence, position). The tokens there differ if each level decoded on its own.
-
-        Raises:
-            NotFoundError: no such level.
-            TealError: token columns are damaged.
-        """
-        found = [self.level(name) for name in levels or self.levels]
-        rows = align([level.tokens for level in found])
-        return {level.name: indices for level, indices in zip(found, rows, strict=True)}
-
-    def find(self, text: str) -> list[int]:
-        """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no prompts."""
-        return [index for index, prompt in enumerate(self.header.prompts.get("texts", ())) if text in prompt]
-
-    def __repr__(self) -> str:
-        levels = self.levels if len(self.levels) <= 4 else (*self.levels[:2], "...", self.levels[-1])
-        return (
-            f"<ActivationStore {self.path.name}: {self.header.model}, {self.header.layers} layers, {' '.join(levels)}>"
-        )
-
-
-class Level:
-    """One sparsity level of a store, as of when it was opened. Use `ActivationStore.level`.
-
-    Attributes:
-        name: e.g. `s0.50`.
-        state: what it says about itself.
-        target: sparsity target.
-        allocation: how the plan spread it, e.g. "uniform".
-        complete: whether all its tokens are there.
-    """
-
-    def __init__(self, store: ActivationStore, name: str) -> None:
-        self.state: LevelState = level_state(store.path, name)
-        store.check_same()
-        self.store = store
-        self.name = name
-        self.target, self.allocation, self.complete = self.state.target, self.state.allocation, self.state.complete
-        self._tokens = self.state.tokens_committed
-        # Rows that its arrays have: those of its tokens, or room for all that may come.
-        block = store.header.block_tokens
-        self._most = self._tokens if self.complete else layout.capacity(self.state.max_tokens, block)
-        self._sites: dict[str, SiteReader] = {}
-
-    def __len__(self) -> int:
-        return self._tokens
-
-    @cached_property
-    def thresholds(self) -> np.ndarray:
-        """float32 [layer, projection] of scores, projections in the order q k v o gate up down.
-
-        Raises:
-            TealError: damaged, or an entry was never written.
-        """
-        return self._constant("thresholds")
-
-    @cached_property
-    def scale(self) -> dict[str, np.ndarray]:
-        """site -> float32 [layer, projection of the site, channel], the factors of the score; sites without: none."""
-        return {site: self._constant(f"{site}/scale") for site in self.state.scale}
-
-    @cached_property
-    def centre(self) -> dict[str, np.ndarray]:
-        """site -> float32 [layer, channel], what was taken from a vector; rows are what was left."""
-        return {site: self._constant(f"{site}/centre") for site in self.state.centre}
-
-    def limits(self, layer: int, site: str) -> np.ndarray:
-        """What entries were compared with, float32 [projection of the site], or [projection, channel] where there is
-        a scale: |x| > limit is kept.
-        """
-        scale = self.scale.get(site)
-        return site_thresholds(self.thresholds[layer], site, None if scale is None else scale[layer])
-
-    @cached_property
-    def tokens(self) -> Tokens:
-        """Which token each row belongs to.
-
-        Raises:
-            TealError: damaged, an entry that was never written, or sequences that are not in order.
-        """
-        columns = self.columns()
-        for column, problem in column_problems(self.store.header, columns):
-            raise TealError(f"{self.store.path}: {self.name}/{column}{problem}", hint=VERIFY_HINT)
-        return Tokens(**columns)
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """The token columns as they are read, unchecked; for `verify`.
-
-        Raises:
-            TealError: one is unreadable.
-        """
-        specs = layout.level_arrays(self.store.header, self._most)
-        columns = {}
-        for name in self.store.header.token_columns:
-            array = open_array(self.store.path / self.name, name, specs[name], least=self._tokens)
-            try:
-                columns[name] = as_numpy(array[: self._tokens])
-            except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-                raise TealError(
-                    f"{self.store.path}: {self.name}/{name} is damaged: {error}", hint=VERIFY_HINT
-                ) from error
-        self.store.check_same()
-        return columns
-
-    def rows(self, sequence: int) -> slice:
-        """The rows of one sequence, as a slice of the token axis.
-
-        Raises:
-            NotFoundError: no row of that sequence is committed.
-        """
-        found = np.flatnonzero(self.tokens.sequence == sequence)
-        if not len(found):
-            raise NotFoundError(f"level {self.name} has no row of sequence {sequence}")
-        return slice(int(found[0]), int(found[-1]) + 1)  # `tokens` has checked that nothing lies between
-
-    def site(self, layer: int, site: str) -> ActivationArray:
-        """The input vectors of a site of a layer, lazily, [token, channel]; thresholded at its lowest threshold.
-
-        Raises:
-            UsageError: no such site or layer.
-        """
-        if site not in SITES:
-            raise UsageError(f"there is no site {site!r}", hint=f"sites: {', '.join(SITES)}")
-        return ActivationArray(self.site_reader(site), self._layer(layer), site)
-
-    def projection(self, layer: int, projection: str) -> ActivationArray:
-        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own threshold.
-
-        Raises:
-            UsageError: no such projection or layer.
-        """
-        if projection not in PROJECTION_SITE:
-            raise UsageError(f"there is no projection {projection!r}", hint=f"projections: {', '.join(PROJECTIONS)}")
-        layer = self._layer(layer)
-        site = PROJECTION_SITE[projection]
-        limit = self.limits(layer, site)[SITE_PROJECTIONS[site].index(projection)]
-        return ActivationArray(self.site_reader(site), layer, projection, limit=np.asarray(limit))
-
-    def realised(self) -> np.ndarray:
-        """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there is none."""
-        kept = np.zeros((self.store.header.layers, len(PROJECTIONS)), np.int64)
-        sizes = np.array([self._tokens * self.store.header.channels[PROJECTION_SITE[p]] for p in PROJECTIONS])
-        for site in SITES:
-            reader = self.site_reader(site)
-            limits = [self.limits(layer, site) for layer in range(len(kept))]
-            for index in range(reader.blocks):
-                for layer, block in enumerate(reader.read_layers(index)):
-                    for column, limit in zip(range(7)[columns_of(site)], limits[layer], strict=True):
-                        above = exceeds(block.values, per_value(np.asarray(limit), block.kept))
-                        kept[layer, column] += np.count_nonzero(above)
-        with np.errstate(invalid="ignore"):
-            return 1.0 - kept / sizes
-
-    def site_reader(self, site: str) -> SiteReader:
-        """Block by block access to a site, for checks and statistics."""
-        if site not in self._sites:
-            store = self.store
-            self._sites[site] = SiteReader(
-                store.path / self.name, site, store.header, self._tokens, most=self._most, guard=store.check_same
-            )
-        return self._sites[site]
-
-    def _layer(self, layer: int) -> int:
-        layers = self.store.header.layers
-        if not -layers <= layer < layers:
-            raise UsageError(f"there is no layer {layer}", hint=f"the model has layers 0 to {layers - 1}")
-        return layer % layers
-
-    def _constant(self, name: str) -> np.ndarray:
-        found = read_constant(self.store.path, self.name, name, self.store.header)
-        self.store.check_same()
-        return found
-
-    def __repr__(self) -> str:
-        return f"<Level {self.name}: {self._tokens} tokens, {self.allocation}>"
+    folder = Path(path)
+    return (Collection if schema_of(folder) == COLLECTION else ActivationStore)(folder)
 
 
 @dataclass(frozen=True)
@@ -324,7 +59,9 @@ class Match:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store: attributes but for the prompts, size on disk, levels, and the prompts that were asked for."""
+    """A store: attributes but for the prompts, size on disk, levels, the prompts that were asked for; of a collection
+    also the names of its parts.
+    """
 
     path: str
     attributes: dict[str, object]
@@ -333,6 +70,7 @@ class StoreInfo:
     files: int
     levels: list[LevelInfo]
     matches: list[Match] = field(default_factory=list)
+    parts: tuple[str, ...] = ()
 
 
 def describe(store: ActivationStore, find: str | None = None) -> StoreInfo:
@@ -351,6 +89,7 @@ def describe(store: ActivationStore, find: str | None = None) -> StoreInfo:
         files=len(sizes),
         levels=[_describe_level(store, name) for name in store.levels],
         matches=[] if find is None else [_match(store, sequence) for sequence in store.find(find)],
+        parts=store.state.parts,
     )
 
 

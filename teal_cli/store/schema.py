@@ -21,6 +21,9 @@ from teal_cli.errors import UsageError
 SCHEMA: Final = "teal-activations/2"
 # Without criterion, plan, run, columns, levels and digest; still read and resumed.
 SCHEMA_1: Final = "teal-activations/1"
+# One root over the stores that several ranks wrote, see `collection`.
+COLLECTION: Final = "teal-collection/1"
+SCHEMAS: Final = (SCHEMA_1, SCHEMA, COLLECTION)
 COMPARE: Final = "abs(x) > t"
 BITORDER: Final = "little"
 
@@ -64,6 +67,7 @@ BLOSC_BLOCKSIZE: Final = 1 << 20
 MIN_BLOCK_BYTES: Final = 256 * 1024
 TOKEN_CHUNK_ROWS: Final = 4096  # token columns are narrow: larger chunks than a block keep their files few
 
+_PART: Final = re.compile(r"part-\d{5}")
 _LEVEL: Final = re.compile(r"s(0\.\d{2,})")
 _LEVELS_HINT: Final = "levels look like 0.5, or 0.25,0.5,0.9, or 0.50:0.95:0.05 (start:stop:step, both ends in it)"
 
@@ -79,6 +83,16 @@ def level_name(target: float) -> str:
     # repr() is the shortest text that reads back as the same float; 1e-05 and the like are spelled out.
     text = short if float(short) == target else np.format_float_positional(target, unique=True)
     return f"s{text}"
+
+
+def part_name(number: int) -> str:
+    """Folder of a part of a collection, e.g. `part-00000`."""
+    return f"part-{number:05d}"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether this is how `part_name` writes a number."""
+    return _PART.fullmatch(name) is not None
 
 
 def parse_level(name: str | float) -> float:

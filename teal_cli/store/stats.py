@@ -17,12 +17,10 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from teal_cli.files import sizes_below
 from teal_cli.store.arrays import Block
 from teal_cli.store.bits import to_words
 from teal_cli.store.counting import MaskCounts, Rows
@@ -149,7 +147,7 @@ def measure(
 def _bands(level: Level, site: str, layers: Sequence[int], threads: int) -> list[slice]:
     """Ranges of neighbouring layers, small enough for memory and enough for all threads."""
     reader = level.site_reader(site)
-    block_bytes = reader.block * reader.channels * (reader.dtype.itemsize + 2)
+    block_bytes = reader.held * reader.block * reader.channels * (reader.dtype.itemsize + 2)
     most = max(1, min(-(-len(layers) // threads), _BAND_BYTES // block_bytes))
     bands: list[slice] = []
     for layer in layers:
@@ -185,7 +183,7 @@ def _site(level: Level, site: str, projections: tuple[str, ...], tallies: Sequen
         tokens=len(level),
         elements=elements,
         kept=kept,
-        stored_bytes=stored_bytes(level.store.path / level.name / site),
+        stored_bytes=level.stored_bytes(site),
         dense_bytes=elements * itemsize,
         csr_bytes=kept * (itemsize + index_bytes(reader.channels)) + POINTER_BITS // 8 * (rows + layers),
         bound_bytes=sum(tally.bound_bits() for tally in tallies) / 8,
@@ -262,8 +260,3 @@ def _entropy_bits(counts: np.ndarray) -> float:
     """Total bits of this many symbols under the best order-0 code: sum of count * log2(total / count)."""
     counts = counts[counts > 0]
     return float((counts * np.log2(counts.sum() / counts)).sum())
-
-
-def stored_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder but for metadata."""
-    return sum(size for file, size in sizes_below(folder).items() if file.name != "zarr.json")

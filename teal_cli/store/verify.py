@@ -21,7 +21,8 @@ import zarr
 
 from teal_cli.errors import TealError
 from teal_cli.store import layout
-from teal_cli.store.arrays import per_value
+from teal_cli.store.arrays import SiteReader, per_value
+from teal_cli.store.collection import Collection
 from teal_cli.store.digest import level_digest, store_digest
 from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_widths
 from teal_cli.store.metadata import as_numpy, read_node
@@ -84,6 +85,48 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
         TealError: the attributes are too damaged to go on.
     """
     store = open_store(path)
+    if isinstance(store, Collection):
+        yield from _collection(store, allow_incomplete)
+    else:
+        yield from _store(store, allow_incomplete)
+
+
+def _collection(store: Collection, allow_incomplete: bool) -> Iterator[Problem | Checked]:
+    """Each part as the store that it is, and that together they are what the root says."""
+    sound, read = True, 0
+    for part in store.parts:
+        done = 0
+        for event in _store(part, allow_incomplete):
+            if isinstance(event, Checked):
+                done = event.done
+                yield Checked(read + done, read + event.total)
+            else:
+                sound = False
+                yield Problem(f"{part.path.name}/{event.where}", event.what, event.fatal)
+        read += done
+    for problem in (*_attributes(store, allow_incomplete), *_strangers(store), *_sequences(store)):
+        sound = False
+        yield problem
+    if sound and store.complete:
+        found = store_digest(store.attrs, [str(part.state.digest) for part in store.parts])
+        if found != store.state.digest:
+            yield Problem("zarr.json", f"what it says is not what was written: the digest is {found}")
+
+
+def _sequences(store: Collection) -> Iterator[Problem]:
+    """Sequences that two parts have; and those that no part has, where all are there and none may end at once."""
+    for name in store.levels:
+        try:
+            there = np.unique(store.level(name).tokens.sequence)
+        except TealError as error:
+            yield Problem(name, error.message, fatal=True)
+            continue
+        missing = np.setdiff1d(np.arange(store.sequences), there)
+        if store.complete and len(missing) and not store.header.sampling.get("stop_ids"):
+            yield Problem(name, f"no part has sequence {missing[0]}")
+
+
+def _store(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem | Checked]:
     sound = True
     levels, damaged = [], []
     for name in store.levels:
@@ -135,8 +178,8 @@ def _is_nested(found: object, copies: dict[str, Any], name: str) -> bool:
 def _strangers(store: ActivationStore) -> Iterator[Problem]:
     """Folders that look like levels but are none of this store."""
     for entry in sorted(store.path.iterdir()):
-        if entry.is_dir() and (entry / "zarr.json").exists() and entry.name not in store.levels:
-            yield Problem(entry.name, "the store has no such level; the folder was not made by it")
+        if entry.is_dir() and (entry / "zarr.json").exists() and entry.name not in (store.state.parts or store.levels):
+            yield Problem(entry.name, "the store has no such level or part; the folder was not made by it")
 
 
 def _reason(error: Exception) -> object:
@@ -250,7 +293,9 @@ def _tokens(store: ActivationStore, level: Level, allow_incomplete: bool) -> Ite
 def _site(store: ActivationStore, level: Level, site: str) -> Iterator[list[Problem]]:
     """The blocks of a site, one list of problems for each."""
     try:
-        arrays = dict(zip(("values", "mask", "row_nnz"), level.site_reader(site).arrays, strict=True))
+        reader = level.site_reader(site)
+        assert isinstance(reader, SiteReader)  # not that of a collection, whose parts are verified each by itself
+        arrays = dict(zip(("values", "mask", "row_nnz"), reader.arrays, strict=True))
     except TealError as error:
         yield [Problem(f"{level.name}/{site}", error.message)]
         return

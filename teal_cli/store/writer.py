@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -78,6 +78,10 @@ class LevelWriter:
         """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
         return {name: as_numpy(column[: self.committed]) for name, column in self._columns.items()}
 
+    def sequences(self) -> list[int]:
+        """The sequences of the rows counted by `committed`, rising; the last one may lack rows still."""
+        return sorted(set(self.committed_tokens()["sequence"].tolist()))
+
     def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> dict[str, torch.Tensor]:
         """Opens the next row. Waits only when the disk is two blocks behind.
 
@@ -123,6 +127,31 @@ class LevelWriter:
             self._submit()
         elif self._pending and self._pending[0][0].done():
             self._retire()
+
+    def extend(self, columns: Mapping[str, np.ndarray], rows: Mapping[str, torch.Tensor]) -> None:
+        """Adds rows that are there already.
+
+        Args:
+            columns: each token column [rows]; `phase` as in `schema.PHASES`.
+            rows: site -> [layers, rows, K] after thresholding, in the store's data type.
+
+        Raises:
+            TealError: an earlier block could not be written.
+            ValueError: the level has no room for them or is finished, or a row is open.
+        """
+        count, at = len(columns["token_id"]), 0
+        if self._open or self.complete or self.rows + count > self.header.max_tokens:
+            raise ValueError(f"level {self.name} takes no {count} rows more")
+        while at < count:
+            if self._filling is None:
+                self._filling = self._acquire()
+            stop = min(count, at + self._block - self._count)
+            part = {name: column[at:stop] for name, column in columns.items()}
+            self._filling.fill(self._count, part, {site: x[:, at:stop] for site, x in rows.items()})
+            self._count += stop - at
+            at = stop
+            if self._count == self._block:
+                self._submit()
 
     def flush(self) -> None:
         """Commits every ended row, a partial block too, and waits for it. An open row is given up.
@@ -258,7 +287,7 @@ class StoreWriter:
             TealError: the store is damaged, or the disk refuses.
         """
         target = placing.destination(Path(path))
-        require_store(target)
+        require_store(target, plain=True)
         lock = StoreLock(target)
         try:
             with _disk_errors(target):
@@ -271,6 +300,11 @@ class StoreWriter:
     def _open_level(self, header: LevelHeader) -> LevelWriter:
         state = level_state(self.path, header.name)
         return LevelWriter(self, header, state.tokens_committed, complete=state.complete)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the levels, in the order in which they were given."""
+        return tuple(self._levels)
 
     def level(self, name: str | float) -> LevelWriter:
         """The level of this name or target.

@@ -21,7 +21,7 @@ from teal_cli.errors import UsageError
 from teal_cli.store.arrays import ActivationArray
 from teal_cli.store.metadata import schema_of
 from teal_cli.store.reader import ActivationStore, Level, open_store
-from teal_cli.store.schema import PHASES, SCHEMA, SCHEMA_1
+from teal_cli.store.schema import PHASES, SCHEMAS
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITES
 
 
@@ -81,7 +81,7 @@ class TealBackendEntrypoint(BackendEntrypoint):
         """Whether the folder is a store of this schema."""
         if not isinstance(filename_or_obj, str | os.PathLike):
             return False
-        return schema_of(Path(filename_or_obj)) in (SCHEMA_1, SCHEMA)
+        return schema_of(Path(filename_or_obj)) in SCHEMAS
 
 
 class _LayeredArray(BackendArray):

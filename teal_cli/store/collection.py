@@ -1,0 +1,190 @@
+"""A collection read as one store: one ordinary store per rank that wrote it, their rows in the order of sequences.
+
+    out.zarr/        attrs["teal"]: schema teal-collection/1, the header that all parts share, parts, complete, digest
+      part-00000/    an ordinary store of the sequences that one rank was handed
+      part-00001/
+
+A collection has the interface of a store, so whoever reads stores reads collections. Each sequence lies whole in one
+part, for each level perhaps in another one. How ranks write is told in `runs.ranks`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from teal_cli.errors import TealError
+from teal_cli.store.arrays import Block, Blocks
+from teal_cli.store.digest import joined_digest
+from teal_cli.store.header import LevelState, differing_fields
+from teal_cli.store.levels import ActivationStore, Level
+from teal_cli.store.metadata import VERIFY_HINT
+
+_CACHED_BLOCKS = 4
+
+
+class Collection(ActivationStore):
+    """A collection open for reading. Use `open_store`.
+
+    Attributes:
+        parts: the stores that it is made of, in their order.
+
+    Raises:
+        TealError: a part is missing, damaged, or of other settings; it is named.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.parts = tuple(self._open_part(name) for name in self.state.parts)
+
+    def _open_part(self, name: str) -> ActivationStore:
+        if not (self.path / name).is_dir():
+            raise TealError(
+                f"{name} of the collection {self.path} is missing",
+                hint=f"it has {len(self.state.parts)} parts: bring it back, or write the collection again",
+            )
+        part = ActivationStore(self.path / name)
+        differing = differing_fields(self.header, part.state)
+        if set(part.levels) != set(self.levels):
+            differing.append("levels")
+        if differing:
+            raise TealError(
+                f"{name} of the collection {self.path} was made with other settings; what differs: "
+                f"{', '.join(differing)}",
+                hint="the parts of a collection are those of one run",
+            )
+        return part
+
+    def _level(self, name: str) -> Level:
+        return JoinedLevel(self, name, [part.level(name) for part in self.parts])
+
+
+class JoinedLevel(Level):
+    """A level of a collection: the rows of its parts, in the order of sequences."""
+
+    def __init__(self, store: Collection, name: str, parts: Sequence[Level]) -> None:
+        first = parts[0].state
+        complete = store.complete and all(level.complete for level in parts)
+        state = LevelState(
+            first.target,
+            first.allocation,
+            first.max_tokens,
+            sum(map(len, parts)),
+            complete,
+            first.centre,
+            first.scale,
+            joined_digest([str(level.state.digest) for level in parts]) if complete else None,
+        )
+        super().__init__(store, name, state)
+        self.parts = tuple(parts)
+        self._segments = _in_order(store, name, parts)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The token columns; raises as those of a store."""
+        parts = [level.columns() for level in self.parts]
+        segments = self._segments
+        return {
+            name: np.concatenate([np.empty(0, dtype), *(parts[p][name][a:b] for p, a, b in segments.tolist())])
+            for name, dtype in self.store.header.token_columns.items()
+        }
+
+    def site_reader(self, site: str) -> Blocks:
+        """Block by block access to a site, blocks being cut from the parts."""
+        if site not in self._sites:
+            self._sites[site] = _JoinedSite(self, site, [level.site_reader(site) for level in self.parts])
+        return self._sites[site]
+
+    def stored_bytes(self, site: str) -> int:
+        """Bytes of a site on disk, metadata left out."""
+        return sum(level.stored_bytes(site) for level in self.parts)
+
+    @property
+    def segments(self) -> np.ndarray:
+        """int64 [segments, 3]: the rows of the level are rows a to b of part p, for each (p, a, b) in turn."""
+        return self._segments
+
+    def _constant(self, name: str) -> np.ndarray:
+        return self.parts[0]._constant(name)
+
+
+def _in_order(store: Collection, level: str, parts: Sequence[Level]) -> np.ndarray:
+    """(part, first row, row after the last) of each sequence that the parts have, by sequence: int64 [sequences, 3]."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for number, part in enumerate(parts):
+        sequence = part.tokens.sequence
+        starts = np.flatnonzero(np.diff(sequence.astype(np.int64), prepend=-1))
+        for start, stop in zip(starts, np.append(starts, len(sequence))[1:], strict=True):
+            key = int(sequence[start])
+            if key in found:
+                names = " and ".join(store.parts[index].path.name for index in (found[key][0], number))
+                raise TealError(
+                    f"{store.path}: {level}: {names} both have sequence {key}",
+                    hint="a collection has each sequence once; " + VERIFY_HINT,
+                )
+            found[key] = (number, int(start), int(stop))
+    return np.array([found[key] for key in sorted(found)], np.int64).reshape(-1, 3)
+
+
+class _JoinedSite(Blocks):
+    """A site of a level of a collection. Blocks have the size of those of the parts, and lie across them."""
+
+    def __init__(self, level: JoinedLevel, site: str, parts: Sequence[Blocks]) -> None:
+        header = level.store.header
+        super().__init__(level.name, header, site, len(level))
+        self.held = len(parts)
+        self._parts, self._segments = parts, level.segments
+        self._ends = np.cumsum(self._segments[:, 2] - self._segments[:, 1])
+        self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
+        self._last = threading.local()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Data type of the values as stored."""
+        return self._parts[0].dtype
+
+    def _read(self, layer: int, block: int) -> Block:
+        return _join(
+            self.span(block)[0], [self._parts[p].read(layer, i).rows(a, b) for p, i, a, b in self._pieces(block)]
+        )
+
+    def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
+        """All layers of one block, or a range of them. Of each part the last block stays in memory for its thread,
+        since the next block goes on in it.
+        """
+        last: dict[int, tuple[int, slice, list[Block]]] = self._last.__dict__.setdefault("blocks", {})
+        pieces: list[list[Block]] = []
+        for p, i, a, b in self._pieces(block):
+            if p not in last or last[p][:2] != (i, layers):
+                last[p] = (i, layers, self._parts[p].read_layers(i, layers))
+            pieces.append([found.rows(a, b) for found in last[p][2]])
+        return [_join(self.span(block)[0], list(of_layer)) for of_layer in zip(*pieces, strict=True)]
+
+    def row_nnz(self, layer: int) -> np.ndarray:
+        """uint32 [tokens], kept entries of every row of a layer."""
+        counts = [part.row_nnz(layer) for part in self._parts]
+        return np.concatenate([np.empty(0, np.uint32), *(counts[p][a:b] for p, a, b in self._segments.tolist())])
+
+    def _pieces(self, block: int) -> Iterator[tuple[int, int, int, int]]:
+        """(part, its block, first row in the part, row after the last) of what a block is joined of."""
+        at, stop = self.span(block)
+        index = int(np.searchsorted(self._ends, at, side="right"))
+        while at < stop:
+            part, _, end = self._segments[index].tolist()
+            left = int(self._ends[index]) - at  # rows of the segment that are still to come
+            first = end - left
+            inside = first // self.block
+            count = min(left, stop - at, (inside + 1) * self.block - first)
+            yield part, inside, first, first + count
+            at += count
+            index += count == left
+
+
+def _join(start: int, blocks: list[Block]) -> Block:
+    if len(blocks) == 1:
+        return Block(start, blocks[0].values, blocks[0].kept, blocks[0].row_nnz)
+    parts = ([getattr(block, name) for block in blocks] for name in ("values", "kept", "row_nnz"))
+    return Block(start, *map(np.concatenate, parts))
