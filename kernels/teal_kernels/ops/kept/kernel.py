@@ -2,7 +2,7 @@
 
 A **kept list** is what thresholding a vector gives: positions (int32) and values of its kept entries,
 ascending. It is stored in chunks, so that many programs can write it in one launch with no program waiting
-for another: program c compacts entries `c*CHUNK ... (c+1)*CHUNK` to the front of its own stretch of the list
+for another: program c compacts entries `c*CHUNK ... (c+1)*CHUNK` to the front of its own section of the list
 and writes their number to `count[c]`. A reader finds the r-th kept entry at `r + sum over chunks that end at
 or before r of (CHUNK - count[c])`. How many entries are kept is known on the device only.
 
@@ -69,7 +69,7 @@ def emit(
     SPARSE: tl.constexpr,  # 0: dense; 1: a threshold per projection, [P]; 2: one per projection and channel, [P, K]
     RING: tl.constexpr,
 ):
-    """Hand one chunk of a site's vector to the product that reads it.
+    """Write one chunk of a site's vector in the form that its product reads.
 
     A sparse product gets a kept list, and the number each projection keeps is added to the tally; a dense one
     gets the row as it is. What is captured is what the product consumes. The tally needs no atomics: every

@@ -11,7 +11,7 @@ from torch import Tensor
 from teal_kernels.configs import EXACT
 
 CHUNK: Final = 2048
-"""Entries per program that compacts. Longer chunks make fewer of them for the reader of the list to go through."""
+"""Entries per program that compacts. The longer they are, the fewer counts the reader of the list has to add up."""
 
 
 def chunk_for(size: int, chunk: int = CHUNK) -> int:
@@ -20,7 +20,7 @@ def chunk_for(size: int, chunk: int = CHUNK) -> int:
 
 
 def chunk_warps(chunk: int) -> int:
-    """Warps of a program that handles a chunk: four entries per thread, so that many loads are under way."""
+    """Warps of a program that handles a chunk: four entries per thread, so that many loads are in flight."""
     return max(1, chunk // 128)
 
 

@@ -27,7 +27,7 @@ def projection_threshold(thresholds_ptr, projection, channel, inside, K, PER_CHA
 
 @triton.jit
 def lowest_threshold(thresholds_ptr, channel, inside, K, COUNT: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """The smallest of the thresholds of COUNT projections: what one of them keeps, a shared list holds."""
+    """The smallest of the thresholds of COUNT projections: a shared list holds what any of them keeps."""
     lowest = projection_threshold(thresholds_ptr, 0, channel, inside, K, PER_CHANNEL)
     for i in tl.static_range(1, COUNT):
         lowest = tl.minimum(lowest, projection_threshold(thresholds_ptr, i, channel, inside, K, PER_CHANNEL))

@@ -1,1 +1,1 @@
-"""Attention of one token over the key-value cache, the positions shared out among programs."""
+"""Attention of one token over the key-value cache, the positions divided among programs."""

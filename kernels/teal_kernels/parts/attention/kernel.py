@@ -1,8 +1,9 @@
-"""Flash-decoding: programs attend to a share of the positions each, a second launch joins them (Dao et al. 2023).
+"""Flash-decoding: each program attends to a share of the positions, a second launch combines them (Dao et al. 2023).
 
-A program serves all query heads that share a key-value head, so keys and values are read once. How long the cache
-is, only the device knows: every program takes an equal share of the positions there are, which keeps the grid, and
-with it the order of the sums, fixed. The second launch ends in the kept list that the output projection reads.
+A program serves all query heads that share a key-value head, so keys and values are read once. The length of the cache
+is known on the device only: the filled positions are divided evenly among a fixed number of programs, so the grid, and
+with it the order of the sums, does not depend on it. The second launch writes the kept list that the output projection
+reads.
 Device code only.
 """
 
@@ -95,7 +96,7 @@ def join_kernel(
     D: tl.constexpr,
     SHARES: tl.constexpr,
 ):
-    """Join the shares of every head, in order, and emit. K = heads * D. Grid: (CHUNKS,)."""
+    """Combine the shares of every head, in order, and emit. K = heads * D. Grid: (CHUNKS,)."""
     chunk = tl.program_id(0)
     channel = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = channel < K

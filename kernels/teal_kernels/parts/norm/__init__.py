@@ -1,1 +1,1 @@
-"""Residual add and RMSNorm, the start of every half layer, fused with thresholding and compaction."""
+"""Residual addition and RMSNorm, before attention and before the MLP, fused with thresholding and compaction."""

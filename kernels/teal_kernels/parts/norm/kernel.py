@@ -1,7 +1,7 @@
-"""One launch from the shares of one product to the kept list of the next: sum, bias, residual, RMSNorm, threshold.
+"""One launch from the partial sums of one product to the kept list of the next: bias, residual, RMSNorm, threshold.
 
-The norm needs the whole vector, and no program may wait for another: each adds up all of it, which costs reads that hit
-the second-level cache, and then normalises, thresholds and compacts a chunk of its own. Device code only.
+The norm needs the whole vector, and no program may wait for another: each adds up all of it, reading from the L2 cache,
+and then normalises, thresholds and compacts a chunk of its own. Device code only.
 """
 
 from __future__ import annotations
@@ -10,37 +10,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
-from teal_kernels.ops.sparse_gemv.kernel import sum_splits
-
-
-@triton.jit
-def rounded(x, like_ptr):
-    """Round to the dtype that `like_ptr` points to, and go on in float32: what storing and loading would do."""
-    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def inverse_rms(sum_of_squares, SIZE: tl.constexpr, eps):
-    """1 / sqrt(mean + eps), correctly rounded at each step, as PyTorch on a CPU computes it."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(sum_of_squares, SIZE * 1.0) + eps))
-
-
-@triton.jit
-def weighted(normed, weight, offset, like_ptr, ONCE: tl.constexpr):
-    """normed * (weight + offset), rounded: in the end only (ONCE), or before the product as well."""
-    if not ONCE:
-        normed = rounded(normed, like_ptr)
-    return rounded(normed * (weight + offset), like_ptr)
-
-
-@triton.jit
-def product_chunk(partial_ptr, bias_ptr, channel, inside, like_ptr, SIZE, SPLITS: tl.constexpr, BIAS: tl.constexpr):
-    """A chunk of a product, rounded, with its bias, rounded."""
-    product = rounded(sum_splits(partial_ptr, channel, inside, SIZE, SPLITS), like_ptr)
-    if BIAS:
-        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        product = rounded(product + bias, like_ptr)
-    return product
+from teal_kernels.parts.kernel import inverse_rms, product_columns, rounded, weighted
 
 
 @triton.jit
@@ -89,7 +59,7 @@ def rms_norm_kernel(
         squares = tl.zeros([CHUNK], tl.float32)
         for chunk in range(CHUNKS):
             channel = chunk * CHUNK + offset
-            product = product_chunk(partial_ptr, bias_ptr, channel, channel < K, stream_ptr, K, SPLITS, BIAS)
+            product = product_columns(partial_ptr, bias_ptr, channel, channel < K, stream_ptr, K, SPLITS, BIAS)
             squares += product * product
         post_scale = inverse_rms(tl.sum(squares, axis=0), K, eps)
     squares = tl.zeros([CHUNK], tl.float32)
@@ -101,7 +71,7 @@ def rms_norm_kernel(
         if EMBED and SCALED:
             hidden = rounded(hidden * embedding_scale, stream_ptr)
         if SPLITS > 0:
-            product = product_chunk(partial_ptr, bias_ptr, channel, inside, stream_ptr, K, SPLITS, BIAS)
+            product = product_columns(partial_ptr, bias_ptr, channel, inside, stream_ptr, K, SPLITS, BIAS)
             if POST:
                 post = tl.load(post_ptr + channel, mask=inside, other=0.0).to(tl.float32)
                 product = weighted(product * post_scale, post, norm_offset, stream_ptr, ONCE)

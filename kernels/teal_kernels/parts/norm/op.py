@@ -29,7 +29,7 @@ def launch_rms_norm(
         hidden: [H], or the embedding [vocab, H] if `token` is given.
         stream: [H], written; other memory than `hidden`.
         weight: [H] of the norm; None: the stream itself goes to `sink`.
-        partial: [splits, H] shares of the product to add (a dense product is one share); None: nothing is added.
+        partial: [splits, H] partial sums of the product to add (a dense product has one row); None: nothing is added.
         bias: [H] added to the product; post_norm: [H], weight of a norm of the product, before it is added.
         token: int64 [1] on the device.
         traits: of the model; embedding_scale must have been rounded to its dtype.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal_kernels.parts.reference import product_reference
 from teal_kernels.traits import LLAMA, Traits
 
 
@@ -27,10 +28,9 @@ def add_partials_reference(
     eps: float = 0.0,
     traits: Traits = LLAMA,
 ) -> Tensor:
-    """hidden [H] + the product whose shares are partial [S, H] (+ bias [H]); every result is rounded to the dtype.
+    """hidden [H] + the product whose partial sums are [S, H] (+ bias [H]); every result is rounded to the dtype.
 
     With a `post_norm` [H] it is the norm of the product that is added.
     """
-    product = partial.float().sum(0).to(hidden.dtype)
-    product = rms_norm_reference(product if bias is None else product + bias, post_norm, eps, traits)
+    product = rms_norm_reference(product_reference(partial, hidden.dtype, bias), post_norm, eps, traits)
     return hidden + (product if traits.residual_scale == 1.0 else product * traits.residual_scale)

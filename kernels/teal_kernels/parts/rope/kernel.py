@@ -1,4 +1,4 @@
-"""Second pass of the q, k, v product, bias, q/k norm, rotation and the append to the cache in one launch.
+"""Sum of the partial sums of q, k, v, bias, q/k norm, rotation and the append to the cache in one launch.
 
 One program per head. A head is held as two halves, since the rotation pairs entry d with entry d + head_dim / 2.
 Device code only.
@@ -9,17 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.ops.sparse_gemv.kernel import sum_splits
-from teal_kernels.parts.norm.kernel import inverse_rms, rounded, weighted
-
-
-@triton.jit
-def half_of_head(partial_ptr, bias_ptr, column, inside, like_ptr, N, SPLITS: tl.constexpr, BIAS: tl.constexpr):
-    """One half of a head: the product, rounded, with its bias, rounded."""
-    x = rounded(sum_splits(partial_ptr, column, inside, N, SPLITS), like_ptr)
-    if BIAS:
-        x = rounded(x + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32), like_ptr)
-    return x
+from teal_kernels.parts.kernel import inverse_rms, product_columns, rounded, weighted
 
 
 @triton.jit
@@ -30,8 +20,8 @@ def squares_of_heads(
     """Sum of the squares of COUNT heads, from head FIRST on."""
     total = tl.zeros_like(low).to(tl.float32)
     for head in range(FIRST, FIRST + COUNT):
-        x = half_of_head(partial_ptr, bias_ptr, head * D + low, inside, like_ptr, N, SPLITS, BIAS)
-        y = half_of_head(partial_ptr, bias_ptr, head * D + low + D // 2, inside, like_ptr, N, SPLITS, BIAS)
+        x = product_columns(partial_ptr, bias_ptr, head * D + low, inside, like_ptr, N, SPLITS, BIAS)
+        y = product_columns(partial_ptr, bias_ptr, head * D + low + D // 2, inside, like_ptr, N, SPLITS, BIAS)
         total += x * x + y * y
     return tl.sum(total, axis=0)
 
@@ -83,8 +73,8 @@ def qkv_kernel(
     high = low + D // 2
     inside = low < D // 2
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
-    x = half_of_head(partial_ptr, bias_ptr, head * D + low, inside, q_ptr, width, SPLITS, BIAS)
-    y = half_of_head(partial_ptr, bias_ptr, head * D + high, inside, q_ptr, width, SPLITS, BIAS)
+    x = product_columns(partial_ptr, bias_ptr, head * D + low, inside, q_ptr, width, SPLITS, BIAS)
+    y = product_columns(partial_ptr, bias_ptr, head * D + high, inside, q_ptr, width, SPLITS, BIAS)
     if head < HEADS + KV_HEADS:
         if NORM:
             weight_ptr = q_norm_ptr if head < HEADS else k_norm_ptr

@@ -26,7 +26,7 @@ def launch_qkv(
     """Queries go to `q`, the key and value to `position` of the cache.
 
     Args:
-        partial: [splits, (heads + 2 kv_heads) head_dim], shares of the fused product.
+        partial: [splits, (heads + 2 kv_heads) head_dim], partial sums of the fused product.
         rope: cos and sin, each [max_tokens, head_dim], the sign of the rotation folded into sin.
         position: int64 [1] on the device.
         q: [heads, head_dim], written; keys, values: [kv_heads, max_tokens, head_dim], one row of each head written.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.parts.norm.reference import rms_norm_reference
+from teal_kernels.parts.reference import product_reference
 from teal_kernels.traits import LLAMA, Traits
 
 
@@ -26,9 +27,7 @@ def qkv_reference(
     traits: Traits = LLAMA,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """partial [S, (heads + 2 kv_heads) head_dim] -> q [heads, head_dim], k and v [kv_heads, head_dim]."""
-    qkv = partial.float().sum(0).to(cos.dtype)
-    if bias is not None:
-        qkv = qkv + bias
+    qkv = product_reference(partial, cos.dtype, bias)
     q, k, v = qkv.view(heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads))
     if norms is not None:
         vectors = (q.reshape(1, -1), k.reshape(1, -1)) if traits.wide_head_norms else (q, k)

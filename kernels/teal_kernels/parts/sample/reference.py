@@ -1,10 +1,10 @@
 """The sampling rule in plain Python and PyTorch: which token a sequence draws from its logits, on every device.
 
 The random number of a draw is a function of (seed, sequence, position), so that a sequence comes out the same whatever
-was drawn before it, and can be taken up at any token. It inverts the cumulative distribution of the softmax over the
+was drawn before it, and can be resumed at any token. It inverts the cumulative distribution of the softmax over the
 candidates, in the order of their token ids. Candidates are the `top_k` most likely tokens, and of these the fewest
 whose probability together reaches `top_p`; tokens that are as likely as the last one of either count as well, so that
-no order among equals has to be told.
+equally likely tokens need no order.
 
 Weights of the softmax are whole numbers: their sums are exact, and the same however a kernel divides the vocabulary.
 """

@@ -1,1 +1,1 @@
-"""SiLU(gate) * up, from the shares of the fused gate-up product to the kept list that `down` reads."""
+"""SiLU(gate) * up, from the partial sums of the fused gate-up product to the kept list that `down` reads."""

@@ -1,4 +1,4 @@
-"""Second pass of the gate-up product, SiLU, product, threshold and compaction in one launch. Device code only."""
+"""Gate and up from their partial sums, activation, product, threshold, compaction in one launch. Device code only."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
-from teal_kernels.ops.sparse_gemv.kernel import sum_splits
-from teal_kernels.parts.norm.kernel import rounded
+from teal_kernels.parts.kernel import product_columns, rounded
 
 
 @triton.jit
@@ -39,8 +38,8 @@ def swiglu_kernel(
     chunk = tl.program_id(0)
     channel = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = channel < K
-    gate = rounded(sum_splits(partial_ptr, channel, inside, 2 * K, SPLITS), like_ptr)
-    up = rounded(sum_splits(partial_ptr + K, channel, inside, 2 * K, SPLITS), like_ptr)
+    gate = product_columns(partial_ptr, None, channel, inside, like_ptr, 2 * K, SPLITS, False)
+    up = product_columns(partial_ptr, None, K + channel, inside, like_ptr, 2 * K, SPLITS, False)
     exponent = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
     active = rounded(tl.div_rn(gate, 1.0 + tl.exp(-exponent)), like_ptr)
     x = (active * up).to(like_ptr.dtype.element_ty)

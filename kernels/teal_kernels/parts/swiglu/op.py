@@ -14,7 +14,7 @@ def launch_swiglu(partial: Tensor, like: Tensor, sink: Sink, activation: str = S
     """activation(gate) * up goes to `sink`.
 
     Args:
-        partial: [splits, 2 I], shares of the fused product, gate then up; a dense product is one share.
+        partial: [splits, 2 I], partial sums of the fused product, gate then up; a dense product has one row.
         like: any tensor of the model's dtype.
         activation: one of `traits.ACTIVATIONS`.
     """

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal_kernels.parts.reference import product_reference
 from teal_kernels.traits import GELU_TANH, SILU
 
 
 def swiglu_reference(partial: Tensor, dtype: torch.dtype, activation: str = SILU) -> Tensor:
-    """partial [S, 2 I] shares of gate, then up -> activation(gate) * up [I]."""
-    gate, up = partial.float().sum(0).to(dtype).chunk(2)
+    """partial sums [S, 2 I] of gate, then up -> activation(gate) * up [I]."""
+    gate, up = product_reference(partial, dtype).chunk(2)
     return (F.gelu(gate, approximate="tanh") if activation == GELU_TANH else F.silu(gate)) * up
