@@ -68,7 +68,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def run(step: Step, out: Path, left_s: float) -> dict[str, object]:
-    """Run a step with its output in OUT/<name>.txt; what became of it."""
+    """Run a step with its output in OUT/<name>.txt; how it ended, as a JSON object."""
     allowed = min(step.most_s, left_s)
     start = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))

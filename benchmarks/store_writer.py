@@ -1,7 +1,7 @@
 """What the store costs and saves, against one `torch.save` file per token, layer and projection.
 
-    python benchmarks/store_writer.py                       # SmolLM2-135M's shape, bfloat16,
-    50/75/90% python benchmarks/store_writer.py --model llama-2-7b --tokens 128
+    python benchmarks/store_writer.py                                      # SmolLM2-135M's shape, bfloat16, 50/75/90%
+    python benchmarks/store_writer.py --model llama-2-7b --tokens 128
 
 Rows are normal numbers, thresholded so that the target share is dropped. Each result is one JSON object on a
 line: tokens per second of either way (producer and disk together, the store finished and closed), files,
@@ -55,9 +55,8 @@ def header(model: str) -> StoreHeader:
 
 
 def thresholded(shape: StoreHeader, threshold: float) -> list[Rows]:
-    """A block of tokens, made beforehand and used in turn: blocks are compressed one by one, so a store of
-    equal
-    blocks has the size of one of different ones."""
+    """A block of tokens, made beforehand and used in turn: blocks are compressed one by one, so a store of equal blocks
+    has the size of one of different blocks."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(shape.block_tokens):

@@ -13,13 +13,14 @@ from typing import Final
 
 REFERENCE: Final = "reference"
 CPU: Final = "cpu"
+NUMBA: Final = "numba"
 TRITON: Final = "triton"
 
-BACKENDS: Final[tuple[str, ...]] = (REFERENCE, CPU, TRITON)
+BACKENDS: Final[tuple[str, ...]] = (REFERENCE, CPU, NUMBA, TRITON)
 
 OPS: Final[dict[str, tuple[str, ...]]] = {
     "threshold": (REFERENCE, TRITON),
-    "sparse_gemv": (REFERENCE, CPU, TRITON),
+    "sparse_gemv": (REFERENCE, CPU, NUMBA, TRITON),
 }
 """The backends each op has, whether or not this machine can run them."""
 
@@ -62,8 +63,12 @@ def backend_problem(backend: str, device_type: str) -> str | None:
         raise BackendError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == TRITON:
         return triton_problem(device_type)
-    if backend == CPU and device_type != "cpu":
-        return f"the cpu backend works on CPU tensors, not on {device_type!r}"
+    if backend in (CPU, NUMBA) and device_type != "cpu":
+        return f"the {backend} backend works on CPU tensors, not on {device_type!r}"
+    if backend == NUMBA:
+        from teal_kernels.steps.cpu.compiled import unavailable
+
+        return unavailable()
     return None
 
 
@@ -72,8 +77,9 @@ def choose_backend(device_type: str, requested: str | None = None) -> str:
 
     Args:
         device_type: `torch.device.type` of the weights.
-        requested: a backend by name, or None for the fastest that works: triton on a GPU, cpu on a CPU, and
-            the plain PyTorch reference where neither exists.
+        requested: a backend by name, or None for what suits single products best: triton on a GPU, cpu on a CPU, and
+            the plain PyTorch reference where neither exists. (numba is faster than cpu where many products are one
+            call, see `sparse_gemv.prepared`; before a single one it has to wake threads.)
 
     Raises:
         BackendError: the requested backend is unknown or cannot run there; the message says why.
@@ -94,8 +100,7 @@ def available(device_type: str | None = None) -> dict[str, dict[str, str | None]
         device_type: the device to ask about; by default each backend is asked about the device it is made for
             (triton: "cuda", the others: "cpu").
     """
-    home = {REFERENCE: "cpu", CPU: "cpu", TRITON: "cuda"}
     return {
-        op: {name: backend_problem(name, device_type or home[name]) for name in backends}
+        op: {name: backend_problem(name, device_type or ("cuda" if name == TRITON else "cpu")) for name in backends}
         for op, backends in OPS.items()
     }

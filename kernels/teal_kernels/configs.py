@@ -1,8 +1,8 @@
 """Launch configurations of the gather GEMV: shipped defaults, and those that a search left on disk.
 
-A configuration decides speed and, through the order of the sums, the last bits. It is never searched for at run time:
-a first run takes the defaults and does not wait, `tuning.tune` searches when it is asked to, and what it found is used
-from then on, per GPU model, Triton version and kernel source. This file does not launch anything.
+A configuration decides speed and, through the order of the sums, the last bits. Nothing is searched for at run time: a
+first run takes the defaults. `teal bench kernels --tune` searches, and what it finds is used from then on, per GPU
+model, Triton version and kernel source. This file does not launch anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ for every version of Triton."""
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How the gather GEMV is cut up.
+    """How the work of the gather GEMV is divided among programs.
 
     Attributes:
         block_n: columns per program, a power of two.
@@ -44,10 +44,11 @@ class GemvConfig:
 def default_gemv_config(inputs: int, outputs: int, itemsize: int) -> GemvConfig:
     """A configuration meant for H100-class GPUs, for a weight [inputs, outputs] of `itemsize` bytes per entry.
 
-    A row of a tile is one or two 128-byte memory lines and a program has 8 KiB of weights under way. Splits are added
-    until 512 programs share the work (four on each of 132 multiprocessors, in one wave, 32 KiB under way on each),
-    as long as each still has four rounds of rows in the dense case. Matrices with few outputs get narrow tiles rather
-    than more splits, because every split is a row of float32 that the next kernel reads again.
+    A row of a tile is one or two 128-byte cache lines, and a program has loads of 8 KiB of weights in flight. The
+    number of splits is doubled until there are 512 programs (four on each of 132 multiprocessors, resident at the same
+    time, with 32 KiB in flight on each), as long as the loop of each still has four iterations in the dense case.
+    Matrices with few outputs get narrow tiles rather than more splits, because every split is a row of float32 partial
+    sums that the next kernel reads.
     """
     width = 256 if outputs >= 8192 else 128
     rows = 8192 // width if inputs * outputs * itemsize >= 2**23 else 16

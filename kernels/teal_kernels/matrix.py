@@ -1,7 +1,7 @@
 """What a projection multiplies by: a matrix [K, N], input-major, so that one entry of the input needs one row.
 
-A kind of matrix is one class: how its numbers lie in memory, what reading a row costs, and the dense product that a
-prefill takes. Which kinds a backend can multiply by, the backend says; the reference takes all, through `tensor`.
+A kind of matrix is one class: how its numbers lie in memory, how many bytes a row has, and the dense product that
+prefill uses. Each backend says which kinds it multiplies by; the reference takes all, through `tensor`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Matrix(ABC):
         data: [K, ...] contiguous: row k is all that one kept entry k of the input reads.
         segments: output widths of the projections, sum N.
         dtype: of the vectors that it multiplies, and of products.
-        kind: what it is called.
+        kind: its name, e.g. "bfloat16" or "int4".
     """
 
     data: Tensor

@@ -1,7 +1,7 @@
 """Matrices of 8 or 4 bits a weight: kinds of `Matrix` whose rows `packing` describes.
 
-The vectors that they multiply and the products are of a float dtype. Many tokens take a dense product: columns are
-unpacked, a tile at a time, into one scratch of the process, so that no second copy of a model is ever held.
+The vectors that they multiply and the products are of a float dtype. The dense product for many tokens unpacks columns,
+a tile at a time, into one buffer of the process, so that there is never a second copy of a model in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from teal_kernels.matrix import FLOATS, Matrix
 from teal_kernels.packing import UNIT, RowLayout, check, dequantize
 
 _TILE: Final = 4 << 20
-"""Weights that are unpacked at once, as long as that is 64 columns at least."""
+"""Weights that are unpacked at once; more where 64 columns have more."""
 
 _CODES: Final = {8: np.empty(0, np.int8), 4: np.empty(0, np.uint8)}
 
@@ -110,7 +110,7 @@ _SCRATCHES: dict[torch.dtype, Tensor] = {}
 
 
 def _scratch(dtype: torch.dtype, size: int) -> Tensor:
-    """The one scratch of this process: new memory at every call would cost half of the speed, in page faults."""
+    """The buffer of this process: new memory at every call would halve the speed, through page faults."""
     if dtype not in _SCRATCHES or len(_SCRATCHES[dtype]) < size:
         _SCRATCHES[dtype] = torch.empty(max(size, _TILE), dtype=dtype)
     return _SCRATCHES[dtype]
@@ -126,9 +126,9 @@ def _compiler_problem() -> str | None:
 
 @cache
 def _unpack() -> Callable[..., None]:
-    from teal_kernels.steps.cpu.compiled import load_unpacking
+    from teal_kernels.steps.cpu.compiled import load_module
 
-    unpack: Callable[..., None] = load_unpacking().unpack
+    unpack: Callable[..., None] = load_module("unpacking").unpack
     return unpack
 
 

@@ -38,17 +38,17 @@ FACTORS = {
     8: [1 / (-127 + offset) for offset in (-2, -1, 0, 1, 2, 3)],
     4: [factor / -8 for factor in torch.linspace(0.70, 1.25, 17).tolist()],
 }
-"""Bits -> scales that are tried, as multiples of the entry of the largest magnitude: it is clipped, gets the lowest
-code, or (4 bits) falls short of it. Within 0.2% (4 bits) and 4% (8 bits) of the least error that any scale gives."""
+"""Bits -> scales that are tried, as multiples of the entry of the largest magnitude: that entry is clipped, gets the
+lowest code, or (4 bits) a code above the lowest. Within 0.2% (4 bits) and 4% (8 bits) of the least possible error."""
 
 LARGEST = 2.0**126
 """Weights beyond it are refused, so that no product of a scale and a code overflows."""
 SMALLEST = torch.finfo(torch.bfloat16).tiny
-"""Scales below the smallest normal number are zero: processors are slow with them, or read them as zero."""
+"""Scales below the smallest normal number become zero: processors are slow with subnormals, or read them as zero."""
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -120, 126
 
 ROWS = 1 << 20
-"""Weights that are rounded at once: small enough to stay in a processor's cache."""
+"""Weights that are rounded at once: few enough to stay in a processor's cache."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A criterion scores entry i of a vector as |x_i - c_i| * scale_i and keeps it where the score exceeds t. Kernels, the
 reference and the store all compute it as |x_i - c_i| > t_i, with one threshold per projection, or, where there is a
-scale, one per projection and channel. What t_i is, is told here only, so that all of them compare the same bits.
+scale, one per projection and channel. Only this file computes t_i, so that all of them compare the same bits.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Thresholds:
 
     Attributes:
         table: float32 [layers, 7], q k v o gate up down, none negative: the thresholds of scores.
-        scale: site -> float32 [layers, P, K], for sites whose P projections weigh channels; mostly empty.
-        centre: site -> float32 [layers, K], what is taken from a vector before it is compared and multiplied; mostly
-            empty.
+        scale: site -> float32 [layers, P, K], for sites whose score has a scale; mostly empty.
+        centre: site -> float32 [layers, K], what is subtracted from a vector before it is compared and multiplied;
+            mostly empty.
 
     Raises:
         ValueError: a shape or dtype that does not fit, a negative number, or one that is not finite.
@@ -98,12 +98,12 @@ class Thresholds:
         return len(self.table)
 
     def site(self, layer: int, site: str) -> NDArray[np.float32]:
-        """What each projection of a site compares with: float32 [P], or [P, K] where it weighs channels."""
+        """What each projection of a site compares with: float32 [P], or [P, K] where there is a scale."""
         scale = self.scale.get(site)
         return site_thresholds(self.table[layer], site, None if scale is None else scale[layer])
 
     def lowest(self, layer: int, site: str) -> NDArray[np.float32]:
-        """What decides whether a site keeps an entry: float32 [], or [K] where it weighs channels."""
+        """What decides whether a site keeps an entry: float32 [], or [K] where there is a scale."""
         limits = self.site(layer, site)
         return np.asarray(lowest(limits, projections=-limits.ndim))
 

@@ -17,7 +17,7 @@ ACTIVATIONS: Final = (SILU, GELU_TANH)
 class Traits:
     """The defaults are Llama's.
 
-    Where a norm stands (before a half layer, after it, or both) is told by which norm weights a layer has.
+    Which norm weights a layer has decides where its norms are: before attention and MLP, after them, or both.
 
     Attributes:
         norm_offset: added to the weight of every norm: Gemma stores w - 1.
@@ -28,7 +28,7 @@ class Traits:
         attention_scale: factor on the scores; None is head_dim ** -0.5.
         score_cap: scores become cap * tanh(score / cap); None leaves them.
         embedding_scale: factor on the embedding of a token, rounded to the model's dtype.
-        residual_scale: factor on what a half layer adds to the residual stream.
+        residual_scale: factor on what attention and MLP add to the residual stream.
         logit_scale: factor on the logits.
         logit_cap: as `score_cap`, after the factor.
     """

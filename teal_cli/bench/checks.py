@@ -45,11 +45,12 @@ class Check:
         return "passed" if self.passed else f"failed: error {self.error:.2g}, allowed {self.limit:.2g}"
 
 
-def exact_product(x: Tensor, weight: Tensor, threshold: float) -> Tensor:
+def exact_product(x: Tensor, weight: Tensor, threshold: float | Tensor) -> Tensor:
     """Sum of x[i] * weight[i] over |x[i]| > threshold, in float32 (float64 for float32 inputs).
 
     Args:
-        x: [K]; weight: [K, N], any strides; threshold: negative keeps everything.
+        x: [K]; weight: [K, N], any strides.
+        threshold: a number or float32 [], or [K] with one for each channel; negative keeps everything.
     """
     wide = torch.float64 if x.dtype == torch.float32 else torch.float32
     kept = (x.float().abs() > threshold).nonzero().squeeze(1)

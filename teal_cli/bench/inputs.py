@@ -1,10 +1,11 @@
 """What is multiplied: weights that no cache holds, and vectors with a known share of entries to keep.
 
-Vectors are normal numbers, or rows of a store that a real model left (`replay`). Knows nothing of kernels.
+Vectors are normal numbers, or rows of a store that a real model left (`Replay`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.machine import cache_bytes
-from teal_cli.bench.shapes import Matrix
+from teal_cli.bench.shapes import MatrixShape
 from teal_cli.errors import UsageError
 from teal_cli.store.reader import ActivationStore, open_store
-from teal_kernels.spec import columns
+from teal_kernels.matrix import FloatMatrix
+from teal_kernels.ops.sparse_gemv.prepared import Products, prepare
 
 VECTORS = 8
 """Different input vectors per sparsity."""
@@ -67,29 +69,37 @@ class Vectors:
     """Input vectors of one sparsity.
 
     Attributes:
-        x: [count, K] on the device; thresholds: float32 [count], the same as numbers in `limits`.
-        kept: mean number of entries above the threshold.
+        x: [count, K] on the device.
+        thresholds: float32 [count, P] on the device, or [count, P, K] with one for each channel.
+        kept: mean number of entries that a column of the matrix keeps.
     """
 
     x: Tensor
     thresholds: Tensor
-    limits: list[float]
     kept: float
 
     @classmethod
-    def make(cls, x: Tensor, thresholds: Tensor) -> Vectors:
-        kept = (x.float().abs() > thresholds[:, None]).sum(1).double().mean()
-        return cls(x, thresholds, thresholds.tolist(), float(kept))
+    def make(cls, x: Tensor, thresholds: Tensor, segments: Sequence[int]) -> Vectors:
+        """Vectors with the thresholds of P projections, of these output widths."""
+        limits = thresholds if thresholds.ndim == 3 else thresholds[:, :, None]
+        kept = (x.float().abs()[:, None] > limits).sum(2).double().mean(0).cpu()
+        widths = torch.tensor(segments, dtype=torch.float64)
+        return cls(x, thresholds, float(kept @ widths / widths.sum()))
 
 
 @dataclass(frozen=True)
 class Operands:
     """What a product multiplies: copies [K, N] of a matrix, and vectors of one sparsity."""
 
-    matrix: Matrix
+    matrix: MatrixShape
     copies: list[Tensor]
     vectors: Vectors
     sparsity: float
+
+    def prepare(self, backend: str) -> Products:
+        """The products of `at(0)`, `at(1)`, ... by a backend of `sparse_gemv`."""
+        matrices = [FloatMatrix(copy, self.matrix.segments) for copy in self.copies]
+        return prepare(matrices, self.vectors.x, self.vectors.thresholds, backend=backend, sparsity=self.sparsity)
 
     def at(self, turn: int) -> tuple[Tensor, Tensor, int]:
         """Vector, copy, and the vector's number."""
@@ -97,15 +107,16 @@ class Operands:
         return self.vectors.x[number], self.copies[turn % len(self.copies)], number
 
 
-def random_vectors(inputs: int, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
+def random_vectors(shape: MatrixShape, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
     """Normal numbers and the threshold that drops this share of them; at sparsity 0 it drops none."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(VECTORS, inputs, generator=generator).to(dtype)
+    x = torch.randn(VECTORS, shape.inputs, generator=generator).to(dtype)
     limit = torch.tensor(-1.0)
     if sparsity > 0:
         magnitudes = x.float().abs().view(-1)
         limit = magnitudes.kthvalue(max(1, round(sparsity * len(magnitudes)))).values
-    return Vectors.make(x.to(device), limit.to(device).expand(VECTORS).contiguous())
+    limits = limit.to(device).expand(VECTORS, len(shape.segments)).contiguous()
+    return Vectors.make(x.to(device), limits, shape.segments)
 
 
 class Replay:
@@ -125,7 +136,7 @@ class Replay:
         if not self.levels:
             raise UsageError(f"{path} has no rows of a sparse level", hint="dump some, e.g. `teal dump -s 0.5,0.9`")
 
-    def matching(self, matrices: list[Matrix]) -> list[Matrix]:
+    def matching(self, matrices: list[MatrixShape]) -> list[MatrixShape]:
         """The matrices that take the store's vectors.
 
         Raises:
@@ -141,15 +152,17 @@ class Replay:
             )
         return found
 
-    def vectors(self, site: str, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int) -> Vectors:
-        """Random rows of random layers at a level, with the thresholds that they were cut at."""
+    def vectors(
+        self, shape: MatrixShape, sparsity: float, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> Vectors:
+        """Random rows of random layers at a level, with what each projection of their site compared them with."""
+        assert shape.site is not None, "`matching` gives shapes with a site only"
         level = self.levels[sparsity]
-        limits = level.thresholds[:, columns(site)].min(axis=1)
         choice = np.random.default_rng(seed)
-        rows, thresholds = [], []
+        rows, limits = [], []
         for layer in choice.integers(self.store.header.layers, size=VECTORS).tolist():
             row = int(choice.integers(len(level)))
-            rows.append(np.asarray(level.site(layer, site)[row : row + 1])[0])
-            thresholds.append(max(float(limits[layer]), 0.0))
+            rows.append(np.asarray(level.site(layer, shape.site)[row : row + 1])[0])
+            limits.append(level.limits(layer, shape.site))
         x = torch.from_numpy(np.stack(rows)).to(dtype).to(device)
-        return Vectors.make(x, torch.tensor(thresholds, device=device))
+        return Vectors.make(x, torch.from_numpy(np.stack(limits)).to(device), shape.segments)

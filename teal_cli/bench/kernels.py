@@ -17,7 +17,7 @@ from teal_cli.bench.checks import Check, check_product, exact_product
 from teal_cli.bench.inputs import Operands, Replay, Vectors, WeightPool, random_vectors
 from teal_cli.bench.products import DENSE, Batch, Product, dense_products, sparse_products
 from teal_cli.bench.rows import KernelRow, Progress
-from teal_cli.bench.shapes import Matrix
+from teal_cli.bench.shapes import MatrixShape
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
 from teal_cli.errors import HardwareError
 from teal_cli.ui.table import percent
@@ -38,7 +38,7 @@ class KernelRequest:
             cache by default.
     """
 
-    matrices: list[Matrix]
+    matrices: list[MatrixShape]
     dtypes: tuple[torch.dtype, ...]
     sparsities: tuple[float, ...]
     device: torch.device
@@ -106,7 +106,7 @@ def _tune(request: KernelRequest) -> Iterator[Progress]:
 
 
 def _bench_matrix(
-    request: KernelRequest, matrix: Matrix, dtype: torch.dtype, pool: WeightPool, probe: ReadProbe
+    request: KernelRequest, matrix: MatrixShape, dtype: torch.dtype, pool: WeightPool, probe: ReadProbe
 ) -> Iterator[KernelRow]:
     copies = pool.copies(matrix.inputs, matrix.outputs)
     entries = _checked(request, matrix, dtype, copies)
@@ -125,7 +125,7 @@ def _bench_matrix(
         yield _row(entry, seconds, fastest, dtype, request.rounds)
 
 
-def _checked(request: KernelRequest, matrix: Matrix, dtype: torch.dtype, copies: list[Tensor]) -> list[_Entry]:
+def _checked(request: KernelRequest, matrix: MatrixShape, dtype: torch.dtype, copies: list[Tensor]) -> list[_Entry]:
     """Every product with its check, on one vector and one copy; the vector is another one than is timed first."""
     entries: list[_Entry] = []
     for sparsity in (0.0, *request.sparsities):
@@ -135,16 +135,22 @@ def _checked(request: KernelRequest, matrix: Matrix, dtype: torch.dtype, copies:
         for product in sparse_products(operands) if sparsity else dense_products(operands):
             if product.turned not in exact:
                 used = weight.view(matrix.outputs, matrix.inputs).T if product.turned else weight
-                exact[product.turned] = exact_product(x, used, operands.vectors.limits[number])
-            check = check_product(product.one(1), exact[product.turned], dtype)
+                exact[product.turned] = _exact(x, used, operands.vectors.thresholds[number], matrix.segments)
+            check = check_product(product.run(1, 1), exact[product.turned], dtype)
             entries.append(_Entry(product, operands, check))
     return entries
 
 
-def _vectors(request: KernelRequest, matrix: Matrix, sparsity: float, dtype: torch.dtype) -> Vectors:
+def _exact(x: Tensor, weight: Tensor, thresholds: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """[N]: `exact_product` of each projection at its own thresholds."""
+    parts = zip(weight.split(segments, dim=1), thresholds, strict=True)
+    return torch.cat([exact_product(x, part, own) for part, own in parts])
+
+
+def _vectors(request: KernelRequest, matrix: MatrixShape, sparsity: float, dtype: torch.dtype) -> Vectors:
     if request.replay is not None and sparsity and matrix.site is not None:
-        return request.replay.vectors(matrix.site, sparsity, dtype, request.device, request.seed)
-    return random_vectors(matrix.inputs, sparsity, dtype, request.device, request.seed)
+        return request.replay.vectors(matrix, sparsity, dtype, request.device, request.seed)
+    return random_vectors(matrix, sparsity, dtype, request.device, request.seed)
 
 
 def _row(entry: _Entry, seconds: Seconds, dense: str | None, dtype: torch.dtype, rounds: int) -> KernelRow:

@@ -68,7 +68,7 @@ MODEL_SHAPES: Final = {
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixShape:
     """One input-major weight matrix [inputs, outputs].
 
     Attributes:
@@ -89,29 +89,31 @@ class Matrix:
         return sum(self.segments)
 
 
-def matrices_of(name: str, shape: Geometry) -> list[Matrix]:
+def matrices_of(name: str, shape: Geometry) -> list[MatrixShape]:
     """The four matrices of a layer of a model."""
-    return [Matrix(MATRIX_NAMES[site], (name,), site, shape.channels(site), shape.segments(site)) for site in SITES]
+    return [
+        MatrixShape(MATRIX_NAMES[site], (name,), site, shape.channels(site), shape.segments(site)) for site in SITES
+    ]
 
 
-def merge(matrices: Iterable[Matrix]) -> list[Matrix]:
+def merge(matrices: Iterable[MatrixShape]) -> list[MatrixShape]:
     """Equal matrices become one that names all their models; the order stays."""
-    merged: dict[tuple[str | None, int, tuple[int, ...]], Matrix] = {}
+    merged: dict[tuple[str | None, int, tuple[int, ...]], MatrixShape] = {}
     for matrix in matrices:
         key = (matrix.site, matrix.inputs, matrix.segments)
         models = merged[key].models if key in merged else ()
         names = tuple(dict.fromkeys((*models, *matrix.models)))
-        merged[key] = Matrix(matrix.name, names, matrix.site, matrix.inputs, matrix.segments)
+        merged[key] = MatrixShape(matrix.name, names, matrix.site, matrix.inputs, matrix.segments)
     return list(merged.values())
 
 
-def parse_shapes(text: str) -> list[Matrix]:
+def parse_shapes(text: str) -> list[MatrixShape]:
     """Matrices of a list such as `llama-2-7b,4096x11008`; `all` is every model known here.
 
     Raises:
         UsageError: an unknown name, or a size that is none.
     """
-    matrices: list[Matrix] = []
+    matrices: list[MatrixShape] = []
     for part in filter(None, (part.strip().lower() for part in text.split(","))):
         size = re.fullmatch(r"(\d+)x(\d+)", part)
         if size:
@@ -120,7 +122,7 @@ def parse_shapes(text: str) -> list[Matrix]:
                 raise UsageError(
                     f"a matrix of {part} has no entries", hint="write inputs x outputs, such as 4096x11008"
                 )
-            matrices.append(Matrix(part, (), None, inputs, (outputs,)))
+            matrices.append(MatrixShape(part, (), None, inputs, (outputs,)))
         else:
             names = list(MODEL_SHAPES) if part == "all" else [part]
             for name in names:

@@ -25,8 +25,7 @@ from teal_kernels.configs import (
     table_file,
     tuned_configs,
 )
-from teal_kernels.ops.kept.op import KeptList, launch_compact
-from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce
+from teal_kernels.ops.sparse_gemv.gather import GatherGemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 
 BAND_POINTS = dict(zip(BANDS, (0.25, 0.5, 0.7, 0.9), strict=True))
@@ -120,16 +119,15 @@ class _Bench:
         self._out = torch.empty(sum(segments), dtype=dtype, device=device)
 
     def seconds(self, config: GemvConfig, sparsity: float, measure: Measure) -> float:
-        """Time of the gather and of adding up its shares, which whatever reads the product has to do."""
+        """Time of the gather and of adding up its partial sums, which whatever reads the product has to do."""
         limit = self._x.float().abs().quantile(sparsity)
         thresholds = limit.expand(len(self._segments)).contiguous()
-        kept = KeptList.empty(len(self._x), self._x.dtype, self._x.device)
-        partial = torch.empty(config.splits, len(self._out), dtype=torch.float32, device=self._x.device)
-        launch_compact(self._x, thresholds, kept)
+        product = GatherGemv(len(self._x), self._segments, self._x.dtype, self._x.device, config)
+        product.compact(self._x, thresholds)
 
         def launch(weight: Tensor) -> None:
-            launch_gather(kept, weight, thresholds, self._segments, partial, config)
-            launch_reduce(partial, self._out)
+            product.gather(weight, thresholds)
+            product.reduce(self._out)
 
         launch(self._weights[0])
         wanted = sparse_gemv_reference(self._x.double(), self._weights[0].double(), thresholds, self._segments)

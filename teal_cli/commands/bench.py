@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from teal_cli.bench.rows import Progress, Row
-    from teal_cli.bench.shapes import Matrix
+    from teal_cli.bench.shapes import MatrixShape
     from teal_cli.bench.subjects import Subject
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
@@ -243,7 +243,7 @@ def _check_path(path: Path | None, force: bool) -> None:
         check_new_file(path, force=force)
 
 
-def _matrices(shapes: str | None, model: str | None, replayed: str | None) -> list[Matrix]:
+def _matrices(shapes: str | None, model: str | None, replayed: str | None) -> list[MatrixShape]:
     from teal_cli.bench.shapes import matrices_of, merge, parse_shapes
     from teal_cli.model.config import load_config
     from teal_cli.registry.registry import Registry

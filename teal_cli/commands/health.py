@@ -241,7 +241,8 @@ def _steps(device: str) -> Iterator[Finding]:
     """Which decode step commands take, and whether the whole-step backends give the reference's logits."""
     import torch
 
-    from teal_cli.decoding.steps import NUMBA, TRITON_GRAPH, choose_step, step_problem
+    from teal_cli.decoding.steps import TRITON_GRAPH, choose_step, step_problem
+    from teal_kernels.backends import NUMBA
 
     where = torch.device(device)
     chosen, slower = choose_step(where, None)

@@ -34,9 +34,9 @@ def opened(
             calibration=calibration,
             progress=lambda done, total: task.update(done=done, total=total),
         )
-        if must_compile(session.backend, session.model.dtype):
+        if must_compile(session.backend, session.model):
             compiling = bars.task("Compiling the decode step for this processor, once", total=1, unit="steps")
-            compile_step(session.model.dtype)
+            compile_step(session.model)
             compiling.update(done=1)
         return session
 

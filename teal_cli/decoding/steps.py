@@ -19,13 +19,12 @@ from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
-from teal_kernels.backends import BACKENDS, BackendError, choose_backend, triton_problem
+from teal_kernels.backends import BACKENDS, NUMBA, BackendError, backend_problem, choose_backend, triton_problem
 from teal_kernels.spec import PROJECTIONS, SITES, columns
-from teal_kernels.steps.cpu.compiled import is_compiled, load, unavailable
+from teal_kernels.steps.cpu.compiled import is_compiled, load
 from teal_kernels.steps.spec import StepSpec
 from teal_kernels.thresholds import Thresholds
 
-NUMBA: Final = "numba"
 TRITON_GRAPH: Final = "triton-graph"
 
 
@@ -195,7 +194,7 @@ def open_step(model: Transformer, cache: KVCache, thresholds: Thresholds | None,
         BackendError: it cannot run under these thresholds; the message names those that can.
     """
     if thresholds is not None and thresholds.centre and backend in (NUMBA, TRITON_GRAPH):
-        others = ", ".join(BACKENDS)
+        others = ", ".join(name for name in BACKENDS if name != NUMBA)
         raise BackendError(f"backend {backend!r} cannot run a criterion with a centre; {others} can")
     if backend == NUMBA:
         return NumbaStep(model, cache, thresholds)
@@ -230,21 +229,23 @@ def choose_step(device: torch.device, requested: str | None) -> tuple[str, str |
 
 def step_problem(whole: str, device: torch.device) -> str | None:
     """Why a whole-step backend cannot run on a device; None where it can."""
-    if whole == TRITON_GRAPH:
-        return triton_problem(device.type)
-    if device.type != "cpu":
-        return f"the numba step works on CPU tensors, not on {device.type!r}"
-    return unavailable()
+    return triton_problem(device.type) if whole == TRITON_GRAPH else backend_problem(whole, device.type)
 
 
-def must_compile(backend: str, dtype: torch.dtype) -> bool:
+def must_compile(backend: str, model: Transformer) -> bool:
     """Whether the first step of a backend waits some ten seconds for a compiler that `compile_step` can run before."""
-    return backend == NUMBA and not is_compiled(dtype)
+    return backend == NUMBA and not is_compiled(model.dtype, _packed_bits(model))
 
 
-def compile_step(dtype: torch.dtype) -> None:
-    """Compile the numba step for this processor and keep it on disk."""
-    load(dtype)
+def compile_step(model: Transformer) -> None:
+    """Compile the numba step for such a model and this processor, and keep it on disk."""
+    load(model.dtype, _packed_bits(model))
+
+
+def _packed_bits(model: Transformer) -> frozenset[int]:
+    from teal_kernels.steps.cpu.op import step_bits
+
+    return step_bits(model.layers)
 
 
 class KeptCounter:

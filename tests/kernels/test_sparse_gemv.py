@@ -8,16 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, SHAPES, TOLERANCE, channel_limits, operands, relative_error, threshold_sets
 
-from teal_kernels.backends import BackendError, available, choose_backend
+from teal_kernels.backends import NUMBA, BackendError, available, backend_problem, choose_backend
 from teal_kernels.matrix import FloatMatrix, Matrix
 from teal_kernels.ops.sparse_gemv.cpu import slices_per_segment
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
+from teal_kernels.ops.sparse_gemv.prepared import prepare
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 from teal_kernels.ops.threshold.op import threshold
 from teal_kernels.ops.threshold.reference import keep_mask, threshold_reference
+from teal_kernels.packed import PackedMatrix
+from teal_kernels.packing import RowLayout, quantize
+
+compiled = pytest.mark.skipif(backend_problem(NUMBA, "cpu") is not None, reason=str(backend_problem(NUMBA, "cpu")))
+BACKENDS = ["reference", "cpu", pytest.param("numba", marks=compiled)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape, dtype, backend):
@@ -30,7 +36,7 @@ def test_matches_float64(shape, dtype, backend):
         assert relative_error(got, wanted) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4]], ids=str)
 def test_a_threshold_for_every_channel(shape, dtype, backend):
@@ -53,16 +59,17 @@ def test_a_threshold_for_every_channel(shape, dtype, backend):
     assert torch.equal(cut.view(integer), torch.where(x.float().abs() > limits[0], x, 0.0).view(integer))
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("numba", marks=compiled)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_no_more_than_the_order(threads):
+def test_the_number_of_threads_changes_no_more_than_the_order(threads, backend):
     x, weight = operands(300, 96, torch.float32)
     thresholds = torch.tensor([0.2, 0.8])
     wanted = sparse_gemv_reference(x.double(), weight.double(), thresholds, (64, 32))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = sparse_gemv(x, FloatMatrix(weight, (64, 32)), thresholds, backend="cpu")
-        again = sparse_gemv(x, FloatMatrix(weight, (64, 32)), thresholds, backend="cpu")
+        got = sparse_gemv(x, FloatMatrix(weight, (64, 32)), thresholds, backend=backend)
+        again = sparse_gemv(x, FloatMatrix(weight, (64, 32)), thresholds, backend=backend)
     finally:
         torch.set_num_threads(before)
     assert relative_error(got, wanted) < TOLERANCE[torch.float32]
@@ -78,7 +85,7 @@ def test_slices_divide_every_segment_and_feed_every_thread(segments, threads):
     assert sum(counts) >= min(threads, sum(segments))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dropped_rows_are_not_read(backend):
     x, weight = operands(100, 48, torch.float32)
     weight[~keep_mask(x, 0.4)] = torch.inf
@@ -87,7 +94,7 @@ def test_dropped_rows_are_not_read(backend):
     assert torch.isfinite(got).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_all_dropped_gives_zeros(backend):
     x, weight = operands(40, 12, torch.bfloat16)
     assert torch.equal(
@@ -167,7 +174,7 @@ def test_available_lists_every_op_with_reasons():
 def test_registration():
     x, weight = operands(32, 24, torch.float32)
     arguments = (x, weight, torch.tensor([0.3, 0.6]), (16, 8))
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpu", "numba"):
         torch.library.opcheck(torch.ops.teal.sparse_gemv.default, (*arguments, backend))
     torch.library.opcheck(torch.ops.teal.threshold.default, (x, torch.tensor([0.3]), "reference"))
     assert torch.equal(threshold(x, 0.3), threshold_reference(x, 0.3))
@@ -198,6 +205,54 @@ def test_the_reference_takes_every_kind_of_matrix_and_others_say_what_they_take(
     assert torch.equal(got, sparse_gemv(x, FloatMatrix(codes / 8, (8, 4)), thresholds, backend="reference"))
     with pytest.raises(ValueError, match=r"the cpu backend multiplies by matrices of .* floats, not by eighths"):
         sparse_gemv(x, Eighths(codes, (8, 4)), thresholds, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("numba", marks=compiled)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_matrices(bits, dtype, backend):
+    """Projections that share units of columns with padding, and thresholds of both forms."""
+    segments = (100, 30, 64)
+    x, weight = operands(70, sum(segments), torch.float32)
+    x, layout = x.to(dtype), RowLayout(bits, 64, segments)
+    matrix = PackedMatrix(quantize(weight, layout), layout, dtype)
+    for thresholds in (*threshold_sets(x, 3).values(), channel_limits(x, 3)):
+        exact = PackedMatrix(matrix.data, layout, torch.float32).tensor().double()
+        wanted = sparse_gemv_reference(x.double(), exact, thresholds, segments)
+        got = sparse_gemv(x, matrix, thresholds, backend=backend)
+        assert got.dtype == dtype
+        assert relative_error(got, wanted) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("each", [False, True], ids=["one", "per-channel"])
+def test_prepared_products_take_vectors_thresholds_and_matrices_in_turn(each, backend):
+    segments = (40, 24)
+    weights = [operands(90, 64, torch.bfloat16, seed)[1] for seed in range(3)]
+    x = torch.stack([operands(90, 1, torch.bfloat16, seed)[0] for seed in (7, 8)])
+    thresholds = torch.stack([channel_limits(x[0], 2, seed) for seed in (1, 2)])
+    thresholds = thresholds if each else thresholds[:, :, 0].clamp_max(1).contiguous()
+    products = prepare([FloatMatrix(weight, segments) for weight in weights], x, thresholds, backend=backend)
+    for turn in range(6):
+        wanted = sparse_gemv_reference(x[turn % 2].double(), weights[turn % 3].double(), thresholds[turn % 2], segments)
+        for got in (products.run(turn), products.run(turn - 4, 5) if turn >= 4 else products.run(turn)):
+            assert relative_error(got if got.ndim == 1 else got.sum(0), wanted) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negative_threshold_keeps_every_entry(backend):
+    x, weight = operands(50, 24, torch.float32)
+    x[::5] = 0.0
+    got = prepare([FloatMatrix(weight)], x[None], torch.full((1, 1), -1.0), backend=backend).run()
+    assert relative_error(got.reshape(-1, 24).sum(0), x.double() @ weight.double()) < TOLERANCE[torch.float32]
+
+
+def test_prepared_products_are_checked_as_the_op_is():
+    x, weight = operands(50, 24, torch.float32)
+    with pytest.raises(ValueError, match="one per segment"):
+        prepare([FloatMatrix(weight, (12, 12))], x[None], torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="do not fit"):
+        prepare([FloatMatrix(weight), FloatMatrix(weight[:-1])], x[None], torch.zeros(1, 1))
 
 
 def test_a_matrix_of_floats():

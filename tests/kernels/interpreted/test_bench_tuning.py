@@ -38,7 +38,7 @@ def test_the_fastest_correct_candidate_is_kept_and_found_again(table, monkeypatc
 
 
 def test_a_wrong_candidate_stops_the_search(table, monkeypatch):
-    monkeypatch.setattr("teal_cli.bench.tuning.launch_reduce", lambda partial, out: out.zero_())
+    monkeypatch.setattr("teal_cli.bench.tuning.GatherGemv.reduce", lambda self, out: out.zero_())
     with pytest.raises(RuntimeError, match="relative error of 1"):
         list(tune([(32, (16,))], torch.float32, CPU, bands=[0.6], measure=lambda launches: 1.0))
     assert not table.exists()

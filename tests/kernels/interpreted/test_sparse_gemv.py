@@ -11,7 +11,8 @@ from kernel_cases import DTYPES, SHAPES, TOLERANCE, channel_limits, operands, re
 from teal_kernels.configs import GemvConfig, default_gemv_config
 from teal_kernels.matrix import FloatMatrix
 from teal_kernels.ops.kept.op import KeptList, launch_compact
-from teal_kernels.ops.sparse_gemv.op import launch_gather, launch_reduce, sparse_gemv
+from teal_kernels.ops.sparse_gemv.gather import launch_gather, launch_reduce
+from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 from teal_kernels.ops.threshold.op import threshold
 from teal_kernels.ops.threshold.reference import keep_mask, threshold_reference
@@ -101,17 +102,6 @@ def test_nan_and_negative_zero_are_dropped():
         sparse_gemv(x, FloatMatrix(weight, (32,)), thresholds, backend="triton"),
         sparse_gemv(clean, FloatMatrix(weight, (32,)), thresholds, backend="triton"),
     )
-
-
-def test_compaction_lists_the_kept_entries_in_order():
-    x, _ = operands(1000, 1, torch.bfloat16)
-    thresholds = torch.tensor([0.9, 0.5])
-    kept = KeptList.empty(1000, x.dtype, x.device, chunk=256)
-    launch_compact(x, thresholds, kept)
-    chunks = [slice(c * 256, c * 256 + int(n)) for c, n in enumerate(kept.count)]
-    wanted = keep_mask(x, 0.5).nonzero().squeeze(1)
-    assert torch.equal(torch.cat([kept.index[c] for c in chunks]).long(), wanted)
-    assert torch.equal(torch.cat([kept.value[c] for c in chunks]), x[wanted])
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,4 +1,4 @@
-"""The published way to skip columns, written anew as a baseline: masked loads, split K, atomic additions.
+"""The published way to skip columns, rewritten as a baseline: masked loads, split K, atomic additions.
 
 After TEAL (arXiv 2408.14690, section 4.3 and its `splitk_sparse_gemv`) and Deja Vu before it: a program owns a tile of
 inputs and outputs, compares its inputs with the threshold, loads the weight rows that pass under a mask, and adds its
@@ -25,7 +25,7 @@ class MaskedConfig:
 CONFIGS = tuple(
     MaskedConfig(block_k, block_n, warps) for block_k in (16, 32, 64) for block_n in (64, 128, 256) for warps in (2, 4)
 )
-"""What the published kernel searches is about this; a fair comparison takes the fastest of them per shape."""
+"""About the space that the published kernel is tuned over; a fair comparison takes the fastest of them per shape."""
 
 
 def masked_splitk(x: Tensor, weight: Tensor, threshold: float, out: Tensor, config: MaskedConfig) -> None:

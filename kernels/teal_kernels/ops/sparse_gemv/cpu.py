@@ -1,10 +1,10 @@
 """`sparse_gemv` on a CPU through `embedding_bag`, the library kernel that sums chosen rows of a table.
 
-One call per site. A weight [K, N] is looked at, without copying, as a table of K*S rows of N/S entries: row
+One call per site. A weight [K, N] is viewed, without copying, as a table of K*S rows of N/S entries: row
 `i*S + s` holds columns `s*N/S ... (s+1)*N/S` of input `i`. Output slice `s` is then one bag that sums the
 rows `i*S + s` of its kept `i`, weighted by `x[i]`. Slices are as wide as a common divisor of the segments
 allows, so that each segment may keep different inputs, and at least as many as there are threads, because
-PyTorch gives whole bags to threads.
+PyTorch divides the work among threads by whole bags.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton kernels of `sparse_gemv`: sum the weight rows of a kept list in shares, then add up the shares.
+"""Triton kernels of `sparse_gemv`: partial sums of the weight rows of a kept list, then their sum.
 
 Nothing here is atomic and every sum has a fixed order: the same inputs give the same bits. How long the list
 is, only the device knows; the host never asks. Device code only: sizes, launches and checks live in `op.py`.
@@ -51,12 +51,12 @@ def gather_gemv_kernel(
     EVEN: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
 ):
-    """partial[s, j] = sum over the s-th share of the kept entries r of value[r] * weight[index[r], j].
+    """partial[s, j] = sum over the s-th part of the kept entries r of value[r] * weight[index[r], j].
 
-    Grid: (tiles, SPLITS). The kept entries, not the rows of the matrix, are dealt out evenly, so every
-    program moves the same number of bytes whatever the sparsity. ALIGN divides every column a tile can begin
-    or end at (EVEN: no tile is cut), which lets each thread load 16 bytes at once. List entries of the next
-    round are fetched while the weights of this one are under way.
+    Grid: (tiles, SPLITS). The kept entries, not the rows of the matrix, are divided evenly, so every
+    program reads the same number of bytes whatever the sparsity. ALIGN divides every column at which a tile can begin
+    or end (EVEN: all tiles are whole), which lets each thread load 16 bytes at once. The list entries of the next
+    iteration are loaded while the weights of this one are in flight.
     """
     first, stop, segment = tile_columns(tl.program_id(0), EDGES, TILES, BLOCK_N)
     split = tl.program_id(1)
@@ -91,7 +91,7 @@ def gather_gemv_kernel(
 
 @triton.jit
 def sum_splits(partial_ptr, columns, inside, N, SPLITS: tl.constexpr):
-    """Second pass of the split sum: partial[0] + partial[1] + ..., always in this order, four loads under way."""
+    """Second pass of the split sum: partial[0] + partial[1] + ..., always in this order, four loads in flight."""
     total = tl.load(partial_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     for s in tl.range(1, SPLITS, loop_unroll_factor=4):
         total += tl.load(partial_ptr + s * N + columns, mask=inside, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ from numba import njit
 
 from teal_kernels.steps.cpu.intrinsics import item_bytes, narrow, store
 from teal_kernels.steps.cpu.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
-from teal_kernels.steps.cpu.rows import add_rows, add_rows_4, ask, dot_rows, dot_rows_4
+from teal_kernels.steps.cpu.rows import add_rows, add_rows_4, dot_rows, dot_rows_4, prefetch_bytes
 from teal_kernels.steps.cpu.sites import collect
 from teal_kernels.steps.cpu.vectors import (
     INNER,
@@ -36,7 +36,7 @@ TILE = 256
 """Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
 
 LEAST = 64
-"""Positions in a part, where there are that many."""
+"""Fewest positions in a part, where there are that many."""
 
 TOGETHER = 4
 """Query heads of one key-value head that read keys and values together."""
@@ -45,7 +45,7 @@ ZERO, ONE, LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
 
 
 def parts_for(threads: int, kv_heads: int) -> int:
-    """Into how many parts each head's positions are cut, so that all threads get the same number of items."""
+    """Into how many parts each head's positions are divided, so that all threads get the same number of items."""
     return threads // gcd(threads, kv_heads)
 
 
@@ -66,14 +66,16 @@ def items_of(shape: Any, parts: int, own: Any) -> tuple[int, int]:
 
 
 @compiled
-def ask_for_keys(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, parts: int, own: Any) -> None:
-    """Asks for the first keys that this thread will read in `attend`, to be called while others are waited for."""
+def prefetch_keys(
+    kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, parts: int, own: Any
+) -> None:
+    """Prefetches the first keys that this thread will read in `attend`; called before a barrier."""
     row = shape.head_dim * item_bytes(kind)
     begin, end = items_of(shape, parts, own)
     for item in range(begin, end):
         head, start, stop = positions(weights, layer, token, parts, item)
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
-        ask(keys + start * row, min(TILE, stop - start) * row)
+        prefetch_bytes(keys + start * row, min(TILE, stop - start) * row)
 
 
 @compiled
@@ -199,7 +201,7 @@ def attend_part(
     own: Any,
 ) -> None:
     """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
-    heads `first` and following. Two or three are reckoned as four, of which some mean nothing."""
+    heads `first` and following. Two or three are computed as four; the surplus results are not used."""
     row, width = shape.head_dim * item_bytes(kind), shape.head_dim
     scale = rules.attention_scale if rules.score_cap == ZERO else ONE
     tops, totals = shared.tops[first : first + queries, part], shared.totals[first : first + queries, part]
@@ -244,7 +246,7 @@ def exponentials(scores: Any, count: int, scale: Any, top: Any) -> Any:
 
 @contracted
 def join_parts(kind: Any, shape: Any, shared: Any, out: Any) -> None:
-    """out = the attention's output of all heads, rounded: the parts weighed by their softmax sums."""
+    """out = the attention's output of all heads, rounded: the parts, weighted by their softmax sums."""
     parts = shared.totals.shape[1]
     for head in range(shape.heads):
         top = LOWEST

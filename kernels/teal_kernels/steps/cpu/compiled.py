@@ -1,8 +1,7 @@
 """Gets the compiled step: whether this machine can have it, and from a cache on disk once it was compiled.
 
-numba keeps compiled functions per signature and processor, but looks only at the file of the outermost
-function to see whether they are fresh. The folder here is therefore named after all of this package's sources
-and numba's version.
+numba keeps compiled functions per signature and processor, but decides by the file of the outermost function alone
+whether they are up to date. The folder here is therefore named after all sources of this folder and numba's version.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ from typing import Final
 import numpy as np
 import platformdirs
 import torch
+
+from teal_kernels.steps.cpu.layout import INT4, INT8, Codes
 
 KINDS: Final = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.float32}
 """Dtype of the model -> dtype by which the compiler tells it; see intrinsics.py."""
@@ -48,45 +49,47 @@ def unavailable() -> str | None:
     return None if triple.startswith(("aarch64", "arm64")) else f"there is no such step for {triple}"
 
 
-def is_compiled(dtype: torch.dtype) -> bool:
-    """Whether `load` will find the step for this dtype on disk instead of compiling it for some seconds."""
-    return _marker(dtype).exists()
+def codes(bits: frozenset[int]) -> Codes:
+    """What tells the compiler which packed matrices a model has: those of so many bits a code, 8 or 4."""
+    return Codes(INT8 if 8 in bits else None, INT4 if 4 in bits else None)
+
+
+def is_compiled(dtype: torch.dtype, bits: frozenset[int] = frozenset()) -> bool:
+    """Whether `load` will find the step on disk instead of compiling it for some seconds. Arguments as there."""
+    return _marker(dtype, bits).exists()
 
 
 @cache
-def load(dtype: torch.dtype) -> ModuleType:
-    """The module whose `run` is compiled for a dtype: from the cache on disk, or compiled now and put there.
+def load(dtype: torch.dtype, bits: frozenset[int] = frozenset()) -> ModuleType:
+    """The module whose `run` is compiled for a model: from the cache on disk, or compiled now and put there.
+
+    Args:
+        dtype: bfloat16, float16 or float32, of the model.
+        bits: of the codes of its packed matrices; empty if it has none. Each combination is compiled by itself, since
+            the code for packed rows is a good part of the whole.
 
     Raises:
         CpuStepUnavailableError: see `unavailable`.
     """
-    reason = unavailable()
-    if reason is not None:
-        raise CpuStepUnavailableError(f"The compiled decode step cannot run: {reason}.")
-    module = _import("step")
-    module.run(*module.nothing(np.empty(0, KINDS[dtype])))
-    _marker(dtype).touch()
+    module = load_module("step")
+    module.run(*module.nothing(np.empty(0, KINDS[dtype]), codes(bits)))
+    _marker(dtype, bits).touch()
     return module
 
 
 @cache
-def load_unpacking() -> ModuleType:
-    """The module whose `unpack` unpacks int8 and int4 rows; compiled at its first call of each kind.
+def load_module(name: str) -> ModuleType:
+    """A module of this folder whose functions numba compiles at their first call of each kind, and keeps on disk.
 
     Raises:
         CpuStepUnavailableError: see `unavailable`.
     """
     reason = unavailable()
     if reason is not None:
-        raise CpuStepUnavailableError(f"Packed rows cannot be unpacked by compiled code: {reason}.")
-    return _import("unpacking")
-
-
-@cache
-def _import(name: str) -> ModuleType:
-    """Imports a module of this folder while numba's cache points into our folder: it looks when decorators run."""
+        raise CpuStepUnavailableError(f"Compiled code cannot run here: {reason}.")
     from numba import config
 
+    # numba's cache looks for its folder when a decorator runs, so it points into ours while the module is imported.
     before, config.CACHE_DIR = config.CACHE_DIR, str(_folder())
     try:
         return importlib.import_module(f"teal_kernels.steps.cpu.{name}")
@@ -117,10 +120,11 @@ def writable(folder: Path) -> Path:
     return folder
 
 
-def _marker(dtype: torch.dtype) -> Path:
-    """Lies in the folder once the step was compiled for this dtype and processor."""
+def _marker(dtype: torch.dtype, bits: frozenset[int]) -> Path:
+    """A file in the folder, which exists once the step was compiled for such a model and this processor."""
     from llvmlite import binding
 
     features = binding.get_host_cpu_features().flatten()
     processor = hashlib.sha256(f"{binding.get_host_cpu_name()} {features}".encode()).hexdigest()[:16]
-    return _folder() / f"{str(dtype).removeprefix('torch.')}-{processor}.compiled"
+    kinds = [str(dtype).removeprefix("torch."), *(f"int{each}" for each in sorted(bits))]
+    return _folder() / f"{'-'.join(kinds)}-{processor}.compiled"

@@ -206,6 +206,6 @@ def pause(typingctx: Any) -> Any:
 
 
 if sys.platform == "win32":
-    give_way = pause
+    yield_core = pause
 else:
-    give_way = types.ExternalFunction("sched_yield", types.int32())
+    yield_core = types.ExternalFunction("sched_yield", types.int32())

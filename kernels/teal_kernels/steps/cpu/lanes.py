@@ -1,9 +1,9 @@
 """Sixteen float32 as one value of numba's Python, and packed weights that become such values.
 
-`Floats` is LLVM's <16 x float>: one register where the processor has AVX-512, two with AVX2, four on an Arm. LLVM
-vectorises loops over 16-bit weights by itself, but not these: it does not know that a product of a 4-bit code can be
-looked up. A `kind` is an empty numpy array that tells the compiler how weights are packed: int8 for 8 bits, uint8 for 4
-(packing.py has the layout). Addresses are ints. Loads of packed weights carry the alias scope of rows
+`Floats` is LLVM's <16 x float>: one register where the processor has AVX-512, two with AVX2, four on Arm. LLVM
+vectorises loops over 16-bit weights by itself, but not these: it does not know that the product with a 4-bit code can
+be looked up. A `kind` is an empty numpy array that tells the compiler how weights are packed: int8 for 8 bits, uint8
+for 4 (packing.py has the layout). Addresses are ints. Loads of packed weights carry the alias scope of rows
 (intrinsics.py); accesses to float32 buffers declare that they lie elsewhere.
 """
 
@@ -85,7 +85,7 @@ def _words(builder: Any, address: Any) -> Any:
 
 
 def _shifted_down(builder: Any, address: Any, part: int) -> Any:
-    """Words whose low four bits are the wanted codes; what lies above is whatever it is."""
+    """Words whose low four bits are the wanted codes; the upper bits are not defined."""
     return builder.lshr(_words(builder, address), ir.Constant(_WORDS, _low_bits(part)))
 
 
@@ -199,8 +199,8 @@ def sum_lanes(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def load_scale(typingctx: Any, address: Any) -> Any:
-    """load_scale(address) -> Floats: the bfloat16 there, sixteen times. Broadcast as 16 bits, not by way of a general
-    register, which would take three instructions more."""
+    """load_scale(address) -> Floats: the bfloat16 there, sixteen times. Broadcast as 16 bits; through a general
+    register it would take three instructions more."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         half = builder.load(builder.inttoptr(args[0], _I16.as_pointer()))

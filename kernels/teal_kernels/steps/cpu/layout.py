@@ -1,7 +1,7 @@
 """The records that the compiled step takes: addresses, dimensions and buffers, as named tuples that numba can
 type.
 
-Addresses are ints; whoever fills these records keeps the tensors behind them alive.
+Addresses are ints; the caller that fills these records keeps the tensors behind them alive.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ ATTN_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, ATTN_OUT, O_BIAS, MLP_NORM, GATE_UP, D
 ATTN_POST_NORM, MLP_POST_NORM, TENSORS = range(10, 13)
 """Columns of `Weights.tensors`, in the order of `spec.layer_shapes`, and how many there are."""
 
-NONE = 0
-"""The address of a tensor that the model does not have."""
+NONE: Any = np.int64(0)
+"""The address of a tensor that the model does not have. numba compiles a function again for every Python integer that a
+caller names; for numpy's integers it does not."""
 
 ALL = np.float32(-1.0)
 """The threshold of a dense step: nothing is compared, everything is kept."""
@@ -24,8 +25,8 @@ SINGLE = -1
 """The place in `Shared.limits` of a projection that has one threshold for all channels."""
 
 ARRIVALS, ABANDON, RELEASED, MEMBERS = 0, 8, 16, 24
-"""Places in `Shared.control`: how often a thread came to a barrier; whether one of them will never come; how many steps
-were released; then for each thread DONE and PARKED. All a cache line apart."""
+"""Places in `Shared.control`: arrivals of threads at barriers; whether a step is abandoned, so that no thread waits for
+the others; how many steps were released; then for each thread DONE and PARKED. Each in a cache line of its own."""
 
 DONE, PARKED, PLACES = 0, 1, 8
 """Of one thread's PLACES places: how many steps it has done; whether it sleeps and must be woken."""
@@ -38,7 +39,7 @@ PLAIN = 0
 """The form of a matrix of the model's dtype."""
 
 UNIT = 32
-"""Outputs are split over threads in multiples of this: 64 bytes of 16-bit weights, so no line is read twice."""
+"""Outputs are split over threads in multiples of this: 64 bytes of 16-bit weights, so no cache line is read twice."""
 
 
 class Shape(NamedTuple):
@@ -74,11 +75,22 @@ class Rules(NamedTuple):
     logit_cap: Any
 
 
+class Codes(NamedTuple):
+    """Which packed matrices there are: empty arrays of int8 for 8 bits and of uint8 for 4, see lanes.py; None where
+    there is no such matrix, and then no code for one is compiled."""
+
+    int8: Any = None
+    int4: Any = None
+
+
+INT8, INT4 = np.empty(0, np.int8), np.empty(0, np.uint8)
+
+
 class Weights(NamedTuple):
     """tensors int64 [layers, 12], addresses or NONE; windows int64 [layers]; ropes int64 [layers], bytes from the first
     rotary table to the layer's; edges int64 [4, 4], see step.site_edges; packed int64 [layers, 4, 4], per site how its
     matrix is packed, see FORM; units int64 [layers, 4, 4], the first unit of each of its projections and the number of
-    all (`RowLayout.units`), where it is packed; norm, rules: how to compute; the rest addresses."""
+    all (`RowLayout.units`), where it is packed; codes: see `Codes`; norm, rules: how to compute; the rest addresses."""
 
     tensors: Any
     windows: Any
@@ -86,6 +98,7 @@ class Weights(NamedTuple):
     edges: Any
     packed: Any
     units: Any
+    codes: Codes
     norm: Norm
     rules: Rules
     embedding: int
@@ -93,10 +106,30 @@ class Weights(NamedTuple):
     lm_head: int
 
 
+class Rows(NamedTuple):
+    """One matrix: its address; edges int64 [P + 1], where the columns of each projection begin and where the last end;
+    packed, units and codes as in `Weights`."""
+
+    address: int
+    edges: Any
+    packed: Any
+    units: Any
+    codes: Codes
+
+
+class Limits(NamedTuple):
+    """What the P projections of a matrix compare with: thresholds float32 [P], limit_of int64 [P] and limits as in
+    `Shared`."""
+
+    thresholds: Any
+    limit_of: Any
+    limits: Any
+
+
 class Shared(NamedTuple):
     """What all threads see. Written by the caller before a step is released:
 
-        order: int64 [8], a `Token` and a `Cache`, so that members need no word from Python.
+        order: int64 [8], a `Token` and a `Cache`, which members read without Python.
         thresholds: float32 [layers, 7], ALL where dense.
         limits: float32 [any], the thresholds of projections that have one for each channel.
         limit_of, lowest_of: int64 [layers, 7] and [layers, 4], where those of a projection begin in `limits`, and the
@@ -145,10 +178,20 @@ class Cache(NamedTuple):
     head_stride: int
 
 
+class Worker(NamedTuple):
+    """One thread's part of a product alone (product.py): the fields of `Own` that `add_kept_rows` reads."""
+
+    thread: int
+    threads: int
+    index: Any
+    all: Any
+    room: Any
+
+
 class Own(NamedTuple):
-    """What one thread has for itself: its copy of the residual stream, `hidden`; the list of the kept entries' places,
-    `index`, and that of all places, `all`, both int64; `room` for the columns of a packed
-    matrix with padding; and room for what its functions pass to each other."""
+    """The buffers of one thread: its copy of the residual stream, `hidden`; the list of the kept entries' places,
+    `index`, and that of all places, `all`, both int64; `room` for the columns of a packed matrix with padding; the rest
+    is for what its functions pass to each other."""
 
     thread: int
     threads: int

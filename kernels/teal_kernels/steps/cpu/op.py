@@ -8,7 +8,7 @@ prefill.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teal_kernels.matrix import floats
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import UNIT as PACKED_UNIT
 from teal_kernels.spec import SITES, columns
-from teal_kernels.steps.cpu.compiled import KINDS, load
-from teal_kernels.steps.cpu.layout import ALL, FIELDS, NONE, Cache, Shape, Shared, Token, Weights
+from teal_kernels.steps.cpu.compiled import KINDS, codes, load
+from teal_kernels.steps.cpu.layout import ALL, FIELDS, NONE, Cache, Codes, Shape, Shared, Token, Weights
+from teal_kernels.steps.cpu.matrices import address, limit_places, packed_bits, packed_fields
 from teal_kernels.steps.cpu.team import Team
 from teal_kernels.steps.spec import (
     MATRICES,
@@ -39,14 +39,14 @@ EVERYWHERE = 1 << 62
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use, as torch counts them: more threads only wait for the same memory."""
+    """Physical cores that this process may use, as torch counts them: with more threads memory is no faster."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, torch.get_num_threads()))
 
 
-def _form(matrix: PackedMatrix) -> tuple[int, int, int, int]:
-    layout = matrix.layout
-    return layout.bits, layout.stride, layout.scales_at, layout.group.bit_length() - 1
+def step_bits(layers: Iterable[LayerTensors]) -> frozenset[int]:
+    """Bits of the codes of the packed matrices of a model's layers: what `compiled.load` compiles a step for."""
+    return packed_bits(getattr(layer, name) for layer in layers for name in MATRICES)
 
 
 class CpuStep:
@@ -91,11 +91,12 @@ class CpuStep:
             raise ValueError(f"a compiled decode step works in bfloat16, float16 or float32, not {self.dtype}")
         if len(layers) != len(spec.windows):
             raise ValueError(f"{len(layers)} layers were given, {len(spec.windows)} are described")
-        step = load(self.dtype)
+        bits = step_bits(layers)
+        step = load(self.dtype, bits)
         size = threads or default_threads()
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
         kind = np.empty(0, KINDS[self.dtype])
-        weights = self._addresses(layers, (embedding, final_norm, lm_head), step, step.site_edges(spec))
+        weights = self._addresses(layers, (embedding, final_norm, lm_head), step, codes(bits))
         row_bytes = [max(sum(getattr(layer, name).row_bytes) for layer in layers) for name in MATRICES]
         shared = self._with_thresholds(step.shared_buffers(kind, size, shape, row_bytes), thresholds)
         own = [step.own_buffers(thread, size, shape, PACKED_UNIT * int(weights.units.max())) for thread in range(size)]
@@ -156,7 +157,7 @@ class CpuStep:
         layers: Sequence[LayerTensors],
         ends: tuple[Tensor, Tensor, Tensor],
         step: ModuleType,
-        edges: NDArray[np.int64],
+        packed_codes: Codes,
     ) -> Weights:
         spec, shapes = self.spec, layer_shapes(self.spec)
         table = np.full((len(layers), len(shapes)), NONE, np.int64)
@@ -166,12 +167,12 @@ class CpuStep:
                 tensor = getattr(layer, name)
                 if name in MATRICES:
                     site = SITES.index(MATRICES[name])
+                    table[i, j] = address(tensor, "the compiled step")
+                    packed[i, site], units[i, site] = packed_fields(tensor)
                     if isinstance(tensor, PackedMatrix):
                         self._check_packed(f"layer {i}, {name}", tensor, shape, spec.segments(SITES[site]))
-                        table[i, j] = tensor.data.data_ptr()
-                        packed[i, site], units[i, site, : len(tensor.layout.units)] = _form(tensor), tensor.layout.units
                         continue
-                    tensor = floats(tensor, "the compiled step")
+                    tensor = tensor.tensor()
                 if tensor is not None or name not in OPTIONAL:
                     self._check(f"layer {i}, {name}", tensor, shape)
                     table[i, j] = tensor.data_ptr()
@@ -182,9 +183,10 @@ class CpuStep:
             table,
             np.array([EVERYWHERE if window is None else window for window in spec.windows], np.int64),
             np.zeros(len(layers), np.int64),
-            edges,
+            step.site_edges(spec),
             packed,
             units,
+            packed_codes,
             *step.numbers(traits_in(spec.traits, self.dtype), spec.norm_eps, spec.head_dim),
             *(tensor.data_ptr() for tensor in ends),
         )
@@ -203,10 +205,7 @@ class CpuStep:
                     continue
                 own = thresholds.site(layer, site)
                 width = own.shape[1]
-                starts = filled + width * np.arange(len(own))
-                for p in range(1, len(own)):  # equal thresholds are told by their place
-                    starts[p] = starts[p - 1] if (own[p] == own[p - 1]).all() else starts[p]
-                shared.limit_of[layer, columns(site)] = starts
+                shared.limit_of[layer, columns(site)] = limit_places(own, filled)
                 shared.lowest_of[layer, number] = filled + own.size
                 limits += [own.ravel(), thresholds.lowest(layer, site)]
                 filled += own.size + width
@@ -229,7 +228,7 @@ class CpuStep:
         return Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0) * size, keys.stride(1) * size)
 
     def _point_to(self, rows: Mapping[str, Tensor] | None) -> None:
-        """Notes where the step writes captured rows, if anywhere."""
+        """Set where the step writes captured rows, if anywhere."""
         table = self._shared.rows
         table.fill(NONE)
         self._captures = rows is not None

@@ -1,10 +1,10 @@
-"""Products with packed int8 and int4 rows: weighted sums of picked rows, dot products with rows that follow each other,
-and rows unpacked for a matrix product of many tokens.
+"""Products with packed int8 and int4 rows: weighted sums of selected rows, dot products with consecutive rows, and rows
+unpacked for a matrix product of many tokens.
 
 The counterpart of rows.py for weights that packing.py has packed. Four accumulators of sixteen columns stay in
-registers while eight rows pass by, and the same columns of later rows are asked for. A scale meets an activation once
-per row and group. With AVX-512 the sixteen possible products of an int4 group are one register, and a product is
-looked up in it instead of being computed; elsewhere codes are converted and multiplied.
+registers while eight rows are added to them, and the same columns of later rows are prefetched. The product of a scale
+and an activation is computed once per row and group. With AVX-512 the sixteen possible products of an int4 group are
+one register, and a product is looked up in it instead of being computed; elsewhere codes are converted and multiplied.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from teal_kernels.steps.cpu.lanes import (
     unit_bytes,
     zeros,
 )
-from teal_kernels.steps.cpu.rows import LINE, ask, row_at
+from teal_kernels.steps.cpu.rows import LINE, prefetch_bytes, row_at
 from teal_kernels.steps.cpu.vectors import INNER, compiled
 
 UNIT = 64
 """Columns that are packed together and multiplied at once."""
 
 FIRST = 1024
-"""Bytes of each of the first rows that are asked for before the work begins."""
+"""Bytes of each of the first rows that are prefetched before the first sum."""
 
 inlined = njit(**INNER, forceinline=True)
 
@@ -87,11 +87,11 @@ def add_packed_rows(
     """
     size, second = unit_bytes(kind), 2 if group == 5 else 0
     span, scale_bytes = units * size, ((UNIT * units - 1 >> group) + 1) * 2
-    ahead = 8 if span >= FIRST else 16  # narrow rows are done before memory answers
+    ahead = 8 if span >= FIRST else 16  # narrow rows are added before a prefetch completes
     for k in range(min(ahead, kept)):
         row = index[k] * stride
-        ask(base + row, min(span, FIRST))
-        ask(scales + row, scale_bytes)
+        prefetch_bytes(base + row, min(span, FIRST))
+        prefetch_bytes(scales + row, scale_bytes)
     k = 0
     while k + 8 <= kept:
         r0, r1, r2, r3 = index[k] * stride, index[k + 1] * stride, index[k + 2] * stride, index[k + 3] * stride
@@ -106,7 +106,7 @@ def add_packed_rows(
         n4, n5 = row_at(base, stride, index, later + 4, kept), row_at(base, stride, index, later + 5, kept)
         n6, n7 = row_at(base, stride, index, later + 6, kept), row_at(base, stride, index, later + 7, kept)
         for row in (n0, n1, n2, n3, n4, n5, n6, n7):
-            ask(row + (scales - base), scale_bytes)
+            prefetch_bytes(row + (scales - base), scale_bytes)
         k += 8
         for unit in range(units):
             at = unit * size
@@ -143,11 +143,11 @@ def dot_pair(x: Any, at: int, first: Any, second: Any) -> Any:
 def dot_packed_rows(
     kind: Any, base: int, scales: int, stride: int, group: int, count: int, x: Any, units: int, out: Any, ahead: int
 ) -> None:
-    """out[i] = x . dequantised row i, for i < count; rows lie one after the other. Arguments as in `add_packed_rows`.
+    """out[i] = x . dequantised row i, for i < count; rows are consecutive. Arguments as in `add_packed_rows`.
 
     Args:
         x: float32 [64 * units], zero beyond the width of the rows.
-        ahead: what lies so many bytes further on is asked for meanwhile.
+        ahead: how many bytes in advance rows are prefetched.
     """
     size, second = unit_bytes(kind), 2 if group == 5 else 0
     for i in range(count):

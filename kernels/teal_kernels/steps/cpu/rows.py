@@ -1,9 +1,9 @@
 """The two ways in which a step reads rows from memory: weighted sums of rows, and dot products with each row.
 
-Each has two users. Sums of rows are the sparse projections (rows of an input-major matrix, weighted by the kept
-entries) and the values in attention (weighted by probabilities); dot products are the output head (rows of the
-embedding) and the scores in attention. Nearly all the time of a step is spent here, waiting for memory. Query heads
-that share a key-value head are processed four at a time, since widening an element to float32 costs more than using it.
+Sums of rows are the sparse projections (rows of an input-major matrix, weighted by the kept entries) and the values in
+attention (weighted by probabilities); dot products are the output head (rows of the embedding) and the scores in
+attention. Nearly all the time of a step is spent here, waiting for memory. Query heads that share a key-value head are
+processed four at a time, since converting an element to float32 costs more than multiplying by it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ZERO = np.float32(0.0)
 LINE = 64
 """Bytes of a cache line."""
 CHUNK, LONG_CHUNK = 128, 512
-"""Columns between two requests for what comes next: in picked rows, and in rows that follow each other."""
+"""Columns that are prefetched at a time: of selected rows, and of consecutive rows."""
 STREAM = 8192
-"""How many bytes in advance the latter are asked for, where nothing else comes next."""
+"""How many bytes in advance consecutive rows are prefetched, where nothing else is read next."""
 
 
 @compiled
-def ask(address: int, size: int) -> None:
-    """Prefetches `size` bytes, since the hardware prefetcher starts anew at each row. More bytes at a time would fill
-    the core's line-fill buffers (cache lines in flight), and computing would wait for them.
+def prefetch_bytes(address: int, size: int) -> None:
+    """Prefetch `size` bytes: the hardware prefetcher restarts at each row. More bytes at a time would fill the core's
+    line-fill buffers (cache lines in flight), and loads of the current rows would wait for them.
     """
     for byte in range(0, size, LINE):
         prefetch(address + byte)
@@ -35,7 +35,7 @@ def ask(address: int, size: int) -> None:
 
 @compiled
 def row_at(base: int, stride: int, index: Any, k: int, kept: int) -> int:
-    """Address of picked row k, or of the last one."""
+    """Address of selected row k, or of the last one."""
     return base + index[min(k, kept - 1)] * stride
 
 
@@ -46,12 +46,12 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
     Args:
         base: address of the first wanted element of row 0; rows are `stride` bytes apart.
         index: int64, `kept` of them.
-        out: float32; its first `width` elements stay in the first-level cache while eight rows at a time pass by, and
-            eight more are under way.
+        out: float32; its first `width` elements stay in the first-level cache while eight rows at a time are added and
+            the next eight are prefetched.
     """
     size = item_bytes(kind)
     for k in range(min(8, kept)):
-        ask(base + index[k] * stride, min(width, 4 * CHUNK) * size)
+        prefetch_bytes(base + index[k] * stride, min(width, 4 * CHUNK) * size)
     k = 0
     while k + 8 <= kept:
         r0, r1 = base + index[k] * stride, base + index[k + 1] * stride
@@ -68,7 +68,7 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
         for first in range(0, width, CHUNK):
             part, count, at = out[first : first + CHUNK], min(CHUNK, width - first), first * size
             for row in (n0, n1, n2, n3, n4, n5, n6, n7):
-                ask(row + at, count * size)
+                prefetch_bytes(row + at, count * size)
             for i in range(count):
                 total = get(part, i) + v0 * fetch(kind, r0 + at, i)
                 total += v1 * fetch(kind, r1 + at, i)
@@ -88,14 +88,14 @@ def add_rows(kind: Any, base: int, stride: int, index: Any, kept: int, x: Any, w
 
 @reordered
 def dot_rows(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
-    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`. Rows lie one after the other, and are read
-    that way: with four in turn, memory gives a third. What lies `ahead` bytes from a row is asked for meanwhile."""
+    """out[i] = x[:width] . row i for i < count; arguments as in `add_rows`. What lies `ahead` bytes after a row is
+    prefetched meanwhile. Rows are consecutive and read one at a time: four at a time give a third of the bandwidth."""
     size = item_bytes(kind)
     for i in range(count):
         row, total = base + i * stride, ZERO
         for first in range(0, width, LONG_CHUNK):
             part, at = x[first : min(first + LONG_CHUNK, width)], row + first * size
-            ask(at + ahead, len(part) * size)
+            prefetch_bytes(at + ahead, len(part) * size)
             for j in range(len(part)):
                 total += part[j] * fetch(kind, at, j)
         out[i] = total
@@ -108,7 +108,7 @@ def dot_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int
     x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
     for i in range(count):
         row = base + i * stride
-        ask(row + ahead, width * size)
+        prefetch_bytes(row + ahead, width * size)
         t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
         for j in range(width):
             element = fetch(kind, row, j)
@@ -121,13 +121,13 @@ def dot_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int
 
 @contracted
 def add_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
-    """out[v, :width] += sum over i < count of x[v, i] * row i, for four v; rows that follow each other, two at a time.
-    What lies `ahead` bytes from a row is asked for meanwhile."""
+    """out[v, :width] += sum over i < count of x[v, i] * row i, for four v; consecutive rows, two at a time. What lies
+    `ahead` bytes after a row is prefetched meanwhile."""
     size = item_bytes(kind)
     o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
     for i in range(0, count - 1, 2):
         r0, r1 = base + i * stride, base + (i + 1) * stride
-        ask(r0 + ahead, 2 * width * size)
+        prefetch_bytes(r0 + ahead, 2 * width * size)
         a0, a1, b0, b1 = x[0, i], x[0, i + 1], x[1, i], x[1, i + 1]
         c0, c1, d0, d1 = x[2, i], x[2, i + 1], x[3, i], x[3, i + 1]
         for j in range(width):

@@ -1,9 +1,8 @@
-"""The four products of a layer, split over threads: captured input, list of kept entries, parts of the sum.
+"""The four products of a layer, divided among threads: captured input, list of kept entries, partial sums.
 
-Memory decides how a product is split. It wants long runs: threads that read half of every 1 KB row each get half
-of the bandwidth that they get from half of the rows, whole. So threads first share the columns, as long as each still
-has PIECE bytes of a row; beyond that they share the kept rows, and leave partial sums that are added in a fixed
-order.
+Memory bandwidth decides how a product is divided: threads that each read half of every 1 KB row get half the bandwidth
+of threads that each read half of the rows, whole. So the threads divide the columns as long as each still has PIECE
+bytes of a row (matrices.py), and beyond that the kept rows, which leaves partial sums that are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from teal_kernels.steps.cpu.layout import (
     SINGLE,
     STRIDE,
     UNIT,
+    Limits,
+    Rows,
 )
 from teal_kernels.steps.cpu.packed_rows import UNIT as PACKED_UNIT
 from teal_kernels.steps.cpu.packed_rows import add_packed_rows
@@ -44,44 +45,24 @@ from teal_kernels.steps.cpu.vectors import (
     swish,
 )
 
-PIECE = 4096
-"""Bytes of a row that one thread reads at least, where a row has them."""
-
 ZERO = np.float32(0.0)
-INT8, INT4 = np.empty(0, np.int8), np.empty(0, np.uint8)
-"""What tells the compiler how weights are packed, see lanes.py."""
-SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = range(4)
-"""In the order of `SITES`."""
+_SITE_NUMBERS: list[Any] = [np.int64(site) for site in range(4)]
+SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = _SITE_NUMBERS
+"""In the order of `SITES`; numpy's integers, so that `multiply` is compiled once for all of them (see layout.NONE)."""
 FIRST, LAST = tuple(columns(site).start for site in SITES), tuple(columns(site).stop for site in SITES)
 """Per site: the range of its projections among the seven."""
 MATRIX = (QKV, ATTN_OUT, GATE_UP, DOWN)
 """Per site: its column in `Weights.tensors`."""
 
 
-def row_groups(threads: int, row_bytes: int) -> int:
-    """Among how many threads the kept rows of a matrix are shared; as many times fewer share its columns."""
-    columns = [n for n in range(1, threads + 1) if threads % n == 0 and (n == 1 or row_bytes >= n * PIECE)]
-    return threads // max(columns)
-
-
 @compiled
 def multiply(
     kind: Any, site: int, layer: int, x: Any, count: int, weights: Any, shared: Any, parts: Any, own: Any
 ) -> None:
-    """This thread's part of (x where |x| > threshold) @ weight, and its share of the captured row.
-
-    Neighbouring projections with the same thresholds are walked as one.
-
-    Args:
-        x: float32, `count` channels.
-        parts: float32 [row groups, columns of the fused matrix].
-    """
-    thresholds = shared.thresholds[layer, FIRST[site] : LAST[site]]
-    limit_of = shared.limit_of[layer, FIRST[site] : LAST[site]]
-    edges = weights.edges[site]
-    weight, width, size = weights.tensors[layer, MATRIX[site]], edges[len(thresholds)], item_bytes(kind)
-    groups = len(parts)
-    group, column, shares = own.thread % groups, own.thread // groups, own.threads // groups
+    """This thread's part of the product of a site's vector x float32 [count] with its matrix (`add_kept_rows`), and its
+    share of the captured row."""
+    begin, end = FIRST[site], LAST[site]
+    thresholds = shared.thresholds[layer, begin:end]
     if shared.rows[site, 0] != NONE:
         row, lowest = shared.rows[site, 0] + layer * shared.rows[site, 1], shared.lowest_of[layer, site]
         if lowest == SINGLE:
@@ -89,48 +70,78 @@ def multiply(
         else:
             first, last = share(count, own.thread, own.threads)
             record_each(kind, x, first, last, shared.limits[lowest : lowest + count], row)
-    segment, listed, kept, places = 0, np.float32(np.nan), count, own.all
-    while segment < len(thresholds):
+    rows = Rows(
+        weights.tensors[layer, MATRIX[site]],
+        weights.edges[site],
+        weights.packed[layer, site],
+        weights.units[layer, site],
+        weights.codes,
+    )
+    limits = Limits(thresholds, shared.limit_of[layer, begin:end], shared.limits)
+    add_kept_rows(kind, rows, limits, x, count, shared.kept[layer, begin:end], parts, own)
+
+
+@compiled
+def add_kept_rows(kind: Any, rows: Any, limits: Any, x: Any, count: int, kept: Any, parts: Any, own: Any) -> None:
+    """This thread's part of (x where |x| > threshold) @ matrix.
+
+    Neighbouring projections with the same thresholds share one list of kept entries.
+
+    Args:
+        rows, limits: `Rows` and `Limits` of P projections.
+        x: float32, `count` channels.
+        kept: int64 [P], to which thread 0 adds the number of entries that each projection keeps.
+        parts: float32 [row groups, columns of the matrix], written.
+        own: thread, threads, index, all and room as in `Own`.
+    """
+    thresholds, limit_of, edges = limits.thresholds, limits.limit_of, rows.edges
+    projections = len(thresholds)
+    width, size, groups = edges[projections], item_bytes(kind), len(parts)
+    group, column, shares = own.thread % groups, own.thread // groups, own.threads // groups
+    segment, listed, found, places = 0, np.float32(np.nan), count, own.all
+    while segment < projections:
         following = segment + 1
         while (
-            following < len(thresholds)
+            following < projections
             and thresholds[following] == thresholds[segment]
             and limit_of[following] == limit_of[segment]
         ):
             following += 1
-        limits = limit_of[segment]
-        if limits != SINGLE:
+        first_limit = limit_of[segment]
+        if first_limit != SINGLE:
             listed = np.float32(np.nan)
-            kept, places = compact_each(x, count, shared.limits[limits : limits + count], own.index), own.index
+            each = limits.limits[first_limit : first_limit + count]
+            found, places = compact_each(x, count, each, own.index), own.index
         elif thresholds[segment] >= ZERO and thresholds[segment] != listed:
             listed = thresholds[segment]
-            kept, places = compact(x, count, listed, own.index), own.index
+            found, places = compact(x, count, listed, own.index), own.index
         if own.thread == 0:
-            for projection in range(FIRST[site] + segment, FIRST[site] + following):
-                shared.kept[layer, projection] += kept
-        begin, end = kept * group // groups, kept * (group + 1) // groups
+            for projection in range(segment, following):
+                kept[projection] += found
+        begin, end = found * group // groups, found * (group + 1) // groups
         index = places[begin:end]
-        if weights.packed[layer, site, FORM] == PLAIN:
+        if rows.packed[FORM] == PLAIN:
             first, last = share(edges[following] - edges[segment], column, shares)
             first, last = edges[segment] + first, edges[segment] + last
             out = parts[group, first : max(first, last)]
             out[:] = ZERO
-            add_rows(kind, weight + first * size, width * size, index, end - begin, x, last - first, out)
+            add_rows(kind, rows.address + first * size, width * size, index, end - begin, x, last - first, out)
         else:
-            units = weights.units[layer, site]
+            units = rows.units
             while segment < following:
-                stop = abreast(edges, units, segment, following)
-                multiply_packed(
-                    weight, weights.packed[layer, site], units[segment], units[stop], index, x,
-                    parts[group, edges[segment] : edges[stop]], column, shares, own,
+                stop = adjacent_end(edges, units, segment, following)
+                out = parts[group, edges[segment] : edges[stop]]
+                add_packed(
+                    rows.codes.int8, rows.codes.int4, rows.address, rows.packed, units[segment], units[stop], index, x,
+                    out, column, shares, own,
                 )  # fmt: skip
                 segment = stop
         segment = following
 
 
 @compiled
-def abreast(edges: Any, units: Any, segment: int, following: int) -> int:
-    """Where the projections end that lie side by side from `segment` on, without padding between them."""
+def adjacent_end(edges: Any, units: Any, segment: int, following: int) -> int:
+    """The end of the projections from `segment` on that have no padding between them."""
     stop = segment + 1
     while stop < following and PACKED_UNIT * (units[stop] - units[segment]) == edges[stop] - edges[segment]:
         stop += 1
@@ -138,18 +149,30 @@ def abreast(edges: Any, units: Any, segment: int, following: int) -> int:
 
 
 @compiled
-def multiply_packed(
-    weight: int, packed: Any, begin: int, end: int, index: Any, x: Any, out: Any, column: int, shares: int, own: Any
+def add_packed(
+    int8: Any,
+    int4: Any,
+    weight: int,
+    packed: Any,
+    begin: int,
+    end: int,
+    index: Any,
+    x: Any,
+    out: Any,
+    column: int,
+    shares: int,
+    own: Any,
 ) -> None:
     """out = this thread's columns of the sum over k of x[k] * row k of a packed matrix, for k in `index`.
 
     Args:
+        int8, int4: of `Codes`. Arguments of their own: numba leaves out a branch if an *argument* is None.
         packed: the matrix's row of `Weights.packed`; begin, end: the units of the wanted columns.
         out: float32, the wanted columns; the last of them may lie in a unit that has padding.
     """
     step = max(1, (1 << packed[GROUP]) // PACKED_UNIT)
-    lots = (end - begin) // step
-    first, last = lots * column // shares * step, lots * (column + 1) // shares * step
+    blocks = (end - begin) // step
+    first, last = blocks * column // shares * step, blocks * (column + 1) // shares * step
     units = last - first
     if units == 0:
         return
@@ -159,10 +182,10 @@ def multiply_packed(
     at = begin + first
     scales = weight + packed[SCALES_AT] + (PACKED_UNIT * at >> packed[GROUP]) * 2
     stride, group = packed[STRIDE], packed[GROUP]
-    if packed[FORM] == 8:
-        add_packed_rows(INT8, weight + at * 64, scales, stride, group, index, len(index), x, units, sums)
-    else:
-        add_packed_rows(INT4, weight + at * 32, scales, stride, group, index, len(index), x, units, sums)
+    if int8 is not None and packed[FORM] == 8:
+        add_packed_rows(int8, weight + at * 64, scales, stride, group, index, len(index), x, units, sums)
+    if int4 is not None and packed[FORM] == 4:
+        add_packed_rows(int4, weight + at * 32, scales, stride, group, index, len(index), x, units, sums)
     if padded:
         for i in range(len(out) - PACKED_UNIT * first):  # a slice would be copied first
             out[PACKED_UNIT * first + i] = sums[i]

@@ -1,9 +1,9 @@
 """The decode step that every thread runs: all layers and the head for one token, with no Python in between.
 
-Each thread reads its share of every matrix. What is cheap and needed whole (the residual stream, norms, thresholds,
-lists of kept entries) every thread computes for itself, which saves a barrier each; five barriers a layer remain,
-where the product of one matrix becomes the input of the next. Results do not depend on timing: every sum has a fixed
-order.
+Each thread reads its share of every matrix. What is cheap and needed as a whole (the residual stream, norms,
+thresholds, lists of kept entries) is computed by every thread for itself, which saves a barrier each; five barriers per
+layer remain, where the product of one matrix becomes the input of the next. Results do not depend on timing: every sum
+has a fixed order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from teal_kernels.spec import SITES, Geometry
-from teal_kernels.steps.cpu.attention import TILE, TOGETHER, ask_for_keys, attend, join_parts, parts_for
+from teal_kernels.steps.cpu.attention import TILE, TOGETHER, attend, join_parts, parts_for, prefetch_keys
 from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import (
     ATTN_NORM,
@@ -33,6 +33,7 @@ from teal_kernels.steps.cpu.layout import (
     SINGLE,
     TENSORS,
     Cache,
+    Codes,
     Norm,
     Own,
     Rules,
@@ -41,8 +42,7 @@ from teal_kernels.steps.cpu.layout import (
     Token,
     Weights,
 )
-from teal_kernels.steps.cpu.meeting import await_release, meet
-from teal_kernels.steps.cpu.meeting import release as release
+from teal_kernels.steps.cpu.matrices import edges_of, row_groups
 from teal_kernels.steps.cpu.rows import STREAM, dot_rows
 from teal_kernels.steps.cpu.sites import (
     SITE_ATTN_IN,
@@ -53,20 +53,21 @@ from teal_kernels.steps.cpu.sites import (
     activate,
     add_product,
     multiply,
-    row_groups,
     share,
 )
+from teal_kernels.steps.cpu.sync import await_release, barrier
+from teal_kernels.steps.cpu.sync import release as release
 from teal_kernels.steps.cpu.vectors import ONE, cap_all, compiled, rms_norm
 from teal_kernels.traits import GELU_TANH, LLAMA, Traits
 
 BARRIERS, BARRIERS_PER_LAYER = 1, 5
-"""How often the threads meet in a step, besides and in each layer."""
+"""Barriers of a step: outside of the layers, and in each layer."""
 
 
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
 def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
-    """For the caller's thread, 0: its part of the step just released, which ends when all parts have. For a member:
-    its part of every step that is released, until none came for a while.
+    """For thread 0, the caller's: its part of the step that was released; returns when all threads have ended theirs.
+    For a member: its part of every step that is released; returns when it has waited too long for the next.
 
     A step leaves logits in shared.logits, the new keys and values in the cache, rows where asked. Arguments: layout.py.
     """
@@ -81,29 +82,29 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
             turned = Token(token.token, token.position, token.cos + rope, token.sin + rope)
             rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.norm, own.x)
             multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
-            ask_for_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
-            rounds = meet(control, threads, rounds)
+            prefetch_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
+            rounds = barrier(control, threads, rounds)
             attend(kind, shape, weights, cache, layer, turned, shared, own)
-            rounds = meet(control, threads, rounds)
+            rounds = barrier(control, threads, rounds)
             join_parts(kind, shape, shared, own.x)
             multiply(
                 kind, SITE_ATTN_OUT, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own
             )
-            rounds = meet(control, threads, rounds)
+            rounds = barrier(control, threads, rounds)
             add_product(
                 kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], tensors[ATTN_POST_NORM], weights, own
             )
             rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.norm, own.x)
             multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
-            rounds = meet(control, threads, rounds)
+            rounds = barrier(control, threads, rounds)
             activate(kind, shape.intermediate, shared.gate_up, weights.rules, own)
             multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
-            rounds = meet(control, threads, rounds)
+            rounds = barrier(control, threads, rounds)
             add_product(kind, own.hidden, shape.hidden, shared.down, NONE, tensors[MLP_POST_NORM], weights, own)
         rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.norm, own.x)
         head(kind, shape, weights.lm_head, weights.rules, own, shared.logits)
         control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
-        meet(control, threads, rounds)
+        barrier(control, threads, rounds)
         if own.thread == 0:
             return
 
@@ -130,11 +131,7 @@ def head(kind: Any, shape: Any, lm_head: int, rules: Any, own: Any, logits: Any)
 
 def site_edges(geometry: Geometry) -> NDArray[np.int64]:
     """int64 [4, 4]: per site, where the columns of each of its projections begin, and where the last end."""
-    edges = np.zeros((len(SITES), 4), np.int64)
-    for row, site in zip(edges, SITES, strict=True):
-        ends = np.cumsum(geometry.segments(site))
-        row[1 : 1 + len(ends)] = ends
-    return edges
+    return np.stack([edges_of(geometry.segments(site)) for site in SITES])
 
 
 def numbers(traits: Traits, eps: float, head_dim: int) -> tuple[Norm, Rules]:
@@ -202,13 +199,12 @@ def own_buffers(thread: int, threads: int, shape: Shape, padded: int = 0) -> Own
     )
 
 
-def nothing(kind: Any) -> tuple[Any, ...]:
+def nothing(kind: Any, codes: Codes) -> tuple[Any, ...]:
     """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
     shape = Shape(0, 0, 0, 1, 1, 0, 0)
     tensors, per_layer = np.empty((0, TENSORS), np.int64), np.empty(0, np.int64)
     norm, rules = numbers(LLAMA, 1.0, 1)
-    edges, packed = site_edges(Geometry(0, 0, 1, 1, 0)), np.empty((0, 4, FIELDS), np.int64)
-    weights = Weights(
-        tensors, per_layer, per_layer, edges, packed, np.empty((0, 4, 4), np.int64), norm, rules, NONE, NONE, NONE
-    )
+    edges = site_edges(Geometry(0, 0, 1, 1, 0))
+    packed, units = np.empty((0, 4, FIELDS), np.int64), np.empty((0, 4, 4), np.int64)
+    weights = Weights(tensors, per_layer, per_layer, edges, packed, units, codes, norm, rules, NONE, NONE, NONE)
     return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(kind, 1, shape)

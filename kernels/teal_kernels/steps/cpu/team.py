@@ -1,7 +1,7 @@
 """Python threads that wait for decode steps and run them together.
 
-They leave the interpreter's lock while they compute and while they wait for a step that follows soon; when none
-does, they sleep. Neither numba's nor torch's thread pool is involved. This module does not know what a step
+They release the interpreter's lock while they compute and while they poll for the next step; when none follows for some
+milliseconds, they sleep. Neither numba's nor torch's thread pool is involved. This module does not know what a step
 computes.
 """
 
@@ -24,7 +24,7 @@ class Team:
 
     Args:
         control: int64 [MEMBERS + PLACES * size], zeros; see `layout.Shared`.
-        release: lets members begin a step, and tells whether any must be woken (meeting.release).
+        release: lets members begin a step; returns whether any must be woken (sync.release).
         work: of a thread by its number; see step.run. It must not refer to the owner of this team.
     """
 
@@ -44,15 +44,15 @@ class Team:
     def run(self) -> None:
         """Runs one step on all threads; returns when all have ended it.
 
-        Ctrl-C is only noticed before or after it. What arrives between the release of the members and the work of this
-        thread, for which they would wait, makes them abandon the step; its results are then garbage.
+        Ctrl-C is only noticed before or after it. If it arrives between the release of the members and the work of this
+        thread, for which they would wait, they abandon the step; its results are then undefined.
 
         Raises:
             RuntimeError: the team was closed.
         """
         if not self._finalizer.alive:
             raise RuntimeError("the threads of this decode step were ended by close()")
-        if self._control[ABANDON]:  # a second Ctrl-C cut the tidying short
+        if self._control[ABANDON]:  # a second Ctrl-C interrupted _abandon
             self._abandon()
         try:
             if self._release(self._control):
@@ -73,7 +73,7 @@ class Team:
         control[ABANDON] = 1
         for member in self._members:
             member.wake()
-        # Done is not enough: a member may still look at the last barrier, whose count is about to be taken back.
+        # Done is not enough: a member may still poll the last barrier, whose count is reset below.
         done, parked = control[MEMBERS + PLACES + DONE :: PLACES], control[MEMBERS + PLACES + PARKED :: PLACES]
         while (done != control[RELEASED]).any() or not parked.all():
             time.sleep(0.001)
@@ -92,7 +92,7 @@ class _Member:
         self._python_thread.start()
 
     def wake(self) -> None:
-        """Ends its sleep; one that does not sleep merely looks twice before it does."""
+        """Ends its sleep; one that is not asleep polls once more before it sleeps."""
         self._calls.put(True)
 
     def stop(self) -> None:

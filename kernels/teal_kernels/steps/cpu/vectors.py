@@ -41,7 +41,7 @@ reordered = njit(**INNER, fastmath={"contract", "reassoc", "nsz"})
 
 @contracted
 def exp(x: Any) -> Any:
-    """e to the x in float32, to 2 units in the last place, flat beyond [-87, 88]; vectorises, which libm's does not."""
+    """e to the x in float32, to 2 units in the last place, constant beyond [-87, 88]. Vectorises; libm's does not."""
     x = EXP_MIN if x < EXP_MIN else x
     x = EXP_MAX if x > EXP_MAX else x
     n = (x * LOG2_E + NEAREST) - NEAREST
@@ -95,7 +95,7 @@ def compact(x: Any, count: int, threshold: Any, index: Any) -> int:
     kept = 0
     for i in range(count):
         index[kept] = i
-        kept += int(abs(x[i]) > threshold)  # no branch: half of them would be guessed wrongly
+        kept += int(abs(x[i]) > threshold)  # no branch: half of them would be mispredicted
     return kept
 
 

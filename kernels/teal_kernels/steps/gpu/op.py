@@ -40,10 +40,10 @@ from teal_kernels.steps.spec import (
 from teal_kernels.thresholds import Thresholds
 
 _HEADS_CHUNK: Final = 512
-"""Entries per program that joins the shares of attention: there may be 32 of them to read for each entry."""
+"""Entries per program that combines the shares of attention: each entry is read from up to 32 of them."""
 
 _PROGRAMS: Final = 264
-"""Programs that attention is shared among: two per multiprocessor of an H100."""
+"""Programs among which attention is divided: two per multiprocessor of an H100."""
 
 
 class GpuStep:
@@ -60,7 +60,7 @@ class GpuStep:
         sparsity: about how much the thresholds drop; chooses among tuned configurations.
 
     Attributes:
-        token, position: int64 [1], what the next step is fed; after `sample`, a step leaves its successor's there.
+        token, position: int64 [1], the input of the next step; after `sample`, each step writes those of its successor.
         logits: [vocab] of the last step, in the model's dtype.
         ring: site -> [layers, ring_slots, K], what the products consumed.
         slot: int64 [1], the ring slot that the next step fills; it advances by itself.

@@ -1,7 +1,7 @@
 """The products of a step, one object per site: sparse over a kept list, or dense through the vendor's library.
 
-Both read what a fused kernel left in their sink, and leave shares of the result [splits, N] for the next fused kernel;
-a dense product has one share, in the model's dtype. Neither allocates while a step runs.
+Both read what a fused kernel wrote to their sink, and leave partial sums [splits, N] for the next fused kernel; a dense
+product has one row, in the model's dtype. Neither allocates while a step runs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from teal_kernels.configs import GemvConfig
 from teal_kernels.matrix import Matrix
-from teal_kernels.ops.kept.op import Capture, KeptList, Sink, chunk_for
-from teal_kernels.ops.sparse_gemv.op import launch_gather
+from teal_kernels.ops.kept.op import Capture, Sink, chunk_for
+from teal_kernels.ops.sparse_gemv.gather import GatherGemv
 
 
 class Product(Protocol):
-    """What stands between a site's vector and the outputs of its projections."""
+    """The product of a site's vector with the matrix of its projections."""
 
     def sink(self, layer: int, capture: Capture | None) -> Sink:
-        """Where the kernel before it leaves the vector of this layer."""
+        """Where the kernel before it writes the vector of this layer."""
         ...
 
     def __call__(self, layer: int, matrix: Matrix) -> Tensor:
-        """Shares [splits, N] of the product with a matrix [K, N]; overwritten by the next call."""
+        """Partial sums [splits, N] of the product with a matrix [K, N]; overwritten by the next call."""
         ...
 
 
@@ -54,17 +54,17 @@ class SparseProduct:
         dtype: torch.dtype,
     ) -> None:
         device = thresholds.device
-        self.segments, self.thresholds, self.config = segments, thresholds, config
-        self.kept = KeptList.empty(size, dtype, device, chunk)
-        self.tally = torch.zeros(*thresholds.shape[:2], len(self.kept.count), dtype=torch.int64, device=device)
-        self._shares = torch.empty(config.splits, sum(segments), dtype=torch.float32, device=device)
+        self.thresholds = thresholds
+        self._gemv = GatherGemv(size, segments, dtype, device, config, chunk)
+        chunks = len(self._gemv.kept.count)
+        self.tally = torch.zeros(*thresholds.shape[:2], chunks, dtype=torch.int64, device=device)
 
     def sink(self, layer: int, capture: Capture | None) -> Sink:
-        return Sink(self.kept.chunk, self.kept, self.thresholds[layer], self.tally[layer], None, capture)
+        kept = self._gemv.kept
+        return Sink(kept.chunk, kept, self.thresholds[layer], self.tally[layer], None, capture)
 
     def __call__(self, layer: int, matrix: Matrix) -> Tensor:
-        launch_gather(self.kept, matrix.data, self.thresholds[layer], self.segments, self._shares, self.config)
-        return self._shares
+        return self._gemv.gather(matrix.data, self.thresholds[layer])
 
 
 class DenseProduct:
