@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from teal_cli.commands.gathering import gathered
 from teal_cli.files import check_new_file
 from teal_cli.ui.completion import sites
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
@@ -55,12 +56,25 @@ def store(
     ] = "mlp_in",
     tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="How many tokens to show.")] = 64,
     channels: Annotated[int, typer.Option("--channels", min=1, metavar="N", help="How many channels to show.")] = 288,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="activations, or of all levels: density, thresholds, raster, overlap, union, nm, blocks.",
+        ),
+    ] = "activations",
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The activations of a site token by token, and the realised sparsity of every layer."""
+    """The activations of a site token by token, or what its masks are like.
+
+    --layer, --site, --tokens and --channels are for the activations; the other kinds are the pictures of
+    `teal store report`.
+    """
     from teal_cli.plots.bench import check_picture
+    from teal_cli.plots.panels import draw_kind, find_kind
     from teal_cli.plots.store import draw
     from teal_cli.store.reader import open_store
 
@@ -68,5 +82,9 @@ def store(
     opened = open_store(path)
     check_picture(picture)
     check_new_file(picture, force=force)
-    draw(opened, picture, layer=layer, site=site, tokens=tokens, channels=channels)
+    if kind == "activations":
+        draw(opened, picture, layer=layer, site=site, tokens=tokens, channels=channels)
+    else:
+        wanted = find_kind(kind)
+        draw_kind(gathered(out, opened), wanted, picture)
     out.result({"store": path, "picture": picture}, lambda console: console.print(f"drawn: {picture}", markup=False))

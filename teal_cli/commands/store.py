@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from teal_cli.commands.gathering import gathered
 from teal_cli.commands.opening import opened
 from teal_cli.commands.store_tables import show_stats
 from teal_cli.errors import UsageError, counted
-from teal_cli.files import readable_size
+from teal_cli.files import check_new_file, disk_errors, readable_size, write_bytes
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import Output, output
@@ -258,6 +259,29 @@ def merge(
             task.update(done=event.done, total=event.total)
     payload = {"store": store, "output": target, "rows": rows, "digest": open_store(target).state.digest}
     out.result(payload, lambda console: console.print(f"{counted(rows, 'row')} in {target}", markup=False))
+
+
+@app.command()
+def report(
+    store: StoreArgument,
+    page: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")],
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """One HTML page of a store: where it comes from, pictures of its masks, tables; it needs no network."""
+    from teal_cli.plots.bench import check_picture
+    from teal_cli.plots.report import report_page
+    from teal_cli.store.reader import open_store
+
+    out = output(json, quiet)
+    opened = open_store(store)
+    check_new_file(page, force=force)
+    check_picture(page.with_suffix(".svg"))
+    html = report_page(gathered(out, opened))
+    with disk_errors(page.parent):
+        write_bytes(page, [html.encode()])
+    out.result({"store": store, "page": page}, lambda console: console.print(f"written: {page}", markup=False))
 
 
 def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
