@@ -24,6 +24,15 @@ PROJECTION_INDEX: Final[dict[str, int]] = {projection: i for i, projection in en
 
 PROJECTION_SITE: Final[dict[str, str]] = {p: site for site, group in SITE_PROJECTIONS.items() for p in group}
 
+OUTPUT_SITE: Final[dict[str, str]] = {
+    "q": "attn_out",
+    "o": "mlp_in",
+    "gate": "mlp_mid",
+    "up": "mlp_mid",
+    "down": "mlp_in",
+}
+"""The site that is as wide as a projection's output; none is as wide as those of k and v."""
+
 
 def columns(site: str) -> slice:
     """Which of the seven projections read a site, as a slice of an array's axis in the order of `PROJECTIONS`."""

@@ -33,7 +33,7 @@ SHOWN_PROBLEMS = 10
 # One for each row of `formats.FORMATS`, which is heavy to import; a test compares them.
 FORMATS_HELP = (
     "npz (dense NumPy), csr (SciPy), mtx (Matrix Market), pt (a vector per token), zarr (dense), safetensors (dense), "
-    "parquet, anndata (CSR in Zarr), smtx (DLMC), tns (FROSTT)."
+    "parquet, anndata (CSR in Zarr), smtx (DLMC), tns (FROSTT), scalesim, timeloop (densities)."
 )
 LayersOption = Annotated[
     str | None, typer.Option("--layers", metavar="N,A:B", help="Layers, such as 0,5 or 0:4; all if not given.")
@@ -224,11 +224,12 @@ def convert(
         tokens=parse_range(tokens) if tokens else (0, None),
         sequences=parse_sequences(sequences, opened.sequences),
     )
-    model = Registry().get(opened.header.model).path if with_weights else None
+    registry = Registry()
+    model = registry.get(opened.header.model).path if with_weights else None
     arrays = 0
     with progress(out) as bars:
         task = bars.task("Converting", unit="arrays")
-        for event in write(opened, target, form, selection, force=force, model=model):
+        for event in write(opened, target, form, selection, force=force, model=model, registry=registry):
             arrays = event.done
             task.update(done=event.done, total=event.total)
     payload = {"store": store, "output": target, "format": form, "arrays": arrays, "selection": selection}

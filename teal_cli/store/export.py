@@ -6,20 +6,21 @@ where the form has no bfloat16. What was converted, where it comes from and what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_folder, disk_errors, new_folder, occupied, read_json, write_json
+from teal_cli.registry.registry import Registry
 from teal_cli.store.formats import FORMATS
-from teal_cli.store.kept_weights import layer_weights, open_checkpoint, write_weights
+from teal_cli.store.kept_weights import layer_weights, model_outputs, open_checkpoint, write_weights
 from teal_cli.store.part import Part
 from teal_cli.store.placing import destination
 from teal_cli.store.reader import ActivationStore, Level
 from teal_cli.store.selection import Selection
-from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITES
+from teal_kernels.spec import OUTPUT_SITE, PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 
 SIDECAR: Final = "teal.json"
 
@@ -46,6 +47,7 @@ def convert(
     *,
     force: bool = False,
     model: Path | None = None,
+    registry: Registry | None = None,
 ) -> Iterator[Converted]:
     """Writes a selection into a new folder, in one of `formats.FORMATS`, with teal.json beside it.
 
@@ -56,9 +58,12 @@ def convert(
         selection: from `select`.
         force: replace a folder that an earlier conversion wrote.
         model: the checkpoint folder of the store's model; the weight rows of kept channels are then written, too.
+        registry: where the store's model is looked up, for forms that say how wide an output is: a store does not tell
+            those of k and v.
 
     Raises:
-        UsageError: unknown form, occupied folder, sites asked for as .pt, tokens out of range, another model.
+        UsageError: unknown form, occupied folder, sites asked for as .pt, tokens out of range, another model, a width
+            that is needed and not known.
         TealError: a block is damaged, or the disk refuses.
     """
     if form not in FORMATS:
@@ -69,12 +74,13 @@ def convert(
     _check_target(target, force=force)
     if form == "pt" and any(name in SITES for name in selection.names):
         raise UsageError("one .pt is what one projection consumed; a site feeds several", hint="name projections")
+    widths = _widths(store, selection.names, registry) if FORMATS[form].outputs else {}
     checkpoint = None if model is None else open_checkpoint(store, model)
     levels = {name: store.level(name) for name in selection.levels}
     spans = {name: tuple(selection.spans(level)) for name, level in levels.items()}
     with disk_errors(out), new_folder(target, replace=force) as partial:
         write_json(partial / SIDECAR, _provenance(store, form, selection, levels, spans))
-        parts = list(_parts(selection, levels, spans))
+        parts = list(_parts(selection, levels, spans, widths))
         total = len(parts) * (1 if checkpoint is None else 2)
         for done, part in enumerate(parts, 1):
             yield Converted(FORMATS[form].write(part, partial).relative_to(partial), done, total)
@@ -105,12 +111,29 @@ def _is_conversion(path: Path) -> bool:
     return isinstance(note, dict) and {"store", "format", "drops"} <= note.keys()
 
 
-def _parts(selection: Selection, levels: dict[str, Level], spans: dict[str, tuple[slice, ...]]) -> Iterator[Part]:
+def _widths(store: ActivationStore, names: Sequence[str], registry: Registry | None) -> dict[str, int]:
+    """How wide the output of each name is: of a site, of all its projections together."""
+    known = {projection: store.header.channels[site] for projection, site in OUTPUT_SITE.items()}
+    wanted = {name: SITE_PROJECTIONS.get(name, (name,)) for name in names}
+    if registry is not None and not all(known.keys() >= set(group) for group in wanted.values()):
+        known |= model_outputs(store, registry)
+    missing = [name for name, group in wanted.items() if not known.keys() >= set(group)]
+    if missing:
+        raise UsageError(
+            f"the store does not tell how wide the output of {missing[0]} is",
+            hint=f"download {store.header.model}, which does, or leave out k, v and attn_in with --names",
+        )
+    return {name: sum(known[projection] for projection in group) for name, group in wanted.items()}
+
+
+def _parts(
+    selection: Selection, levels: dict[str, Level], spans: dict[str, tuple[slice, ...]], widths: Mapping[str, int]
+) -> Iterator[Part]:
     for level in levels.values():
         for layer in selection.layers:
             for name in selection.names:
                 array = level.site(layer, name) if name in SITES else level.projection(layer, name)
-                yield Part(level, layer, name, array, spans[level.name])
+                yield Part(level, layer, name, array, spans[level.name], widths.get(name))
 
 
 def _provenance(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from teal_cli.store.formats_simulators import write_scalesim, write_timeloop
 from teal_cli.store.formats_text import write_mtx, write_smtx, write_tns
 from teal_cli.store.formats_zarr import write_anndata, write_zarr
 from teal_cli.store.packing import to_float
@@ -29,11 +30,13 @@ class Format:
         about: what it is, in a few words.
         write: writes a part below a folder and returns the file or folder that has it.
         drops: what of a store it cannot hold; teal.json, beside it, has most of that.
+        outputs: it says how wide a projection's output is.
     """
 
     about: str
     write: Callable[[Part, Path], Path]
     drops: tuple[str, ...] = ()
+    outputs: bool = False
 
 
 def _beside(part: Part) -> dict[str, Any]:
@@ -113,6 +116,7 @@ _WIDENED: Final = "the data type, where it is not float32; values are exact"
 _BFLOAT16: Final = "the data type, where it is bfloat16; values are float32, and exact"
 _TOKENS: Final = "token columns"
 _THRESHOLDS: Final = "thresholds (teal.json has them)"
+_ALL: Final = "masks and values, of which the density is left, token columns, thresholds (teal.json has them)"
 
 FORMATS: Final[dict[str, Format]] = {
     "npz": Format("dense NumPy", _npz, (_BFLOAT16,)),
@@ -125,4 +129,6 @@ FORMATS: Final[dict[str, Format]] = {
     "anndata": Format("AnnData's CSR in Zarr", write_anndata, (_WIDENED,)),
     "smtx": Format("DLMC's pattern", write_smtx, ("values", _TOKENS, _THRESHOLDS)),
     "tns": Format("FROSTT's tensor", write_tns, ("the shape (teal.json has it)", _WIDENED, _TOKENS, _THRESHOLDS)),
+    "scalesim": Format("layers for SCALE-Sim v3", write_scalesim, (_ALL, "the density beyond 1 of 64"), outputs=True),
+    "timeloop": Format("problems for Timeloop and Sparseloop", write_timeloop, (_ALL,), outputs=True),
 }

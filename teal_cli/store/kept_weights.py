@@ -1,4 +1,4 @@
-"""The weight rows that kept channels read: what a sparse product with selected rows fetches, one layer at a time."""
+"""What exports take from a store's model: the weight rows that kept channels read, layer by layer, and widths."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import NotFoundError, UsageError
+from teal_cli.registry.registry import Registry
 from teal_cli.store.part import Part
 from teal_cli.store.reader import ActivationStore
-from teal_kernels.spec import SITE_PROJECTIONS
+from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS
 
 if TYPE_CHECKING:
     from teal_cli.model.weights import Checkpoint, LayerWeights
@@ -31,6 +32,20 @@ def open_checkpoint(store: ActivationStore, path: Path) -> Checkpoint:
     if checkpoint.quantization is not None:
         raise UsageError(f"the matrices in {path} are quantised, and have no rows of numbers", hint="name its parent")
     return checkpoint
+
+
+def model_outputs(store: ActivationStore, registry: Registry) -> dict[str, int]:
+    """How wide the output of each projection of the store's model is; empty where the registry does not have it."""
+    from teal_cli.model.config import load_config
+    from teal_cli.model.weights import config_sha256
+
+    try:
+        path = registry.get(store.header.model).path
+    except NotFoundError:
+        return {}
+    if config_sha256(path) != store.header.config_sha256:
+        return {}
+    return dict(zip(PROJECTIONS, load_config(path).outputs(), strict=True))
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int, store: ActivationStore) -> LayerWeights:

@@ -15,13 +15,18 @@ from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS
 
 @dataclass(frozen=True)
 class Part:
-    """What is written at once; its rows are `spans` of the level's tokens, one after the other."""
+    """What is written at once; its rows are `spans` of the level's tokens, one after the other.
+
+    Attributes:
+        outputs: columns N of the matrix that the rows are multiplied by; None where nobody says.
+    """
 
     level: Level
     layer: int
     name: str
     array: ActivationArray
     spans: tuple[slice, ...]
+    outputs: int | None = None
 
     @property
     def site(self) -> str:

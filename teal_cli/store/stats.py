@@ -27,7 +27,7 @@ from teal_cli.store.counting import MaskCounts, Rows
 from teal_cli.store.measures import POINTER_BITS, QUANTILES, Mask, Row, index_bytes
 from teal_cli.store.reader import ActivationStore, Level
 from teal_cli.store.schema import VALUE_DTYPES
-from teal_kernels.spec import SITE_PROJECTIONS, SITES
+from teal_kernels.spec import OUTPUT_SITE, SITE_PROJECTIONS, SITES
 from teal_kernels.thresholds import lowest
 
 _BAND_BYTES: Final = 64 << 20  # of decoded blocks that a thread holds at a time
@@ -239,10 +239,9 @@ class _Tally:
     def row(self, projection: str, gbps: float | None) -> Row:
         """The statistics of a projection."""
         header = self._level.store.header
-        wide = {"q": "attn_out", "gate": "mlp_mid", "up": "mlp_mid", "o": "mlp_in", "down": "mlp_in"}
         mask = replace(
             self.of(projection),
-            outputs=header.channels[wide[projection]] if projection in wide else None,
+            outputs=header.channels[OUTPUT_SITE[projection]] if projection in OUTPUT_SITE else None,
             weight_bytes=VALUE_DTYPES[header.dtype].itemsize,
             gbps=gbps,
         )
