@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from teal_cli.model.transformer import Transformer, dense
+from teal_cli.sparsity.plan import Plan
 from teal_kernels.matrix import Matrix
-from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, columns
 
 PROMPT, TOTAL = 13, 24  # both beyond the tiny models' sliding window of 8
 MODULES = {
@@ -38,23 +41,6 @@ def watch(model: Any) -> dict[tuple[int, str], list[Tensor]]:
             linear = getattr(getattr(layer, parent), f"{name}_proj")
             linear.register_forward_pre_hook(lambda _, args, key=(index, name): seen[key].append(args[0][0].clone()))
     return seen
-
-
-@torch.no_grad()
-def log_probabilities(path: Path, rows: list[np.ndarray], thresholds: np.ndarray | None, start: int) -> list[Tensor]:
-    """transformers' log-probabilities of each sequence; entries with |x| <= t zeroed at positions from `start` on."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    for index, layer in enumerate(model.model.layers):
-        for projection, parent in MODULES.items():
-            t = -1.0 if thresholds is None else float(thresholds[index, PROJECTION_INDEX[projection]])
-
-            def hook(module: Any, inputs: tuple[Tensor], t: float = t) -> tuple[Tensor]:
-                x = inputs[0].clone()
-                x[:, start:][x[:, start:].abs() <= t] = 0
-                return (x,)
-
-            getattr(getattr(layer, parent), f"{projection}_proj").register_forward_pre_hook(hook)
-    return [model(torch.from_numpy(row)[None]).logits[0].double().log_softmax(-1) for row in rows]
 
 
 class Recorder:
@@ -99,3 +85,55 @@ def run_ours(model: Transformer, tokens: Tensor, project: Any = dense, chunk: in
     logits = [last]
     logits += [model.forward(tokens[i : i + 1], i, cache, project) for i in range(PROMPT, len(tokens))]
     return torch.stack(logits)
+
+
+Keep = Callable[[int, int, str, Tensor], Tensor]
+"""(row, layer, projection, x [S, K] at its sparse positions) -> what the projection reads of it."""
+
+
+def kept_by(plan: Plan) -> Keep:
+    """What a plan keeps, straight from the definition of a score."""
+
+    def keep(row: int, layer: int, projection: str, x: Tensor) -> Tensor:
+        site, column, scoring = PROJECTION_SITE[projection], PROJECTION_INDEX[projection], plan.scoring
+        centre = torch.from_numpy(scoring.centre[site][layer]) if site in scoring.centre else torch.zeros(x.shape[1])
+        score = (x - centre).abs()
+        if site in scoring.scale:
+            score = score * torch.from_numpy(scoring.scale[site][layer, column - columns(site).start])
+        return torch.where(score > float(plan.thresholds[layer, column]), x, centre)
+
+    return keep
+
+
+@torch.no_grad()
+def masked_logits(path: Path, rows: Sequence[np.ndarray], keep: Keep | None, start: int) -> list[Tensor]:
+    """transformers' float32 logits [S, vocab] of each row of token ids; every linear layer reads what `keep` leaves of
+    its input at positions from `start` on. None is the dense model."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    running = 0
+
+    def hook(_: Any, inputs: tuple[Tensor], layer: int, projection: str) -> tuple[Tensor]:
+        x = inputs[0].clone()
+        if keep is not None and x.shape[1] > start:
+            x[0, start:] = keep(running, layer, projection, x[0, start:])
+        return (x,)
+
+    for layer, module in enumerate(model.model.layers):
+        for projection in PROJECTIONS:
+            linear = getattr(getattr(module, MODULES[projection]), f"{projection}_proj")
+            linear.register_forward_pre_hook(partial(hook, layer=layer, projection=projection))
+    found = []
+    for running, row in enumerate(rows):  # noqa: B007 - hooks read it
+        found.append(model(torch.from_numpy(row)[None]).logits[0])
+    return found
+
+
+def log_probabilities(path: Path, rows: list[np.ndarray], thresholds: np.ndarray | None, start: int) -> list[Tensor]:
+    """transformers' log-probabilities of each sequence; entries with |x| <= t zeroed at positions from `start` on."""
+
+    def keep(row: int, layer: int, projection: str, x: Tensor) -> Tensor:
+        assert thresholds is not None
+        return torch.where(x.abs() > float(thresholds[layer, PROJECTION_INDEX[projection]]), x, 0.0)
+
+    found = masked_logits(path, rows, None if thresholds is None else keep, start)
+    return [logits.double().log_softmax(-1) for logits in found]

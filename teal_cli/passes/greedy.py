@@ -28,6 +28,8 @@ from teal_kernels.spec import PROJECTIONS
 
 STEP: Final = 0.05
 HIGHEST: Final = 0.95
+_ROUNDING: Final = 1e-9
+"""A budget smaller than this part of a block is what subtractions left of none."""
 
 
 def greedy(
@@ -116,7 +118,7 @@ class _Block:
         """Levels [7] that drop `target` of the block's bytes."""
         levels, error, room = np.zeros(len(PROJECTIONS)), 0.0, target * weights.sum()
         prices = [(0.0, column) for column in range(len(PROJECTIONS))]  # price of raising it, as last known
-        while room > 0 and prices:
+        while room > _ROUNDING * weights.sum() and prices:
             _, column = heapq.heappop(prices)
             raised = levels.copy()
             raised[column] = min(levels[column] + STEP, levels[column] + room / weights[column])

@@ -10,9 +10,8 @@ import pytest
 import torch
 from fixtures_tiny import VOCAB
 from numpy.typing import NDArray
-from oracle import reference_model
-from reference_model import MODULES
-from torch import Tensor, nn
+from reference_model import kept_by, masked_logits
+from torch import Tensor
 
 from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.steps import open_step
@@ -92,29 +91,12 @@ def test_it_equals_the_decoder_token_by_token(tiny_family: Path) -> None:
         torch.testing.assert_close(logits[position - START], stepped, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def hooked_logits(path: Path, tokens: NDArray[np.int64], plan: Plan, start: int) -> Tensor:
-    """transformers' model with |x| <= t zeroed before each linear layer, at positions from `start` on."""
-    model = reference_model(path)
-    for index, layer in enumerate(model.model.layers):
-        for projection, parent in MODULES.items():
-            t = float(plan.thresholds[index, PROJECTION_INDEX[projection]])
-
-            def hook(module: nn.Module, inputs: tuple[Tensor], t: float = t) -> tuple[Tensor]:
-                x = inputs[0].clone()
-                x[:, start:][x[:, start:].abs() <= t] = 0
-                return (x,)
-
-            getattr(getattr(layer, parent), f"{projection}_proj").register_forward_pre_hook(hook)
-    return torch.cat([model(torch.from_numpy(row)[None]).logits for row in tokens])
-
-
 @pytest.mark.parametrize("start", [0, 1, START, COUNT])
 def test_it_equals_transformers_with_masking_hooks(tiny_family: Path, start: int) -> None:
     plan, tokens = some_plan(tiny_family), blocks()
     layers = ResidentLayers(Transformer.from_checkpoint(tiny_family, torch.float32))
     seen = Seen().run(layers, tokens, [Sparse(plan, start)])
-    expected = hooked_logits(tiny_family, tokens, plan, start)
+    expected = masked_logits(tiny_family, list(tokens), kept_by(plan), start)
     for sequence, states in seen.states.items():
         ours = layers.open_head()(torch.cat((states.dense[:start], states.sparse[0])))
         torch.testing.assert_close(ours, expected[sequence], rtol=1e-4, atol=1e-3)
