@@ -98,6 +98,8 @@ def kept_by(plan: Plan) -> Keep:
         site, column, scoring = PROJECTION_SITE[projection], PROJECTION_INDEX[projection], plan.scoring
         centre = torch.from_numpy(scoring.centre[site][layer]) if site in scoring.centre else torch.zeros(x.shape[1])
         score = (x - centre).abs()
+        if scoring.criterion == "topk":
+            score = 1.0 + (score[:, None, :] < score[:, :, None]).sum(-1)
         if site in scoring.scale:
             score = score * torch.from_numpy(scoring.scale[site][layer, column - columns(site).start])
         return torch.where(score > float(plan.thresholds[layer, column]), x, centre)

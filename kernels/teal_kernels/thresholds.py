@@ -2,7 +2,8 @@
 
 A criterion scores entry i of a vector as |x_i - c_i| * scale_i and keeps it where the score exceeds t. Kernels, the
 reference and the store all compute it as |x_i - c_i| > t_i, with one threshold per projection, or, where there is a
-scale, one per projection and channel. Only this file computes t_i, so that all of them compare the same bits.
+scale, one per projection and channel. Only this file computes t_i, so that all of them compare the same bits. One
+criterion has another score, the rank of |x_i| in its row (`Thresholds.ranked`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Thresholds:
         scale: site -> float32 [layers, P, K], for sites whose score has a scale; mostly empty.
         centre: site -> float32 [layers, K], what is subtracted from a vector before it is compared and multiplied;
             mostly empty.
+        ranked: the score of an entry is 1 + how many entries of its row have a smaller magnitude, and the table says
+            how many entries are dropped (`ops.threshold.reference.row_thresholds`). There is neither scale nor centre.
 
     Raises:
         ValueError: a shape or dtype that does not fit, a negative number, or one that is not finite.
@@ -78,6 +81,7 @@ class Thresholds:
     table: NDArray[np.float32]
     scale: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     centre: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         table = self.table

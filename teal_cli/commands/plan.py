@@ -57,7 +57,7 @@ def make(
         typer.Option("--allocation", help="How the budget is spread over layers and projections."),
     ] = "fisher",
     criterion: Annotated[
-        Literal["magnitude", "wina", "centred"],
+        Literal["magnitude", "wina", "centred", "topk"],
         typer.Option("--criterion", help="How entries are scored; what scores least is dropped."),
     ] = "magnitude",
     closed_loop: Annotated[
@@ -85,16 +85,7 @@ def make(
         int, typer.Option("--sparse-from", min=0, metavar="N", help="Rows before this position stay dense.")
     ] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the labels that are drawn from the model.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help="To compute in.",
-            callback=options.checked(settings.dtype),
-            autocompletion=completion.dtypes,
-        ),
-    ] = "float32",
+    dtype: options.DtypeOption = None,
     device: options.DeviceOption,
     name: NameOption = None,
     force: options.ForceOption = False,
@@ -105,7 +96,8 @@ def make(
 
     uniform gives every projection the same sparsity. greedy is TEAL's Algorithm 1, block by block. fisher spreads the
     budget over the whole model by what the loss of each projection's dropped entries costs, from one backward pass;
-    its plan is checked on held-out text, and never handed out where a uniform one is better.
+    its plan is checked on held-out text, and never handed out where a uniform one is better. Interrupted, greedy goes
+    on after the last layer that was done when the same command runs again.
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.make_plan import PlanMaker, PlanRequest

@@ -17,6 +17,7 @@ from teal_cli.model.config import ModelConfig
 from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.threshold.op import threshold
+from teal_kernels.ops.threshold.reference import row_thresholds
 from teal_kernels.spec import SITES
 from teal_kernels.thresholds import Thresholds
 
@@ -56,12 +57,17 @@ class SparseProjector:
             layers = range(thresholds.layers)
             return [{site: torch.tensor(find(layer, site), device=device) for site in SITES} for layer in layers]
 
+        self._ranked = thresholds.ranked
         self._thresholds, self._lowest = on_device(thresholds.site), on_device(thresholds.lowest)
         self._centre = {site: torch.tensor(centre, device=device) for site, centre in thresholds.centre.items()}
         self._biases: dict[tuple[int, str], Tensor] = {}
 
     def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         kept, thresholds = self.rows[site][layer], self._thresholds[layer][site]
+        if self._ranked:
+            thresholds = row_thresholds(x, thresholds)[0]
+            kept.copy_(threshold(x[0], thresholds.min()))
+            return sparse_gemv(kept, matrix, thresholds, backend=self.backend)[None]
         if site not in self._centre:
             kept.copy_(threshold(x[0], self._lowest[layer][site]))
             return sparse_gemv(kept, matrix, thresholds, backend=self.backend)[None]

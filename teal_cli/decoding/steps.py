@@ -19,7 +19,17 @@ from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Transformer
-from teal_kernels.backends import BACKENDS, NUMBA, BackendError, backend_problem, choose_backend, triton_problem
+from teal_kernels.backends import (
+    BACKENDS,
+    CPU,
+    NUMBA,
+    REFERENCE,
+    BackendError,
+    backend_problem,
+    choose_backend,
+    triton_problem,
+)
+from teal_kernels.ops.threshold.reference import row_thresholds
 from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.cpu.compiled import is_compiled, load
 from teal_kernels.steps.spec import StepSpec
@@ -196,6 +206,8 @@ def open_step(model: Transformer, cache: KVCache, thresholds: Thresholds | None,
     if thresholds is not None and thresholds.centre and backend in (NUMBA, TRITON_GRAPH):
         others = ", ".join(name for name in BACKENDS if name != NUMBA)
         raise BackendError(f"backend {backend!r} cannot run a criterion with a centre; {others} can")
+    if thresholds is not None and thresholds.ranked and backend not in (REFERENCE, CPU):
+        raise BackendError(f"backend {backend!r} cannot run a fixed count per row; {REFERENCE}, {CPU} can")
     if backend == NUMBA:
         return NumbaStep(model, cache, thresholds)
     if backend == TRITON_GRAPH:
@@ -253,6 +265,7 @@ class KeptCounter:
 
     def __init__(self, config: ModelConfig, thresholds: Thresholds, device: torch.device) -> None:
         self._counts = torch.zeros(config.layers, len(PROJECTIONS), dtype=torch.int64, device=device)
+        self._ranked = thresholds.ranked
         self._limits: dict[str, Tensor | None] = {}
         """Per site [layers, P, 1 or K]; None where the row was cut at the one threshold already."""
         for site in SITES:
@@ -267,6 +280,8 @@ class KeptCounter:
             if limits is None:
                 counts += torch.count_nonzero(rows[site], dim=1)[:, None]
                 continue
+            if self._ranked:
+                limits = row_thresholds(rows[site], limits[..., 0])[..., None]
             magnitude = rows[site].float().abs()[:, None]
             counts += ((magnitude > limits) & (magnitude > 0)).sum(2)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.sparsity.criterion import Scoring, Threshold
+from teal_cli.sparsity.histogram import MAGNITUDES, magnitudes
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, columns
 
 LEVELS: Final = np.round(np.arange(0.0, 0.99, 0.02), 4)
@@ -45,18 +46,23 @@ class FisherLosses:
     def visit(self, layer: int, projection: str, sequence: int, x: Tensor, g: Tensor) -> None:
         """Note what each row of x [S, K] would lose at each level, given the gradient g [S, K]."""
         column, site = PROJECTION_INDEX[projection], PROJECTION_SITE[projection]
-        x, g = x[self.start :].float(), g[self.start :].float()
+        x, g = x[self.start :], g[self.start :].float()
         if not len(x):
             return
+        limits = self.thresholds[layer, column]
         centre, scale = self.scoring.centre.get(site), self.scoring.scale.get(site)
-        if centre is not None:
-            x = x - torch.from_numpy(centre[layer]).to(x.device)
-        score = x.abs()
-        if scale is not None:
-            score = score * torch.from_numpy(scale[layer, column - columns(site).start]).to(x.device)
-        limits = torch.from_numpy(self.thresholds[layer, column]).to(x.device)
         # The first level that drops an entry; entries above the last threshold are never dropped.
-        level = torch.searchsorted(limits, score)
+        if centre is None and scale is None and x.dtype.itemsize == 2 and not self.scoring.ranked:
+            level = _by_magnitude(x, limits)
+        else:
+            if centre is not None:
+                x = x.float() - torch.from_numpy(centre[layer]).to(x.device)
+            score = x.float().abs()
+            if self.scoring.ranked:
+                score = torch.searchsorted(score.sort(1).values, score).float() + 1
+            if scale is not None:
+                score = score * torch.from_numpy(scale[layer, column - columns(site).start]).to(x.device)
+            level = torch.searchsorted(torch.from_numpy(limits).to(x.device), score)
         sums = torch.zeros(len(x), len(limits) + 1, device=x.device).scatter_add_(1, level, x * g)
         errors = sums.cumsum(1)[:, :-1].cpu().numpy()
         self._errors.setdefault((layer, column), []).append(errors)
@@ -68,6 +74,15 @@ class FisherLosses:
             squares = np.concatenate(errors).astype(np.float64) ** 2
             found[layer, column] = np.minimum(squares, np.quantile(squares, CAP, axis=0)).mean(axis=0)
         return np.maximum.accumulate(found, axis=2)
+
+
+def _by_magnitude(x: Tensor, limits: NDArray[np.float32]) -> Tensor:
+    """How many of the rising limits each |x| exceeds, int64 [S, K], for a 16-bit x: looked up by its magnitude's bits,
+    a sixth of the time of a search."""
+    exceeded_from = np.searchsorted(magnitudes(str(x.dtype).removeprefix("torch.")), limits, side="right")
+    table = torch.from_numpy(np.cumsum(np.bincount(exceeded_from, minlength=MAGNITUDES)))
+    bits = x.contiguous().view(torch.int16).bitwise_and(MAGNITUDES - 1)
+    return table.to(x.device)[bits.int()]
 
 
 def level_thresholds(layers: int, threshold: Threshold) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -39,6 +39,8 @@ def greedy(
     threshold: Threshold,
     target: float,
     start: int,
+    known: Sequence[NDArray[np.float64]] = (),
+    keep: Callable[[NDArray[np.float64]], None] = lambda levels: None,
 ) -> Iterator[Advance | NDArray[np.float64]]:
     """Choose the levels of every block, one layer in memory at a time.
 
@@ -48,6 +50,8 @@ def greedy(
         threshold: of a projection at a level.
         target: part of each block's bytes to drop.
         start: rows from this position on are sparse.
+        known: levels [7] of the first layers, as an earlier run of the same search found them.
+        keep: called with the levels of all layers so far, [n, 7], after each one that was searched.
 
     Yields:
         Advance after each layer, and the levels float64 [layers, 7] last.
@@ -64,7 +68,11 @@ def greedy(
     begun = time.perf_counter()
     for index in range(config.layers):
         block = _Block(layers, index, rope, hidden, plan, threshold, start)
-        found[index] = block.levels(weights, target)
+        if index < len(known):
+            found[index] = known[index]
+        else:
+            found[index] = block.levels(weights, target)
+            keep(found[: index + 1])
         hidden = block.dense
         yield Advance(index + 1, config.layers, config.layers, time.perf_counter() - begun)
         del block

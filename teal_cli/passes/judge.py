@@ -42,6 +42,20 @@ def realised_bytes(config: ModelConfig, kept: NDArray[np.int64], rows: int) -> f
     return float(1.0 - (shares * sizes).sum() / (len(kept) * sizes.sum()))
 
 
+def count_dropped(
+    layers: Layers, tokens: Sequence[NDArray[np.int64]], plans: Sequence[Plan], start: int
+) -> Iterator[Advance | list[float]]:
+    """Share of bytes that each plan drops, by a pass without a dense model beside it; the shares come last."""
+    variants = [Sparse(plan, start, np.zeros(plan.thresholds.shape, np.int64)) for plan in plans]
+    yield from forward(layers, tokens, variants, dense_rows=False)
+    rows = _sparse_rows(tokens, start)
+    yield [realised_bytes(layers.config, v.kept, rows) for v in variants if v.kept is not None]
+
+
+def _sparse_rows(tokens: Sequence[NDArray[np.int64]], start: int) -> int:
+    return sum(max(0, len(row) - start) for row in tokens)
+
+
 def judge(
     layers: Layers, tokens: Sequence[NDArray[np.int64]], plans: Sequence[tuple[float, Plan]], start: int
 ) -> Iterator[Advance | list[Judged]]:
@@ -56,16 +70,14 @@ def judge(
     config = layers.config
     variants = [Sparse(plan, start, np.zeros(plan.thresholds.shape, np.int64)) for _, plan in plans]
     divergence = np.zeros(len(plans))
-    rows = 0
+    rows = _sparse_rows(tokens, start)
     head = layers.open_head()
 
     def sink(sequence: int, states: States) -> None:
-        nonlocal rows
         starts = [variant.position(states.length) for variant in variants]
         targets = np.append(tokens[sequence][1:], 0)  # only divergences are used, so the last target may be any token
         found = score(head, config.vocab, states, targets, starts)[1:]
         divergence[:] += [item.kl for item in found]
-        rows += states.length - min(start, states.length)
 
     yield from forward(layers, tokens, variants, sink=sink)
     yield [
@@ -85,7 +97,7 @@ def settle(
     """Find for each maker the nominal target at which its plan really drops `wanted` of the bytes.
 
     What everything before a layer drops changes what that layer sees, so a plan rarely drops what its thresholds
-    dropped of dense activations.
+    dropped of dense activations. A first round only counts, at half the price; judgements begin with the second.
 
     Args:
         makers: nominal target -> plan.
@@ -95,8 +107,13 @@ def settle(
     """
     targets = [wanted] * len(makers)
     best: list[Judged | None] = [None] * len(makers)
+    for counted in count_dropped(layers, tokens, [maker(wanted) for maker in makers], start):
+        if isinstance(counted, Advance):
+            yield counted
+        else:
+            targets = [_nearer(wanted, realised, wanted) for realised in counted]
     pending = list(range(len(makers)))
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS - 1):
         plans = [(targets[index], makers[index](targets[index])) for index in pending]
         for event in judge(layers, tokens, plans, start):
             if isinstance(event, Advance):
@@ -106,8 +123,13 @@ def settle(
                 held = best[index]
                 if held is None or abs(found.realised - wanted) < abs(held.realised - wanted):
                     best[index] = found
-                targets[index] = float(np.clip(targets[index] + wanted - found.realised, 0.01, 0.97))
+                targets[index] = _nearer(targets[index], found.realised, wanted)
         pending = [i for i, found in enumerate(best) if found is None or abs(found.realised - wanted) >= _CLOSE]
         if not pending:
             break
     yield [found for found in best if found is not None]
+
+
+def _nearer(target: float, realised: float, wanted: float) -> float:
+    """The next nominal target, after one that really dropped `realised`."""
+    return float(np.clip(target + wanted - realised, 0.01, 0.97))

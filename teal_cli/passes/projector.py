@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.matrix import Matrix
-from teal_kernels.ops.threshold.reference import threshold_reference
+from teal_kernels.ops.threshold.reference import row_thresholds, threshold_reference
 from teal_kernels.spec import SITES, columns
 
 
@@ -27,6 +27,7 @@ class PlanProjector:
 
     def __init__(self, plan: Plan, layer: int, device: torch.device) -> None:
         thresholds = plan.applied()
+        self._ranked = thresholds.ranked
         self._limits = {site: torch.from_numpy(thresholds.site(layer, site)).to(device) for site in SITES}
         self._lowest = {site: torch.from_numpy(thresholds.lowest(layer, site)).to(device) for site in SITES}
         self._shared = {site: bool((limits == limits[0]).all()) for site, limits in self._limits.items()}
@@ -45,7 +46,8 @@ class PlanProjector:
             What any projection of the site reads [S, K], dropped entries zero (with a centre c it is x - c that is
             read), and the product [S, N].
         """
-        kept = threshold_reference(self.centred(site, x), self._lowest[site])
+        x = self.centred(site, x)
+        kept = threshold_reference(x, self._cut(site, x))
         return kept, self.product(site, kept, matrix, counts)
 
     def centred(self, site: str, x: Tensor) -> Tensor:
@@ -55,7 +57,12 @@ class PlanProjector:
 
     def beyond(self, site: str, x: Tensor) -> Tensor:
         """By how much entries of a centred x [S, K] exceed what drops them, float32; 0 where they are dropped."""
-        return (x.float().abs() - self._lowest[site]).clamp_min(0)
+        return (x.float().abs() - self._cut(site, x)).clamp_min(0)
+
+    def _cut(self, site: str, x: Tensor) -> Tensor:
+        """What decides that the site keeps an entry: [] or [K], or where a count is dropped of each row [S, 1]."""
+        lowest = self._lowest[site]
+        return row_thresholds(x, lowest[None]) if self._ranked else lowest
 
     def product(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None = None) -> Tensor:
         """What follows from the entries that were kept; arguments as for a call."""
@@ -72,7 +79,10 @@ class PlanProjector:
                 counts[group] += int(torch.count_nonzero(kept))
             return matrix.dense(kept)
         parts: list[Tensor] = []
-        for projection, limits in enumerate(self._limits[site]):
+        every = self._limits[site]
+        if self._ranked:
+            every = row_thresholds(kept, every).T[..., None]
+        for projection, limits in enumerate(every):
             read = threshold_reference(kept, limits)
             if counts is not None:
                 counts[group.start + projection] += int(torch.count_nonzero(read))

@@ -6,6 +6,7 @@ loses more is not handed out, the uniform one is.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,11 +36,12 @@ from teal_cli.passes.scores import ScoreHistogram, channel_means, score_histogra
 from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.plans import check_new, plan_folder
+from teal_cli.runs.saved_levels import SavedLevels
 from teal_cli.runs.session import choose_device
 from teal_cli.sparsity.allocation import spend
 from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.criteria import CRITERIA, Material
-from teal_cli.sparsity.criterion import MAGNITUDE, Scoring, Threshold
+from teal_cli.sparsity.criterion import MAGNITUDE, TOPK, Scoring, Threshold
 from teal_cli.sparsity.named import NamedPlan
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS
@@ -67,7 +69,9 @@ class PlanRequest:
         tokens: about how many; seq_len: of each sequence.
         start: rows from this position on are what decoding makes sparse.
         seed: of labels drawn from the model.
-        dtype: to compute in; device: as `choose_device` takes it.
+        dtype: to compute in; None takes the checkpoint's own, but float32 for float16, in which gradients vanish, and
+            for greedy, whose block errors are small beside what bfloat16 rounds off a residual stream.
+        device: as `choose_device` takes it.
         force: replace a plan of that name.
     """
 
@@ -84,7 +88,7 @@ class PlanRequest:
     seq_len: int = 512
     start: int = 64
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str | None = None
     device: str | None = None
     force: bool = False
 
@@ -124,16 +128,24 @@ class PlanMaker:
         check_sparsity(request.sparsity)
         if request.sparsity == 0:
             raise UsageError("a plan at sparsity 0 drops nothing", hint="use --sparsity 0 where a plan is asked for")
+        if request.closed_loop and request.criterion == TOPK:
+            raise UsageError(
+                "topk drops as much of any row, so there is no loop to close", hint="leave --closed-loop away"
+            )
         self.request, self._registry = request, registry
         self.entry = registry.get(request.model)
         self._checkpoint = Checkpoint(self.entry.path)
+        own = self._checkpoint.config.torch_dtype
+        wide = request.allocation == "greedy" or own == "float16"
+        self.dtype = request.dtype or ("float32" if wide else own)
         self.calibration = Calibration.load(registry.find_calibration(self.entry.name, request.calibration))
         self.notes = remarks(self.entry, request.calibration)
-        self.notes += check_fits(self.calibration, self._checkpoint.config, self.entry.path, request.dtype)
+        self.notes += check_fits(self.calibration, self._checkpoint.config, self.entry.path, self.dtype)
         self.name = request.name or _name(request)
         check_new(self.entry, self.name, force=request.force)
         self.folder = plan_folder(self.entry, self.name)
         self._tokens, self._held, self._text = self._read_text()
+        self._found: SavedLevels | None = None
 
     @property
     def _needs_text(self) -> bool:
@@ -167,7 +179,7 @@ class PlanMaker:
             "seq_len": request.seq_len,
             "sparse_from": request.start,
             "seed": request.seed,
-            "dtype": request.dtype,
+            "dtype": self.dtype,
         }
         return [row for i, row in rows if i not in chosen], [row for i, row in rows if i in chosen], about
 
@@ -182,7 +194,7 @@ class PlanMaker:
         """
         begun, about = time.perf_counter(), dict(self._text)
         if self._needs_text:
-            dtype = getattr(torch, self.request.dtype)
+            dtype = getattr(torch, self.dtype)
             layers = choose_layers(self._checkpoint, dtype, choose_device(self.request.device), None, progress)
             plan = yield from self._make(layers, about)
         else:
@@ -192,6 +204,8 @@ class PlanMaker:
         named = NamedPlan(self.name, plan, self.entry.name, config_sha256(self.entry.path), created, about)
         with self._registry.lock(self.entry.name):
             named.save(self.folder)
+        if self._found is not None:
+            self._found.remove()
         yield MadePlan(named, self.folder, tuple(self.notes))
 
     def _make(self, layers: Layers, about: dict[str, Any]) -> Any:
@@ -202,7 +216,7 @@ class PlanMaker:
         if request.allocation == "fisher":
             yield from self._add_fisher(layers, scoring, threshold, makers)
         elif request.allocation == "greedy":
-            levels = yield from _staged("allocating", self._greedy(layers, scoring, threshold))
+            levels = yield from _staged("allocating", self._greedy(layers, scoring, threshold, about))
             makers["greedy"] = partial(self._levelled, scoring, threshold, partial(_scaled, levels, request.sparsity))
         if request.closed_loop:
             return (yield from self._close(layers, makers, about))
@@ -244,6 +258,8 @@ class PlanMaker:
         """The criterion's factors and constants, and its thresholds."""
         if self.request.criterion == MAGNITUDE:
             return Scoring(), self._magnitudes
+        if self.request.criterion == TOPK:
+            return Scoring(TOPK), self._counts
         means: Any = None
         if self.request.criterion == "centred":
             means = yield from _staged("averaging", channel_means(layers, self._tokens))
@@ -254,13 +270,25 @@ class PlanMaker:
     def _magnitudes(self, layer: int, projection: str, sparsity: float) -> float:
         return self.calibration.threshold(layer, PROJECTION_SITE[projection], sparsity)
 
+    def _counts(self, layer: int, projection: str, sparsity: float) -> float:
+        channels = self._checkpoint.config.channels(PROJECTION_SITE[projection])
+        return float(min(channels - 1, math.ceil(sparsity * channels - 1e-9)))
+
     def _uniform(self, target: float) -> NDArray[np.float64]:
         return np.full((self._checkpoint.config.layers, len(PROJECTIONS)), target)
 
-    def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Iterator[Any]:
-        plan = _plan(self, scoring, threshold, self._uniform(self.request.sparsity))
-        tokens = self._tokens[:_GREEDY_SEQUENCES]
-        return greedy(layers, tokens, plan, threshold, self.request.sparsity, self.request.start)
+    def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold, about: dict[str, Any]) -> Iterator[Any]:
+        """The search, which goes on after the last layer that an interrupted one with the same settings had done."""
+        request = self.request
+        plan = _plan(self, scoring, threshold, self._uniform(request.sparsity))
+        settings = {**about, "config_sha256": config_sha256(self.entry.path), "sparsity": request.sparsity}
+        settings |= {"calibration": self.calibration.id, "criterion": request.criterion}
+        self._found = SavedLevels(self.folder.with_name(f".{self.name}.greedy.json"), settings)
+        known = self._found.load()
+        if known:
+            self.notes.append(f"went on after layer {len(known) - 1}, where an earlier run had stopped")
+        tokens, start = self._tokens[:_GREEDY_SEQUENCES], request.start
+        return greedy(layers, tokens, plan, threshold, request.sparsity, start, known, self._found.keep)
 
     def _add_fisher(
         self, layers: Layers, scoring: Scoring, threshold: Threshold, makers: dict[str, Callable[[float], Plan]]

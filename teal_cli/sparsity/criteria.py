@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.weights import LayerWeights
-from teal_cli.sparsity.criterion import MAGNITUDE, Scoring
+from teal_cli.sparsity.criterion import MAGNITUDE, TOPK, Scoring
 from teal_kernels.spec import SITE_PROJECTIONS, SITES
 
 Means = Mapping[str, NDArray[np.float32]]
@@ -69,5 +69,6 @@ def _centred(material: Material) -> Scoring:
 CRITERIA: Final[Mapping[str, Criterion]] = {
     MAGNITUDE: Criterion("the magnitude |x| (TEAL)", lambda _: Scoring()),
     "wina": Criterion("|x| times the norm of the weight row that it meets (WINA)", _wina),
+    TOPK: Criterion("the largest |x| of each row, a fixed count of them", lambda _: Scoring(TOPK)),
     "centred": Criterion("the distance from the channel's mean, which replaces what is dropped (SCAP)", _centred),
 }

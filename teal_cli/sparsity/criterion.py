@@ -18,6 +18,8 @@ from teal_kernels.thresholds import Thresholds
 
 MAGNITUDE: Final = "magnitude"
 """The criterion of TEAL, |x_i|: neither constants nor factors."""
+TOPK: Final = "topk"
+"""A fixed count per row: the score is the rank of |x_i| in it, a threshold the number of entries dropped."""
 
 
 Threshold: TypeAlias = Callable[[int, str, float], float]
@@ -38,10 +40,15 @@ class Scoring:
     scale: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     centre: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
+    @property
+    def ranked(self) -> bool:
+        """Whether scores are ranks, and thresholds counts."""
+        return self.criterion == TOPK
+
     def thresholds(self, table: NDArray[np.float32]) -> Thresholds:
         """What steps compare with, for thresholds of scores float32 [layers, 7].
 
         A negative threshold, which an imported calibration of TEAL can give, drops nothing; 0 drops zeros only, which
         gives the same product, and takes its place.
         """
-        return Thresholds(np.maximum(table, np.float32(0)), self.scale, self.centre)
+        return Thresholds(np.maximum(table, np.float32(0)), self.scale, self.centre, self.ranked)

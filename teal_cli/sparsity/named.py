@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, new_folder, read_json, write_json
-from teal_cli.sparsity.criterion import MAGNITUDE, Scoring
+from teal_cli.sparsity.criterion import MAGNITUDE, TOPK, Scoring
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.spec import SITES
 
@@ -114,8 +114,8 @@ def _scoring(criterion: str, content: bytes) -> Scoring:
             if kind == "scale" and (value <= 0).any():
                 raise ValueError(f"{ARRAYS} holds a factor in {key} that is not positive")
             (scale if kind == "scale" else centre)[site] = value
-    if criterion == MAGNITUDE and (scale or centre):
-        raise ValueError("a plan by magnitude has neither factors nor constants")
+    if criterion in (MAGNITUDE, TOPK) and (scale or centre):
+        raise ValueError(f"a plan by {criterion} has neither factors nor constants")
     return Scoring(criterion, scale, centre)
 
 

@@ -31,7 +31,8 @@ class Plan:
         allocation: how it is spread, e.g. `uniform`.
         sparsity: float64 [layers, 7], the target of each projection, in the order of `PROJECTIONS`.
         thresholds: float32 [layers, 7]; an entry whose score is at most t is dropped. 0.0 drops zeros only; a negative
-            one, which an imported calibration of TEAL can give at low sparsity, drops nothing.
+            one, which an imported calibration of TEAL can give at low sparsity, drops nothing. Under the criterion
+            `topk` they are counts: how many entries of each row are dropped.
         calibration: id of the calibration that the thresholds come from; None for a plan that needs none.
         scoring: how entries are scored; by default by their magnitude.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -18,7 +18,7 @@ from teal_cli.errors import TealError
 from teal_cli.store import layout
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
-from teal_cli.store.packing import exceeds, magnitude_bits, to_float, unpack, unpack_mask
+from teal_cli.store.packing import exceeds, magnitude_bits, per_value, row_thresholds, to_float, unpack, unpack_mask
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
 
 if TYPE_CHECKING:
@@ -39,21 +39,29 @@ class Block:
         values: stored data type [nnz], kept values in (token, channel) order.
         kept: bool [tokens, K].
         row_nnz: uint32 [tokens].
+        ranked: thresholds are counts, how many entries of a row are dropped (the criterion `topk`).
     """
 
     start: int
     values: np.ndarray
     kept: np.ndarray
     row_nnz: np.ndarray
+    ranked: bool = False
+
+    def compared(self, limit: np.ndarray) -> np.ndarray:
+        """Thresholds float32 [] or [K] -> what each kept value, in (token, channel) order, is compared with."""
+        if self.ranked:
+            limit = row_thresholds(self.dense(), int(limit))[:, None]
+        return per_value(limit, self.kept)
 
     def above(self, limit: np.ndarray) -> Block:
         """The block thresholded again: what a projection with higher thresholds, float32 [] or [K], consumed."""
-        stays = exceeds(self.values, per_value(limit, self.kept))
+        stays = exceeds(self.values, self.compared(limit))
         if stays.all():
             return self
         kept = self.kept.copy()
         kept[self.kept] = stays
-        return Block(self.start, self.values[stays], kept, np.count_nonzero(kept, axis=1).astype(np.uint32))
+        return replace(self, values=self.values[stays], kept=kept, row_nnz=kept.sum(axis=1, dtype=np.uint32))
 
     def dense(self) -> np.ndarray:
         """Rows [tokens, K] in the stored data type, zeros where dropped."""
@@ -64,12 +72,7 @@ class Block:
         a, b = start - self.start, stop - self.start
         first = int(self.row_nnz[:a].sum())
         last = first + int(self.row_nnz[a:b].sum())
-        return Block(start, self.values[first:last], self.kept[a:b], self.row_nnz[a:b])
-
-
-def per_value(limit: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Thresholds [] or [K] -> what each kept value, in (token, channel) order, is compared with."""
-    return limit if limit.ndim == 0 else np.asarray(np.broadcast_to(limit, kept.shape)[kept])
+        return Block(start, self.values[first:last], self.kept[a:b], self.row_nnz[a:b], self.ranked)
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ class SiteReader(Blocks):
         values = values[: int(row_nnz.sum())]
         for array in (values, kept, row_nnz):
             array.flags.writeable = False  # blocks are cached and shared
-        return Block(start, values, kept, row_nnz)
+        return Block(start, values, kept, row_nnz, self._header.ranked)
 
     def row_nnz(self, layer: int) -> np.ndarray:
         """uint32 [tokens], kept entries of every row of a layer.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -185,6 +186,6 @@ class _JoinedSite(Blocks):
 
 def _join(start: int, blocks: list[Block]) -> Block:
     if len(blocks) == 1:
-        return Block(start, blocks[0].values, blocks[0].kept, blocks[0].row_nnz)
+        return replace(blocks[0], start=start)
     parts = ([getattr(block, name) for block in blocks] for name in ("values", "kept", "row_nnz"))
-    return Block(start, *map(np.concatenate, parts))
+    return Block(start, *map(np.concatenate, parts), ranked=blocks[0].ranked)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from teal_cli.errors import UsageError
+from teal_cli.sparsity.criterion import TOPK
 from teal_cli.store.schema import (
     BITORDER,
     COLLECTION,
@@ -104,6 +105,11 @@ class StoreHeader:
             raise ValueError(f"columns may be {list(OPTIONAL_COLUMNS)}, not {list(self.columns)}")
 
     @property
+    def ranked(self) -> bool:
+        """Whether thresholds are counts: how many entries of a row are dropped."""
+        return bool(self.criterion["name"] == TOPK)
+
+    @property
     def token_columns(self) -> dict[str, np.dtype]:
         """The columns that each level has -> their data types."""
         return TOKEN_COLUMNS | {name: OPTIONAL_COLUMNS[name] for name in self.columns}
@@ -151,7 +157,8 @@ class LevelHeader:
     Attributes:
         target: sparsity target in [0, 1); also names the level.
         allocation: how the plan spread it over projections, e.g. "uniform".
-        thresholds: float32 [layers, 7] of scores, projections in the order q k v o gate up down.
+        thresholds: float32 [layers, 7] of scores, projections in the order q k v o gate up down; under the criterion
+            `topk`, how many entries of a row are dropped.
         max_tokens: upper bound of the rows that will be written.
         scale: site -> float32 [layers, P, K], a factor of the score per projection and channel; mostly empty.
         centre: site -> float32 [layers, K], what was taken from a vector before it was compared; mostly empty.

@@ -22,7 +22,7 @@ import numpy as np
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import sizes_below
 from teal_cli.store import layout
-from teal_cli.store.arrays import ActivationArray, Blocks, SiteReader, per_value
+from teal_cli.store.arrays import ActivationArray, Blocks, SiteReader
 from teal_cli.store.header import LevelState, StoreHeader, StoreState
 from teal_cli.store.metadata import (
     VERIFY_HINT,
@@ -176,7 +176,7 @@ class Level:
 
     def limits(self, layer: int, site: str) -> np.ndarray:
         """What entries were compared with, float32 [projection of the site], or [projection, channel] where there is
-        a scale: |x| > limit is kept.
+        a scale: |x| > limit is kept. In a store of the criterion `topk`, how many entries of a row are dropped.
         """
         scale = self.scale.get(site)
         return site_thresholds(self.thresholds[layer], site, None if scale is None else scale[layer])
@@ -256,7 +256,7 @@ class Level:
             for index in range(reader.blocks):
                 for layer, block in enumerate(reader.read_layers(index)):
                     for column, limit in zip(range(7)[columns_of(site)], limits[layer], strict=True):
-                        above = exceeds(block.values, per_value(np.asarray(limit), block.kept))
+                        above = exceeds(block.values, block.compared(np.asarray(limit)))
                         kept[layer, column] += np.count_nonzero(above)
         with np.errstate(invalid="ignore"):
             return 1.0 - kept / sizes

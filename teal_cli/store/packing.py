@@ -77,3 +77,18 @@ def to_float(values: np.ndarray) -> np.ndarray:
 def exceeds(values: np.ndarray, threshold: float | np.ndarray) -> np.ndarray:
     """|x| > t in float32, the one comparison of kernel, reference and store. NaN exceeds nothing."""
     return np.abs(to_float(values).astype(np.float32, copy=False)) > np.asarray(threshold, np.float32)
+
+
+def row_thresholds(rows: np.ndarray, dropped: int) -> np.ndarray:
+    """What each stored row [tokens, K] was compared with where a fixed count of its entries was dropped: the n-th
+    smallest magnitude, float32 [tokens]. Rows that more was dropped from already have the same one, or zero."""
+    if not dropped:
+        return np.zeros(len(rows), np.float32)
+    magnitudes = np.abs(to_float(rows).astype(np.float32, copy=False))
+    place = min(dropped, rows.shape[1]) - 1
+    return np.partition(magnitudes, place, axis=1)[:, place]
+
+
+def per_value(limit: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Thresholds [], [K] or [tokens, 1] -> what each kept value, in (token, channel) order, is compared with."""
+    return limit if limit.ndim == 0 else np.asarray(np.broadcast_to(limit, kept.shape)[kept])

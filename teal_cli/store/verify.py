@@ -21,12 +21,12 @@ import zarr
 
 from teal_cli.errors import TealError
 from teal_cli.store import layout
-from teal_cli.store.arrays import SiteReader, per_value
+from teal_cli.store.arrays import SiteReader
 from teal_cli.store.collection import Collection
 from teal_cli.store.digest import level_digest, store_digest
 from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_widths
 from teal_cli.store.metadata import as_numpy, read_node
-from teal_cli.store.packing import exceeds, magnitude_bits, unpack_mask
+from teal_cli.store.packing import exceeds, magnitude_bits, per_value, unpack_mask
 from teal_cli.store.reader import ActivationStore, Level, open_store
 from teal_cli.store.schema import (
     BITORDER,
@@ -305,7 +305,7 @@ def _site(store: ActivationStore, level: Level, site: str) -> Iterator[list[Prob
     for block in range(blocks_of(len(level), size)):
         tokens = slice(block * size, min((block + 1) * size, len(level)))
         where = f"{level.name}/{site}, tokens {tokens.start} to {tokens.stop}"
-        yield list(_block(arrays, block, tokens, store.header.channels[site], limits, where))
+        yield list(_block(arrays, block, tokens, store.header.channels[site], limits, store.header.ranked, where))
 
 
 def _block(
@@ -314,6 +314,7 @@ def _block(
     tokens: slice,
     channels: int,
     limits: list[np.ndarray],
+    ranked: bool,
     where: str,
 ) -> Iterator[Problem]:
     """One block of a site, all layers; at most one problem per layer, the first in the order of the checks."""
@@ -327,12 +328,12 @@ def _block(
         return
     for layer, limit in enumerate(limits):
         rows = {name: array[layer] for name, array in read.items()}
-        what = _layer_problem(rows, channels, limit)
+        what = _layer_problem(rows, channels, limit, ranked)
         if what:
             yield Problem(f"{where}, layer {layer}", what)
 
 
-def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, limit: np.ndarray) -> str | None:
+def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, limit: np.ndarray, ranked: bool) -> str | None:
     values, mask, row_nnz = rows["values"], rows["mask"], rows["row_nnz"]
     if (row_nnz == NEVER_WRITTEN).any():
         return "a committed row was never written"
@@ -346,6 +347,9 @@ def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, limit: np.ndar
         return "a kept value is zero, so values are missing"
     if values[kept:].any():
         return "there are values beyond the kept ones"
+    if ranked:
+        most = channels - int(limit)
+        return f"a row keeps more than the {most} entries of its plan" if (row_nnz > most).any() else None
     wanted = limit if limit.ndim == 0 else per_value(limit, unpack_mask(mask, channels))
     if not exceeds(values[:kept], wanted).all():
         threshold = f"the threshold {float(limit):.8g}" if limit.ndim == 0 else "its threshold"

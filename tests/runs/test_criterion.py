@@ -28,10 +28,12 @@ from teal_cli.runs.plans import plan_folder
 from teal_cli.sparsity.criterion import Scoring
 from teal_cli.sparsity.named import NamedPlan
 from teal_cli.sparsity.plan import Plan
+from teal_cli.store.packing import row_thresholds as stored_row_thresholds
 from teal_cli.store.verify import Problem, verify
 from teal_kernels.backends import BackendError
 from teal_kernels.matrix import Matrix
-from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES, columns
+from teal_kernels.ops.threshold.reference import row_thresholds
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES, columns
 from teal_kernels.steps.cpu.compiled import unavailable
 
 PROMPT = (3, 50, 7, 21)
@@ -71,13 +73,16 @@ class Oracle:
 
     def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         scoring, group = self.plan.scoring, columns(site)
-        scale = torch.from_numpy(scoring.scale[site][layer]).double()
+        scale = torch.from_numpy(scoring.scale[site][layer]).double() if site in scoring.scale else torch.ones(1, 1)
         limits = torch.tensor(self.plan.thresholds[layer, group]).double()
         centre = torch.zeros(x.shape[1])
         if site in scoring.centre:
             centre = torch.from_numpy(scoring.centre[site][layer])
         moved = x[0] - centre
-        keeps = moved.double().abs() * scale > limits[:, None]
+        score = moved.double().abs() * scale
+        if scoring.criterion == "topk":
+            score = 1.0 + (moved.abs()[None] < moved.abs()[:, None]).sum(1)[None]
+        keeps = score > limits[:, None]
         self.rows[site].append(torch.where(keeps.any(0), moved, 0))
         self.kept[layer, group] += keeps.sum(1).numpy()
         parts = matrix.tensor().double().split(matrix.segments, dim=1)
@@ -118,6 +123,65 @@ def test_a_backend_that_cannot_take_a_centre_names_those_that_can(model: Transfo
     plan = made_up(model.config, centred=True)
     with pytest.raises(BackendError, match="cannot run a criterion with a centre; reference, cpu, triton can"):
         open_step(model, model.cache(16), plan.applied(), backend, 0.5)
+
+
+def counted(config: ModelConfig) -> Plan:
+    """A fixed count per row, another one for each projection."""
+    channels = np.array(config.inputs())
+    shares = np.random.default_rng(3).uniform(0.3, 0.7, (config.layers, len(PROJECTIONS)))
+    return Plan(0.5, "uniform", shares, np.ceil(shares * channels).astype(np.float32), None, Scoring("topk"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_fixed_count_keeps_the_largest_of_each_row(model: Transformer, backend: str) -> None:
+    compare(model, counted(model.config), backend)
+
+
+@pytest.mark.parametrize("backend", [NUMBA, TRITON_GRAPH, "triton"])
+def test_a_backend_that_cannot_count_names_those_that_can(model: Transformer, backend: str) -> None:
+    with pytest.raises(BackendError, match="cannot run a fixed count per row; reference, cpu can"):
+        open_step(model, model.cache(16), counted(model.config).applied(), backend, 0.5)
+
+
+def test_equal_entries_at_the_count_are_dropped_together() -> None:
+    rows = torch.tensor([[3.0, -1.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 5.0, -5.0]])
+    found = row_thresholds(rows, torch.tensor([0.0, 1.0, 2.0, 4.0]))
+    assert found.tolist() == [[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 5.0]]
+    for count, limit in zip((0, 1, 2, 4), found.T, strict=True):
+        assert stored_row_thresholds(rows.numpy(), count).tolist() == limit.tolist()
+
+
+def test_a_dump_of_a_fixed_count(teal: Teal, ready: Path, tmp_path: Path) -> None:
+    """Each projection's view holds the largest entries of its row, as many as its count says; verify counts them."""
+    entry = Registry().get("tiny")
+    model = Transformer.from_checkpoint(entry.path, torch.float32)
+    plan, path = counted(model.config), tmp_path / "out.zarr"
+    digest = config_sha256(entry.path)
+    NamedPlan("odd", plan, "tiny", digest, "2026-01-01T00:00:00+00:00").save(plan_folder(entry, "odd"))
+    ran = teal("dump", "-m", "tiny", "--plan", "odd", "-d", "python-docs", "-n", 1, "--prompt-tokens", 6, "--dtype",
+               "float32", "--max-new-tokens", 6, "--ignore-eos", "--backend", "cpu", "-o", path)  # fmt: skip
+    assert ran.code == 0, ran.err
+    store = open_store(path)
+    assert store.header.criterion == {"name": "topk"}
+    level = store.level(0.5)
+    channels = np.array(model.config.inputs())
+    for projection, column in PROJECTION_INDEX.items():
+        for layer in range(model.config.layers):
+            rows = level.projection(layer, projection)
+            assert (rows.row_nnz == channels[column] - plan.thresholds[layer, column]).all()
+            kept, site = np.abs(rows[:]), np.abs(level.site(layer, PROJECTION_SITE[projection])[:])
+            smallest = np.where(kept > 0, kept, np.inf).min(axis=1)
+            assert (np.where(kept > 0, 0, site).max(axis=1) < smallest).all()
+    np.testing.assert_allclose(level.realised(), plan.thresholds / channels)
+    assert all(not isinstance(found, Problem) for found in verify(path))
+    assert teal("store", "stats", path).code == 0
+    stored = zarr.open_array(path / "s0.50" / "thresholds", mode="r+")
+    stored[1, column] += 1
+    found = [problem for problem in verify(path) if isinstance(problem, Problem)]
+    assert any("mlp_mid" in problem.where and "a row keeps more than the" in problem.what for problem in found), found
+    refused = teal("generate", "-m", "tiny", "--plan", "odd", "-p", "a", "--max-new-tokens", 4, "--backend", "numba")
+    assert refused.code == 5
+    assert "cannot run a fixed count per row; reference, cpu can" in refused.err
 
 
 def named(ready: Path, *, centred: bool) -> tuple[Plan, Transformer]:

@@ -20,7 +20,7 @@ from teal_cli.model.weights import Checkpoint
 from teal_cli.passes.closed_loop import close_loop
 from teal_cli.passes.fisher import LEVELS, FisherLosses
 from teal_cli.passes.forward import Sparse, forward
-from teal_cli.passes.gradients import gradients
+from teal_cli.passes.gradients import draw, gradients
 from teal_cli.passes.judge import realised_bytes
 from teal_cli.passes.layers import ResidentLayers, StreamedLayers
 from teal_cli.registry.registry import Registry
@@ -50,7 +50,7 @@ def transformers_gradients(path: Path, tokens: np.ndarray, seed: int) -> dict[tu
     logits = model(inputs_embeds=embedded).logits[0]
     stream = np.random.SeedSequence([seed, 0]).generate_state(1, np.uint64)[0] >> np.uint64(1)
     generator = torch.Generator().manual_seed(int(stream))
-    labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+    labels = draw(logits.detach().float().softmax(-1), generator)
     torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
     return {key: (read.detach()[0], read.grad[0]) for key, read in seen.items()}
 
@@ -88,6 +88,69 @@ def test_fisher_losses_are_the_sums_over_dropped_entries() -> None:
         assert losses[index] == pytest.approx(previous, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_by_the_bits_of_a_magnitude_are_those_of_a_search(dtype: torch.dtype) -> None:
+    """Limits on the grid of magnitudes, between them, repeated, and one that drops nothing."""
+    generator = torch.Generator().manual_seed(1)
+    x, g = torch.randn(20, 12, generator=generator).to(dtype), torch.randn(20, 12, generator=generator)
+    limits = np.sort(np.append(x.float().abs().flatten().numpy()[: len(LEVELS) - 3], [-1.0, 0.5003, 0.5003]))
+    tables = np.tile(limits.astype(np.float32), (1, len(PROJECTIONS), 1))
+    short, wide = FisherLosses(tables, Scoring(), start=0), FisherLosses(tables, Scoring(), start=0)
+    short.visit(0, "o", 0, x, g)
+    wide.visit(0, "o", 0, x.float(), g)
+    assert np.array_equal(short.losses(), wide.losses())
+
+
+def test_fisher_losses_of_a_fixed_count_are_those_of_the_smallest_entries() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, g = torch.randn(20, 12, generator=generator), torch.randn(20, 12, generator=generator)
+    counts = np.tile(np.minimum(np.arange(len(LEVELS)), 11).astype(np.float32), (1, len(PROJECTIONS), 1))
+    collector = FisherLosses(counts, Scoring("topk"), start=0)
+    collector.visit(0, "o", 0, x, g)
+    order = x.abs().argsort(1)
+    products = (x * g).gather(1, order).cumsum(1).double().numpy() ** 2
+    found, expected = collector.losses()[0, PROJECTIONS.index("o")], 0.0
+    assert found[0] == 0
+    for count in range(1, 12):
+        errors = products[:, count - 1]
+        expected = max(expected, float(np.minimum(errors, np.quantile(errors, 0.95)).mean()))
+        assert found[count] == pytest.approx(expected, rel=1e-3)
+
+
+def test_labels_are_drawn_by_their_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2]).repeat(20_000, 1)
+    labels = draw(probabilities, torch.Generator().manual_seed(5))
+    shares = torch.bincount(labels, minlength=4) / len(labels)
+    torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.01)
+    assert shares[1] == 0
+
+
+def test_greedy_goes_on_after_the_last_layer(ready: Path, teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its third layer and started again, it searches that layer only and ends with the same plan."""
+    from teal_cli.passes import greedy as module
+
+    arguments = ("plan", "make", "-m", "tiny", "--allocation", "greedy", *SMALL)
+    assert teal(*arguments, "--name", "whole").code == 0
+    searched: list[int] = []
+    search = module._Block.levels
+
+    def levels(self: Any, weights: Any, target: float) -> Any:
+        searched.append(self._index)
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return search(self, weights, target)
+
+    monkeypatch.setattr(module._Block, "levels", levels)
+    assert teal(*arguments, "--name", "part").code == 130
+    resumed = teal(*arguments, "--name", "part")
+    assert resumed.code == 0, resumed.err
+    assert searched == [0, 1, 2, 2]
+    assert "went on after layer 1" in resumed.err
+    whole, part = (find_plan(Registry().get("tiny"), name).plan.to_json() for name in ("whole", "part"))
+    assert part == whole
+    assert [file.name for file in (Registry().get("tiny").home / "plans").iterdir() if file.is_file()] == []
+
+
 def test_a_closed_loop_drops_what_it_says(tiny: Callable[[str], Path]) -> None:
     path = tiny("llama3")
     layers = ResidentLayers(Transformer.from_checkpoint(path, torch.float32))
@@ -117,6 +180,8 @@ def test_a_closed_loop_drops_what_it_says(tiny: Callable[[str], Path]) -> None:
         ("--allocation", "fisher", "--criterion", "wina"),
         ("--allocation", "uniform", "--criterion", "centred"),
         ("--allocation", "uniform", "--closed-loop"),
+        ("--allocation", "fisher", "--criterion", "topk"),
+        ("--allocation", "greedy", "--criterion", "topk"),
     ],
     ids=" ".join,
 )
@@ -179,6 +244,7 @@ def test_a_damaged_plan_is_told_and_hides_no_other(ready: Path, teal: Teal) -> N
         (("--name", "../x"), 2, "cannot be the name of a plan"),
         (("--allocation", "fisher", "--seq-len", 32, "--sparse-from", 64), 2, "have no row after 64"),
         (("--allocation", "fisher", "--tokens", 100_000_000), 2, "has only"),
+        (("--criterion", "topk", "--closed-loop"), 2, "there is no loop to close"),
         (("-c", "none"), 3, "no calibration called 'none'"),
     ],
 )

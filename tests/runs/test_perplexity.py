@@ -97,10 +97,12 @@ def test_every_family(tiny_family: Path, teal: Teal) -> None:
     assert_as_transformers(teal, "tiny", plan, "-s", 0.5, window=48, count=2)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wina", "centred"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wina", "centred", "topk"])
 def test_every_criterion(ready: Path, teal: Teal, criterion: str) -> None:
     """Levels differ between projections of one site, as an allocation makes them."""
-    made = teal("plan", "make", "-m", "tiny", "-a", "greedy", "--criterion", criterion, "--name", "mine", *SMALL)
+    made = teal(
+        "plan", "make", "-m", "tiny", "--allocation", "greedy", "--criterion", criterion, "--name", "mine", *SMALL
+    )
     assert made.code == 0, made.err
     assert_as_transformers(
         teal, "tiny", find_plan(Registry().get("tiny"), "mine").plan, "--plan", "mine", window=48, count=2

@@ -117,10 +117,12 @@ def check_thresholds(spec: StepSpec, thresholds: Thresholds) -> None:
     """Refuse what a compiled step cannot compare with.
 
     Raises:
-        ValueError: another number of layers or channels than the model's, or a centre.
+        ValueError: another number of layers or channels than the model's, a centre, or ranks for scores.
     """
     if thresholds.layers != len(spec.windows):
         raise ValueError(f"thresholds must be float32 {[len(spec.windows), len(PROJECTIONS)]} and not negative")
     thresholds.check_widths({site: spec.channels(site) for site in SITES})
     if thresholds.centre:
         raise ValueError("a compiled step cannot take a centre from its vectors")
+    if thresholds.ranked:
+        raise ValueError("a compiled step cannot rank the entries of its vectors")
