@@ -187,5 +187,7 @@ class _JoinedSite(Blocks):
 def _join(start: int, blocks: list[Block]) -> Block:
     if len(blocks) == 1:
         return replace(blocks[0], start=start)
-    parts = ([getattr(block, name) for block in blocks] for name in ("values", "kept", "row_nnz"))
-    return Block(start, *map(np.concatenate, parts), ranked=blocks[0].ranked)
+    values, kept, row_nnz = (
+        np.concatenate([getattr(block, name) for block in blocks]) for name in ("values", "kept", "row_nnz")
+    )
+    return Block(start, values, kept, row_nnz, blocks[0].ranked)
