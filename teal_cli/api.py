@@ -132,6 +132,7 @@ def dump(
     ignore_eos: bool = False,
     force: bool = False,
     resume: bool = False,
+    durable: bool = False,
 ) -> ActivationStore:
     """Write what flows into each projection, token by token, to a store, and open it.
 
@@ -144,6 +145,7 @@ def dump(
         temperature, seed: how tokens are drawn.
         ignore_eos: go on past the end-of-sequence token, so that every sequence has all its rows.
         force: replace a store that is there. resume: go on with one.
+        durable: wait for the disk at every commit, as `teal dump --durable`.
 
     Raises:
         UsageError: something is at `path`, or it was made with other settings; a value out of range.
@@ -155,6 +157,6 @@ def dump(
     request = DumpRequest(
         tuple(levels), source, max_new_tokens, Sampling(temperature, seed=seed), ignore_eos, tuple(plans), follow
     )
-    for _ in Dump(session, request).run(Path(path), force=force, resume=resume):
+    for _ in Dump(session, request).run(Path(path), force=force, resume=resume, durable=durable):
         pass
     return open_store(path)

@@ -24,10 +24,11 @@ MAX_JSON_BYTES: Final = 1 << 28
 _CHUNK: Final = 8 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _UNFIT: Final = frozenset({errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE})
 
-DISK_ERRORS: Final = _FULL | _FORBIDDEN
-"""Error numbers that say something of the user's disk and nothing of teal."""
+DISK_ERRORS: Final = _FULL | _FORBIDDEN | _EXHAUSTED
+"""Error numbers that say something of the user's machine and nothing of teal."""
 
 RERUN: Final = "free some space and run the same command again: it goes on where it stopped"
 
@@ -91,6 +92,25 @@ def write_bytes(path: Path, parts: Iterable[bytes], *, sync: bool = True) -> Non
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def sync_files(files: Iterable[Path], *, top: Path) -> None:
+    """Waits until the disk has these files and the folders that lead to them from `top`, which holds them all."""
+    folders: set[Path] = set()
+    for file in files:
+        _sync(file)
+        inside = file.relative_to(top).parents
+        folders |= {top / folder for folder in inside}
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -232,7 +252,8 @@ def disk_errors(path: Path, *, when_full: str = RERUN) -> Iterator[None]:
         when_full: the hint where the disk is full.
 
     Raises:
-        TealError: the disk or the quota is full, the place is read-only or another's, or it cannot hold files.
+        TealError: the disk or the quota is full, the place is read-only or another's, it cannot hold files,
+            or too many files are open.
     """
     try:
         yield
@@ -251,6 +272,10 @@ def disk_errors(path: Path, *, when_full: str = RERUN) -> Iterator[None]:
             raise TealError(
                 f"{error.filename or path} may not be written",
                 hint="choose a folder that you own; TEAL_HOME and HF_HOME say where models are kept",
+            ) from error
+        if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+            raise TealError(
+                f"cannot write to {path}: {error.strerror}", hint="`ulimit -n` says how many files may be open at once"
             ) from error
         if isinstance(error, OSError) and error.errno in _UNFIT:
             raise TealError(f"cannot write to {path}: {error.strerror}") from error

@@ -200,7 +200,7 @@ def load(env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Setti
     for key, value in _flat(tomllib.loads(shipped.read_text(encoding="utf-8"))):
         values[key] = Value(KEYS[key].check(value), "default")
     for path in (user_config(), (cwd or Path()) / "teal.toml"):
-        if path.is_file():
+        if path is not None and path.is_file():
             values.update(_from_file(path))
     for key in KEYS:
         if raw := env.get(variable(key)):
@@ -261,16 +261,26 @@ def configs() -> Traversable:
 
 
 def teal_home() -> Path:
-    """The folder that holds the registry: `$TEAL_HOME`, else the user's data folder of this platform."""
+    """The folder that holds the registry: `$TEAL_HOME`, else the user's data folder of this platform.
+
+    Raises:
+        UsageError: the user has no home folder, and the environment names none.
+    """
     if home := os.environ.get("TEAL_HOME"):
         return Path(home).expanduser()
     from platformdirs import user_data_path
 
-    return user_data_path("teal", appauthor=False)
+    try:
+        return user_data_path("teal", appauthor=False)
+    except RuntimeError:
+        raise UsageError("this user has no home folder", hint="set TEAL_HOME to a folder for models") from None
 
 
-def user_config() -> Path:
-    """The user's own settings, for every folder: `config.toml` in the platform's config folder."""
+def user_config() -> Path | None:
+    """The user's own settings, for every folder: `config.toml` in the platform's config folder; None without a home."""
     from platformdirs import user_config_path
 
-    return user_config_path("teal", appauthor=False) / "config.toml"
+    try:
+        return user_config_path("teal", appauthor=False) / "config.toml"
+    except RuntimeError:
+        return None

@@ -136,6 +136,12 @@ def dump(
             is_eager=True,
         ),
     ] = False,
+    durable: Annotated[
+        bool,
+        typer.Option(
+            "--durable", help="Wait for the disk at every commit, so that a loss of power costs none of them."
+        ),
+    ] = False,
     force: options.ForceOption = False,
     dry_run: options.DryRunOption = False,
     plan: Annotated[
@@ -222,19 +228,21 @@ def dump(
     payload = {
         **made,
         "prompts": len(job.prompts),
-        **_run(out, job, out_path, board, force=force, resume=resume),
+        **_run(out, job, out_path, board, force=force, resume=resume, durable=durable),
         "store": str(out_path),
     }
     if first:
         out.result(payload, lambda console: _show_result(console, payload))
 
 
-def _run(out: Output, job: Dump, path: Path, board: Board, *, force: bool, resume: bool) -> dict[str, Any]:
+def _run(
+    out: Output, job: Dump, path: Path, board: Board, *, force: bool, resume: bool, durable: bool
+) -> dict[str, Any]:
     new_rows, seconds = 0, 0.0
     with progress(out) as bars:
         task = bars.task("Decoding", total=job.rows, unit="rows")
         try:
-            for state in job.run(path, force=force, resume=resume, board=board):
+            for state in job.run(path, force=force, resume=resume, durable=durable, board=board):
                 task.update(done=state.rows, text=f"Decoding {state.level}")
                 new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:

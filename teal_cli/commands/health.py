@@ -133,7 +133,9 @@ def _settings() -> Iterator[Finding]:
     for key, (value, source) in set_by_user.items():
         yield Finding("settings", key, OK, f"{value} from {source}", data={"value": value, "source": source})
     if not set_by_user:
-        yield Finding("settings", "settings", OK, f"all at their defaults; {settings.user_config()} would set them")
+        yield Finding(
+            "settings", "settings", OK, f"all at their defaults; {settings.user_config() or 'teal.toml'} would set them"
+        )
     for name in settings.unknown_variables():
         meant = did_you_mean(name, [settings.variable(key) for key in settings.KEYS])
         yield Finding("settings", name, WARN, "is no setting of teal", meant.strip() or None)

@@ -59,7 +59,7 @@ class Registry:
         """The name of the default model; None where there is none."""
         try:
             name = read_json(self._settings).get("default")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, AttributeError) as error:
             raise TealError(

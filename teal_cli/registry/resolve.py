@@ -6,7 +6,7 @@ Strings and paths only; nobody is asked and nothing is fetched.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from teal_cli.errors import NotFoundError, UsageError
@@ -25,7 +25,7 @@ class Options:
     """What a download may be told besides the model; as on the command line."""
 
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     offline: bool = False
     force: bool = False
 

@@ -188,11 +188,18 @@ class Dump:
         return Estimate(self.rows, round(size), free_space(path), seconds)
 
     def run(
-        self, path: Path, *, force: bool = False, resume: bool = False, board: Board | None = None
+        self,
+        path: Path,
+        *,
+        force: bool = False,
+        resume: bool = False,
+        durable: bool = False,
+        board: Board | None = None,
     ) -> Iterator[Progress]:
         """Write the store, yielding after every sequence; left by an exception, it can be resumed.
 
         Args:
+            force, resume, durable: as `open_writer` takes them.
             board: of the ranks that write it together, as a collection; None where this process is alone.
 
         Raises:
@@ -216,10 +223,12 @@ class Dump:
         )
         device = str(self.session.model.device)
         if board.size > 1 or (resume and collection):
+            if durable:
+                raise UsageError("--durable is for one process", hint="leave it out, or dump without torchrun")
             target = Target(path, header, levels, device, force=force and not resume, resume=resume)
             yield from run_ranks(board, target, self._producer())
         else:
-            writer = open_writer(path, header, levels, device, force=force, resume=resume)
+            writer = open_writer(path, header, levels, device, force=force, resume=resume, durable=durable)
             yield from run_job(writer, self._producer())
 
     def _producer(self) -> Producer:
@@ -320,12 +329,19 @@ def store_headers(
 
 
 def open_writer(
-    path: Path, header: StoreHeader, levels: Sequence[LevelHeader], device: str, *, force: bool, resume: bool = False
+    path: Path,
+    header: StoreHeader,
+    levels: Sequence[LevelHeader],
+    device: str,
+    *,
+    force: bool,
+    resume: bool = False,
+    durable: bool = False,
 ) -> StoreWriter:
     """Open a store, a new one or one that an earlier run left; raises as `StoreWriter.create` and `resume`."""
     if resume:
-        return StoreWriter.resume(path, header, levels, device)
-    return StoreWriter.create(path, header, levels, device=device, force=force)
+        return StoreWriter.resume(path, header, levels, device, durable=durable)
+    return StoreWriter.create(path, header, levels, device=device, force=force, durable=durable)
 
 
 def row_bytes(session: Session, plan: Plan) -> float:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,6 +210,7 @@ def open_session(
         TealError: the checkpoint is damaged or of an architecture that teal does not run.
     """
     start = time.perf_counter()
+    _survive_forks()
     entry = Registry().get(model)
     where = choose_device(device)
     try:
@@ -225,6 +226,12 @@ def open_session(
     notes = [f"decoding with the {chosen} backend, which is slower: {slower}"] if slower else []
     weights = Transformer.from_checkpoint(entry.path, DTYPES[dtype] if dtype else None, where, progress)
     return Session(entry, weights, chosen, calibration, time.perf_counter() - start, notes)
+
+
+@cache
+def _survive_forks() -> None:
+    """In processes forked from this one torch computes on one thread: its others are not there to be waited for."""
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -8,17 +8,20 @@ folder of greedy paths, which is a plan's business and not read here.
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError
 from teal_kernels.spec import SITE_INDEX, SITES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RULES: Final = ("teal", "abs")
 
@@ -30,7 +33,8 @@ _NAMES: Final = {
     "mlp_mid": ("mlp", "h2"),
 }
 _FETCH: Final = "Fetch the whole `histograms` folder of the model again."
-_LAYER: Final = re.compile(r"layer-(\d+)")
+_LAYER: Final = re.compile(r"layer-(\d{1,18})", re.ASCII)
+_MAX_BINS: Final = 1 << 20  # TEAL has 10,000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,20 +122,18 @@ def read_histograms(folder: Path, rule: str = "teal") -> TealHistogram:
             f"{folder} has no folders layer-0, layer-1, ...: it is not one of TEAL's histograms/",
             hint="give the `histograms` folder of a model in TEAL's repository",
         )
-    missing = sorted(set(range(max(found) + 1)) - found)
+    missing = max(found) + 1 - len(found)
     if missing:
-        raise TealError(
-            f"{folder} lacks {_listed(missing)}, though it has layer-{max(found)}",
-            hint=_FETCH,
-        )
+        first = list(islice((index for index in count() if index not in found), min(missing, 4)))
+        raise TealError(f"{folder} lacks {_listed(first, missing)}, though it has layer-{max(found)}", hint=_FETCH)
     layers = [read_layer(folder / f"layer-{index}") for index in sorted(found)]
     counts, centers = (np.stack(parts) for parts in zip(*layers, strict=True))
     return TealHistogram(counts, centers, rule)
 
 
-def _listed(missing: list[int]) -> str:
-    names = ", ".join(f"layer-{index}" for index in missing[:4])
-    return names if len(missing) <= 4 else f"{names} and {len(missing) - 4} more layers"
+def _listed(first: list[int], number: int) -> str:
+    names = ", ".join(f"layer-{index}" for index in first)
+    return names if number == len(first) else f"{names} and {number - len(first)} more layers"
 
 
 def read_layer(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -155,7 +157,7 @@ def _load(file: Path) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise TealError(f"{file} is missing", hint=_FETCH) from error
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # on damaged bytes the unpickler raises whatever comes
         raise TealError(f"{file} is damaged, or not a file of tensors", hint=_FETCH) from error
     if not isinstance(content, dict):
         raise TealError(f"{file} does not hold TEAL's histograms", hint=_FETCH)
@@ -169,11 +171,26 @@ def _bins(file: Path, content: dict[str, Any], key: str) -> tuple[NDArray[np.flo
     heights, values = content.get(key), content.get(f"{key}_centers")
     if not isinstance(heights, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise TealError(f"{file} lacks {key} or {key}_centers", hint=_FETCH)
+    if not (_plain(heights) and _plain(values)):
+        raise TealError(f"{file}: {key} is no plain tensor of at most {_MAX_BINS:,} numbers", hint=_FETCH)
     counts, centers = heights.float().flatten().numpy(), values.float().flatten().numpy()
     sound = len(counts) == len(centers) >= 4 and np.isfinite(counts).all() and np.isfinite(centers).all()
     if not sound or (counts < 0).any() or (np.diff(centers) < 0).any() or counts.sum() == 0:
         raise TealError(f"{file}: the bins of {key} make no histogram", hint=_FETCH)
     return counts, centers
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at, and are not more than there could be: a few bytes can say billions."""
+    import torch
+
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and (tensor.is_floating_point() or tensor.dtype in (torch.int32, torch.int64))
+        and not tensor.requires_grad
+        and tensor.numel() <= _MAX_BINS
+    )
 
 
 def check_widths(histogram: TealHistogram, channels: dict[str, int]) -> None:

@@ -6,6 +6,7 @@ Knows Zarr and the schema; knows nothing of torch, buffers or threads.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfigParams
+from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from teal_cli.errors import TealError
-from teal_cli.files import read_json, write_bytes
+from teal_cli.files import read_json, sync_files, write_bytes
 from teal_cli.store.header import (
     LevelHeader,
     StoreHeader,
@@ -207,60 +209,109 @@ def capacity(tokens: int, block: int) -> int:
     return blocks_of(tokens, block) * block
 
 
-def open_for_writing(path: Path, name: str) -> Array:
+class _SyncedStore(LocalStore):
+    """Writes whatever Zarr writes so that the disk has it before its name means it."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Replaces a file, as `files.write_bytes`."""
+        file = self.root / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, [value.to_bytes()])
+
+
+def _writable(path: Path, sync: bool) -> LocalStore:
+    return _SyncedStore(path) if sync else LocalStore(path)
+
+
+def open_for_writing(path: Path, name: str, *, sync: bool = False) -> Array:
     """One array below a folder, for writing.
+
+    Args:
+        sync: wait, at every write, until the disk has the file; its folder is the caller's business.
 
     Raises:
         TealError: its metadata are damaged.
     """
     try:
-        return zarr.open_array(LocalStore(path), path=name, mode="r+", config=_CONFIG)
+        return zarr.open_array(_writable(path, sync), path=name, mode="r+", config=_CONFIG)
     except Exception as error:  # as in `consolidate`
         raise TealError(
             f"{path / name / 'zarr.json'} is damaged: {error}", hint="`teal store verify` says more"
         ) from error
 
 
-def drop_rows(path: Path, level: str, header: StoreHeader, *, keep: int, rows: int) -> None:
+def drop_rows(path: Path, level: str, header: StoreHeader, *, keep: int, rows: int, sync: bool = False) -> None:
     """Cuts a level to its first `keep` rows (whole blocks) and gives it room for `rows` again.
 
     Files of later blocks are removed; in the chunk of the token columns that straddles the cut, the fill comes back.
     """
     block = header.block_tokens
-    resize_rows(path, level, header, tokens=keep)
-    resize_rows(path, level, header, tokens=rows)
+    kept, full = level_arrays(header, keep), level_arrays(header, rows)
+    for name, spec in full.items():
+        if spec.grows is not None:
+            folder = path / level / name
+            _drop_files(folder, kept[name])
+            if read_json(folder / "zarr.json")["shape"] != list(spec.shape):  # killed while it was cut to length
+                open_for_writing(path / level, name, sync=sync).resize(spec.shape)
     chunk = token_chunk(block)
     end = min(rows, blocks_of(keep, chunk) * chunk)
     if end > keep:
         for name in header.token_columns:
-            column = open_for_writing(path, f"{level}/{name}")
+            column = open_for_writing(path, f"{level}/{name}", sync=sync)
             column[keep:end] = column.fill_value
 
 
-def resize_rows(path: Path, level: str, header: StoreHeader, *, tokens: int) -> None:
+def _drop_files(folder: Path, spec: ArraySpec) -> None:
+    """Removes the files of an array that lie wholly past its shape."""
+    axis = spec.grows
+    assert axis is not None
+    files = blocks_of(spec.shape[axis], (spec.shards or spec.chunks)[axis])
+    place = folder.joinpath("c", *["0"] * axis)
+    for entry in list(place.iterdir()) if place.is_dir() else ():
+        if entry.name.isdecimal() and int(entry.name) >= files:
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def resize_rows(path: Path, level: str, header: StoreHeader, *, tokens: int, sync: bool = False) -> None:
     """Sets the length of every row array of a level; what lies wholly past the end is deleted."""
     for name, spec in level_arrays(header, tokens).items():
         if spec.grows is not None:
-            array = open_for_writing(path / level, name)
+            array = open_for_writing(path / level, name, sync=sync)
             if array.shape != spec.shape:
                 array.resize(spec.shape)
 
 
-def set_attributes(path: Path, group: str, changes: Mapping[str, Any]) -> None:
-    """Changes fields of attrs["teal"] of a group, whose metadata were read before: one file, replaced atomically."""
+def column_files(path: Path, level: str, header: StoreHeader, first: int, stop: int) -> list[Path]:
+    """The files of the token columns that hold rows `first` to `stop`."""
+    size = token_chunk(header.block_tokens)
+    chunks = range(first // size, blocks_of(stop, size))
+    return [path / level / name / f"c/{chunk}" for name in header.token_columns for chunk in chunks]
+
+
+def set_attributes(path: Path, group: str, changes: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Changes fields of attrs["teal"] of a group, whose metadata were read before: one file, replaced atomically.
+
+    Args:
+        sync: wait until the disk has it.
+    """
     file = path / group / "zarr.json"
     node = read_json(file)
     node["attributes"]["teal"] |= changes
-    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=False)
+    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=sync)
+    if sync:
+        sync_files([file], top=path)
 
 
-def consolidate(path: Path) -> None:
+def consolidate(path: Path, *, sync: bool = False) -> None:
     """Copies all metadata into the root's zarr.json, so that opening a finished store is one read."""
     with warnings.catch_warnings():
         # zarr warns that consolidated metadata is not in the specification yet; readers without it ignore it.
         warnings.simplefilter("ignore")
         try:
-            zarr.consolidate_metadata(LocalStore(path))
+            zarr.consolidate_metadata(_writable(path, sync))
         except OSError:
             raise
         except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes

@@ -130,21 +130,37 @@ def open_array(folder: Path, name: str, spec: ArraySpec, *, least: int | None = 
     """One array below a folder, for reading; its metadata as they stand on disk now, held against the schema.
 
     Args:
+        spec, least: as `read_array` takes them.
+
+    Raises:
+        TealError: unreadable, or not what the schema makes.
+    """
+    place = folder / name
+    found = read_array(folder, name, spec, least=least)
+    try:
+        return zarr.Array.from_dict(StorePath(LocalStore(place, read_only=True), ""), found)
+    except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes
+        raise TealError(f"{place / 'zarr.json'}: {type(error).__name__}: {error}", hint=VERIFY_HINT) from error
+
+
+def read_array(folder: Path, name: str, spec: ArraySpec, *, least: int | None = None) -> dict[str, Any]:
+    """The metadata of one array below a folder, held against the schema.
+
+    Args:
         spec: what it must be.
         least: the axis that grows may be anything from this to `spec.shape`.
 
     Raises:
         TealError: unreadable, or not what the schema makes.
     """
-    place = folder / name
-    found = read_node(place)
+    found = read_node(folder / name)
     try:
         problem = _difference(found, spec, least)
-        if problem is None:
-            return zarr.Array.from_dict(StorePath(LocalStore(place, read_only=True), ""), found)
-    except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # fields of the wrong type
         problem = f"{type(error).__name__}: {error}"
-    raise TealError(f"{place / 'zarr.json'}: {problem}", hint=VERIFY_HINT)
+    if problem is not None:
+        raise TealError(f"{folder / name / 'zarr.json'}: {problem}", hint=VERIFY_HINT)
+    return found
 
 
 def _difference(found: Mapping[str, Any], spec: ArraySpec, least: int | None) -> str | None:

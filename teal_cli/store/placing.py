@@ -9,12 +9,14 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from teal_cli.errors import UsageError
-from teal_cli.files import beside, occupied, put_folder
+from teal_cli.errors import TealError, UsageError
+from teal_cli.files import beside, occupied, put_folder, sync_files
 from teal_cli.store import layout
+from teal_cli.store.arrays import SiteReader
 from teal_cli.store.header import (
     LevelHeader,
     StoreHeader,
@@ -23,8 +25,9 @@ from teal_cli.store.header import (
     is_level_name,
 )
 from teal_cli.store.levels import ActivationStore
-from teal_cli.store.metadata import level_state, read_constant, read_state, schema_of
+from teal_cli.store.metadata import VERIFY_HINT, level_state, read_constant, read_state, schema_of
 from teal_cli.store.schema import SCHEMAS, blocks_of, is_part_name
+from teal_cli.store.shards import SiteFiles
 from teal_cli.version import __version__
 from teal_kernels.spec import SITES
 
@@ -95,8 +98,10 @@ def check_target(path: Path, *, force: bool) -> bool:
     return True
 
 
-def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool) -> StoreLock:
-    """Puts an empty store at a path, and locks it; raises as `StoreWriter.create`."""
+def place_new_store(
+    path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, force: bool, sync: bool = False
+) -> StoreLock:
+    """Puts an empty store at a path, and locks it; arguments as `place`, raises as `StoreWriter.create`."""
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise UsageError(f"a level is named twice: {', '.join(names)}", hint="give each sparsity once")
@@ -104,11 +109,15 @@ def place_new_store(path: Path, header: StoreHeader, levels: Sequence[LevelHeade
         path,
         lambda skeleton: layout.create_skeleton(skeleton, header, list(levels), teal_version=__version__),
         force=force,
+        sync=sync,
     )
 
 
-def place(path: Path, make: Callable[[Path], None], *, force: bool) -> StoreLock:
+def place(path: Path, make: Callable[[Path], None], *, force: bool, sync: bool = False) -> StoreLock:
     """Builds a skeleton beside the target, locks it and renames it in.
+
+    Args:
+        sync: wait until the disk has it, before and after the renaming.
 
     Raises:
         UsageError: as `check_target`; another process writes what is there, or made it meanwhile.
@@ -121,11 +130,16 @@ def place(path: Path, make: Callable[[Path], None], *, force: bool) -> StoreLock
     try:
         make(skeleton)
         lock = StoreLock(skeleton)
+        files = [file.relative_to(skeleton) for file in skeleton.rglob("*") if file.is_file()] if sync else []
+        sync_files([skeleton / file for file in files], top=skeleton)
         _put(skeleton, path, replace=replaces)
+        sync_files([path / file for file in files[:1]], top=path.parent)
     except BaseException:
         if lock is not None:
             lock.release()
-        shutil.rmtree(skeleton, ignore_errors=True)
+        for pause in (0, 0.05):  # threads of Zarr may write on for a moment after one of them has failed
+            time.sleep(pause)
+            shutil.rmtree(skeleton, ignore_errors=True)
         raise
     finally:
         if old_lock is not None:
@@ -142,8 +156,11 @@ def _put(skeleton: Path, path: Path, *, replace: bool) -> None:
         raise UsageError(f"another process made {path} meanwhile", hint="write to another folder") from error
 
 
-def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader]) -> None:
+def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, sync: bool = False) -> None:
     """Checks that a store is the one this run would write, and brings it back to its last committed block.
+
+    Args:
+        sync: wait until the disk has what is written.
 
     Raises:
         UsageError: it was made with other settings.
@@ -165,34 +182,47 @@ def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader
         )
     store = ActivationStore(path)
     for level in levels:
-        _check_last_block(store, level.name)
+        _check_level(store, level.name)
     for partial in path.rglob("*.partial"):
         partial.unlink()
     for level in levels:
-        _rewind(path, level, header)
+        _rewind(path, level, header, sync=sync)
 
 
-def _check_last_block(store: ActivationStore, name: str) -> None:
-    """Reads what a resumed run goes on from: the token columns, and the last whole block of each site.
+def _check_level(store: ActivationStore, name: str) -> None:
+    """Checks what a resumed run goes on from: the token columns, metadata and last whole block of each site.
+
+    The block is held against its checksums and not decoded: that finds whatever a disk or a kill can do to it.
 
     Raises:
         TealError: something is missing or damaged.
     """
-    level = store.level(name)
-    block = store.header.block_tokens
+    level, header = store.level(name), store.header
+    block = header.block_tokens
     blocks = blocks_of(len(level), block) if level.complete else len(level) // block
     level.tokens  # noqa: B018
-    if blocks:
-        for site in SITES:
-            level.site_reader(site).read_layers(blocks - 1)
+    most = len(level) if level.complete else layout.capacity(level.state.max_tokens, block)
+    for site in SITES:
+        reader = SiteReader(store.path / name, site, header, len(level), most=most, guard=store.check_same)
+        reader.check_metadata()
+        if not blocks:
+            continue
+        try:
+            SiteFiles(store.path / name / site, header, header.channels[site], None).check(blocks - 1)
+        except (OSError, ValueError) as error:
+            first = (blocks - 1) * block
+            raise TealError(
+                f"{store.path}: {name}/{site}, tokens {first} to {first + block}: {error}", hint=VERIFY_HINT
+            ) from error
 
 
-def _rewind(path: Path, level: LevelHeader, header: StoreHeader) -> None:
+def _rewind(path: Path, level: LevelHeader, header: StoreHeader, *, sync: bool) -> None:
     state = level_state(path, level.name)
     if state.complete:
         return
     block = header.block_tokens
     keep = state.tokens_committed // block * block
     # First the promise is taken back, then the rows: a reader, or a kill between the two, never sees a hole.
-    layout.set_attributes(path, level.name, {"tokens_committed": keep})
-    layout.drop_rows(path, level.name, header, keep=keep, rows=layout.capacity(level.max_tokens, block))
+    layout.set_attributes(path, level.name, {"tokens_committed": keep}, sync=sync)
+    rows = layout.capacity(level.max_tokens, block)
+    layout.drop_rows(path, level.name, header, keep=keep, rows=rows, sync=sync)

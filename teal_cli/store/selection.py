@@ -112,16 +112,18 @@ def parse_sequences(text: str | None, count: int) -> list[int]:
 
 def _parse_numbers(text: str | None, count: int, what: str) -> list[int]:
     numbers: list[int] = []
+    unfit = UsageError(f"{str(text)[:80]!r} names no {what}", hint="write them as 0,5 or 0:4")
     for part in text.split(",") if text else []:
-        if ":" in part:
-            start, stop = parse_range(part)
-            numbers += range(start, count if stop is None else min(stop, max(count, start) + 1))
-        elif part.strip().isdecimal():
-            numbers.append(int(part))
-        else:
-            raise UsageError(f"{text!r} names no {what}", hint="write them as 0,5 or 0:4")
+        try:
+            start, stop = parse_range(part) if ":" in part else (int(part), int(part) + 1)
+        except ValueError:
+            raise unfit from None
+        if start < 0:
+            raise unfit
+        # What is beyond is told as not there; one such number is enough.
+        numbers += range(start, count if stop is None else min(stop, max(count, start) + 1))
     if text and not numbers:
-        raise UsageError(f"{text!r} names no {what}", hint="write them as 0,5 or 0:4")
+        raise unfit
     return numbers
 
 

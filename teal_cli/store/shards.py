@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 import google_crc32c
 import numcodecs  # type: ignore[import-untyped]
@@ -24,6 +24,10 @@ from teal_cli.store.schema import BLOSC_BLOCKSIZE, NEVER_WRITTEN, ZSTD_LEVEL, ma
 
 _blosc = numcodecs.Blosc(cname="zstd", clevel=ZSTD_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=BLOSC_BLOCKSIZE)
 _zstd = numcodecs.Zstd(level=ZSTD_LEVEL)
+_CRC: Final = 4
+"""Bytes of a checksum."""
+_ENTRY: Final = 16
+"""Bytes of one entry (offset, length) of a shard's index."""
 
 
 class SiteFiles:
@@ -57,9 +61,32 @@ class SiteFiles:
         done = list((self._pool.map if self._pool else map)(encode, layers, rows))
         counts = np.full((self._layers, self._block), NEVER_WRITTEN, "<u4")
         counts[:, : rows.shape[1]] = [row_nnz for _, _, row_nnz in done]
-        _replace(self._folder / f"values/c/0/{block}/0", _shard([values for values, _, _ in done]))
-        _replace(self._folder / f"mask/c/0/{block}/0", _shard([mask for _, mask, _ in done]))
-        _replace(self._folder / f"row_nnz/c/0/{block}", _summed(_zstd.encode(counts)))
+        values, mask, row_nnz = self.paths(block)
+        _replace(values, _shard([values for values, _, _ in done]))
+        _replace(mask, _shard([mask for _, mask, _ in done]))
+        _replace(row_nnz, _summed(_zstd.encode(counts)))
+
+    def check(self, block: int) -> None:
+        """Holds the files of one block against their checksums; a tenth of the time of reading its rows.
+
+        Raises:
+            ValueError: a file is damaged.
+            OSError: it is missing or unreadable.
+        """
+        *shards, row_nnz = self.paths(block)
+        for path in shards:
+            with path.open("rb") as file:
+                _check_shard(file, self._layers, str(path.relative_to(self._folder)))
+        with row_nnz.open("rb") as file:
+            _check_chunk(file, os.fstat(file.fileno()).st_size, str(row_nnz.relative_to(self._folder)))
+
+    def paths(self, block: int) -> tuple[Path, Path, Path]:
+        """The files of one block: values, mask, row_nnz."""
+        return (
+            self._folder / f"values/c/0/{block}/0",
+            self._folder / f"mask/c/0/{block}/0",
+            self._folder / f"row_nnz/c/0/{block}",
+        )
 
     def _encode_layer(
         self, layer: int, rows: np.ndarray
@@ -75,7 +102,7 @@ class SiteFiles:
 
 def _summed(data: Any) -> tuple[bytes, bytes]:
     """Encoded data and its checksum."""
-    return data, google_crc32c.value(bytes(data)).to_bytes(4, "little")
+    return data, google_crc32c.value(bytes(data)).to_bytes(_CRC, "little")
 
 
 def _shard(chunks: Sequence[tuple[bytes, bytes]]) -> Iterable[bytes]:
@@ -85,8 +112,31 @@ def _shard(chunks: Sequence[tuple[bytes, bytes]]) -> Iterable[bytes]:
     return (*(part for chunk in chunks for part in chunk), *_summed(index))
 
 
+def _check_shard(file: BinaryIO, chunks: int, name: str) -> None:
+    """Holds a shard that `_shard` made against its checksums."""
+    size, tail = os.fstat(file.fileno()).st_size, _ENTRY * chunks + _CRC
+    if size < tail:
+        raise ValueError(f"{name} is cut off")
+    file.seek(size - tail)
+    index = np.frombuffer(_check_chunk(file, tail, f"the index of {name}"), "<u8").reshape(-1, 2)
+    lengths = [int(length) for length in index[:, 1]]
+    if sum(lengths) != size - tail or (np.cumsum(index[:, 1]) - index[:, 1] != index[:, 0]).any():
+        raise ValueError(f"{name} is not as long as its index says")
+    file.seek(0)
+    for layer, length in enumerate(lengths):
+        _check_chunk(file, length, f"layer {layer} of {name}")
+
+
+def _check_chunk(file: BinaryIO, length: int, name: str) -> bytes:
+    """The next bytes of a file without their checksum, which they must have."""
+    data = file.read(length)
+    if length < _CRC or google_crc32c.value(data[:-_CRC]).to_bytes(_CRC, "little") != data[-_CRC:]:
+        raise ValueError(f"{name} does not have its checksum")
+    return data[:-_CRC]
+
+
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all; a kill leaves a `*.partial`. Not synced: commits are what is waited for."""
+    """Writes a file whole or not at all; a kill leaves a `*.partial`. Not synced: see `StoreWriter`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, parts, sync=False)
 

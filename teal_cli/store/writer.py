@@ -11,8 +11,8 @@
 The decoding thread only writes into the block buffers; one background thread packs, compresses, writes and
 commits. Commit order per block: values, mask, row_nnz, token columns, and `tokens_committed` last, each file
 replaced atomically. So after kill -9 at any moment everything up to `tokens_committed` is whole, and `resume`
-drops the rest. That is a promise about the process, not about the machine: nothing waits for the disk (an
-fsync per file was most of the time of a short dump), so after a loss of power run `teal store verify`.
+drops the rest. After a loss of power that holds where `durable` is asked for: then a commit waits until the disk has
+the block, and then until it has the commit. Otherwise nothing waits, and `teal store verify` says what is left.
 
 Knows nothing of models, prompts or sampling.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,8 +31,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from teal_cli.errors import NotFoundError
-from teal_cli.files import disk_errors
+from teal_cli.errors import NotFoundError, TealError
+from teal_cli.files import disk_errors, sync_files
 from teal_cli.store import layout, placing
 from teal_cli.store.buffers import BlockBuffer
 from teal_cli.store.digest import level_digest, store_digest
@@ -51,18 +51,21 @@ _BUFFERS = 2  # one being filled, one being written
 class LevelWriter:
     """Takes the rows of one level in order. Made by `StoreWriter.level`, never directly."""
 
-    def __init__(self, store: StoreWriter, header: LevelHeader, committed: int, *, complete: bool) -> None:
+    def __init__(self, store: StoreWriter, header: LevelHeader) -> None:
+        state = level_state(store.path, header.name)
         self.header = header
         self.name = header.name
-        self.committed = committed
+        self.committed = state.tokens_committed
         """Rows that were there when the store was opened: 0, or on resume a whole number of blocks."""
-        self.complete = complete
+        self.complete = state.complete
         self._store = store
         columns = store.header.token_columns
-        self._columns = {n: layout.open_for_writing(store.path, f"{self.name}/{n}") for n in columns}
+        self._columns = {
+            n: layout.open_for_writing(store.path, f"{self.name}/{n}", sync=store.durable) for n in columns
+        }
         self._files = store.site_files(self.name)
         self._block = store.header.block_tokens
-        self._base = committed  # rows before the block being filled
+        self._base = self.committed  # rows before the block being filled
         self._count = 0  # rows ended in the block being filled
         self._open = False
         self._filling: BlockBuffer | None = None
@@ -176,12 +179,15 @@ class LevelWriter:
             return
         self.flush()
         with self._store.disk_errors():
-            layout.resize_rows(self._store.path, self.name, self._store.header, tokens=self._base)
+            layout.resize_rows(
+                self._store.path, self.name, self._store.header, tokens=self._base, sync=self._store.durable
+            )
             changes: dict[str, object] = {"complete": True}
             if self._store.schema != SCHEMA_1:
                 state = level_state(self._store.path, self.name)
                 changes["digest"] = level_digest(self._store.path, self.name, self._store.header, state)
-            layout.set_attributes(self._store.path, self.name, changes)
+            arrays = layout.level_arrays(self._store.header, 0)
+            self._store.commit(self.name, changes, [self._store.path / self.name / n / "zarr.json" for n in arrays])
         self.complete = True
         self._free.clear()
 
@@ -214,7 +220,9 @@ class LevelWriter:
                 raise RuntimeError(f"{self.name}/{site}, tokens {base} to {base + count}: {error}") from error
         for name, column in buffer.tokens.items():
             self._columns[name][base : base + count] = column[:count]
-        layout.set_attributes(self._store.path, self.name, {"tokens_committed": base + count})
+        written = [path for files in self._files.values() for path in files.paths(base // self._block)]
+        written += layout.column_files(self._store.path, self.name, self._store.header, base, base + count)
+        self._store.commit(self.name, {"tokens_committed": base + count}, written)
         buffer.clear()
 
 
@@ -226,19 +234,18 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: Path, header: StoreHeader, levels: Sequence[LevelHeader], device: str, lock: StoreLock
+        self, path: Path, header: StoreHeader, levels: Sequence[LevelHeader], device: str, lock: StoreLock, sync: bool
     ) -> None:
-        self.path = path
-        self.header = header
+        self.path, self.header, self.durable = path, header, sync
         self.schema = read_state(path).schema
         """That of a store that is resumed stays as it is."""
         self.device = torch.device(device)
-        self._lock = lock
+        self._lock, self._process = lock, os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
         threads = compression_threads()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="teal-store-pack") if threads > 1 else None
         self._failure: BaseException | None = None
-        self._levels = {level.name: self._open_level(level) for level in levels}
+        self._levels = {level.name: LevelWriter(self, level) for level in levels}
 
     @classmethod
     def create(
@@ -249,6 +256,7 @@ class StoreWriter:
         *,
         device: str = "cpu",
         force: bool = False,
+        durable: bool = False,
     ) -> StoreWriter:
         """Makes an empty store and opens it.
 
@@ -259,6 +267,7 @@ class StoreWriter:
             device: where the decode step runs ("cpu", "cuda", "cuda:1").
             force: replace a teal store that is there; it is deleted only once the new one stands in its
                 place.
+            durable: wait for the disk at every commit, so that no loss of power costs what was committed.
 
         Raises:
             UsageError: something is there and force is not given, or it is no teal store, or another process
@@ -267,8 +276,8 @@ class StoreWriter:
         """
         target = placing.destination(Path(path))
         with _disk_errors(target):
-            lock = placing.place_new_store(target, header, levels, force=force)
-        return cls(target, header, levels, device, lock)
+            lock = placing.place_new_store(target, header, levels, force=force, sync=durable)
+        return cls(target, header, levels, device, lock, durable)
 
     @classmethod
     def resume(
@@ -277,8 +286,10 @@ class StoreWriter:
         header: StoreHeader,
         levels: Sequence[LevelHeader],
         device: str = "cpu",
+        *,
+        durable: bool = False,
     ) -> StoreWriter:
-        """Opens a store that an earlier run left, to go on after its last committed block.
+        """Opens a store that an earlier run left, to go on after its last committed block; arguments as `create`.
 
         Raises:
             NotFoundError: no store there.
@@ -291,15 +302,11 @@ class StoreWriter:
         lock = StoreLock(target)
         try:
             with _disk_errors(target):
-                placing.prepare_resume(target, header, levels)
-            return cls(target, header, levels, device, lock)
+                placing.prepare_resume(target, header, levels, sync=durable)
+            return cls(target, header, levels, device, lock, durable)
         except BaseException:
             lock.release()
             raise
-
-    def _open_level(self, header: LevelHeader) -> LevelWriter:
-        state = level_state(self.path, header.name)
-        return LevelWriter(self, header, state.tokens_committed, complete=state.complete)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -333,16 +340,26 @@ class StoreWriter:
             if self.schema != SCHEMA_1:
                 digests = [str(level_state(self.path, name).digest) for name in self._levels]
                 changes["digest"] = store_digest(read_attributes(self.path), digests)
-            layout.consolidate(self.path)  # first: a kill in between leaves a store that does not say it is whole
-            layout.set_attributes(self.path, "", changes)
+            layout.consolidate(
+                self.path, sync=self.durable
+            )  # first: a kill in between leaves a store that does not say it is whole
+            self.commit("", changes)
 
     def site_files(self, level: str) -> dict[str, SiteFiles]:
         """Where the blocks of a level go; for LevelWriter."""
         channels = self.header.channels
         return {site: SiteFiles(self.path / level / site, self.header, channels[site], self._pool) for site in SITES}
 
+    def commit(self, group: str, changes: Mapping[str, object], written: Iterable[Path] = ()) -> None:
+        """Changes the attributes of a group; where `durable`, once the disk has the files written for it."""
+        if self.durable:
+            sync_files(written, top=self.path)
+        layout.set_attributes(self.path, group, changes, sync=self.durable)
+
     def submit(self, write: Callable[..., None], *arguments: object) -> Future[None]:
-        """Queues a block for the writer thread; for LevelWriter."""
+        """Queues a block for the writer thread, which a forked process does not have; for LevelWriter."""
+        if self._process != os.getpid():
+            raise TealError(f"{self.path} was opened by another process", hint="open it in the one that writes")
         return self._thread.submit(self._guarded, write, *arguments)
 
     def _guarded(self, write: Callable[..., None], *arguments: object) -> None:

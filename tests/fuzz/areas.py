@@ -1,21 +1,29 @@
-"""What is fuzzed: stores, unfinished ones, texts of levels, prompts, calibrations and registries, checkpoints."""
+"""What is fuzzed: stores, unfinished ones, texts of levels, prompts, calibrations and registries, checkpoints, GGUF
+files and wheels."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import random
+import re
+import shutil
+import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+from fixtures_gguf import make_wheel, write_gguf
 from fixtures_store import SEQUENCE_TOKENS, dense, digest, feed, header, levels
 from fixtures_tiny import make_tiny
 from fuzz.harness import Area
-from fuzz.mutations import HOSTILE
+from fuzz.mutations import HOSTILE, damage_file
 
 from teal_cli import open_store
 from teal_cli.errors import TealError
@@ -211,6 +219,111 @@ def _use_checkpoint(folder: Path, out: Path, chance: random.Random) -> None:
     assert model.config.layers >= 1
 
 
+# ------------------------------------------------------------------------------------------------ GGUF and wheels
+def _make_gguf(folder: Path) -> None:
+    folder.mkdir()
+    write_gguf(make_tiny(folder / "checkpoint", "llama2"), folder / "tiny.gguf")
+    shutil.rmtree(folder / "checkpoint")
+    _download(str(folder / "tiny.gguf"), folder / "checked")
+    shutil.rmtree(folder / "checked")
+
+
+def _damage_gguf(folder: Path, chance: random.Random) -> str:
+    """A number of the header, where most of them are; or the file as a whole."""
+    file = folder / "tiny.gguf"
+    if chance.random() < 0.2:
+        return damage_file(file, chance)
+    data = bytearray(file.read_bytes())
+    keys = [
+        match.start() for match in re.finditer(rb"general\.|llama\.|tokenizer\.|blk\.|token_embd|output_norm", data)
+    ]
+    at = chance.choice([4, 8, 16, *keys]) + chance.randrange(-8, 64)
+    new = chance.choice([chance.randbytes(1), b"\0", b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 2**40), b"\x01"])
+    data[max(0, at) : max(0, at) + len(new)] = new
+    file.write_bytes(data)
+    return f"{new!r} at {at}"
+
+
+def _use_gguf(folder: Path, out: Path, chance: random.Random) -> None:
+    """It becomes a model that loads, or is refused and leaves nothing."""
+    _download(str(folder / "tiny.gguf"), out)
+
+
+def _download(source: str, out: Path) -> None:
+    import torch
+
+    from teal_cli.model.transformer import Transformer
+    from teal_cli.registry.download import fetch
+    from teal_cli.registry.registry import Registry
+
+    registry = Registry(out / "home")
+    try:
+        entry = fetch(source, registry=registry, name="tiny")
+    except TealError:
+        assert registry.names() == ()
+        assert not list((registry.home / "staging").glob("*/checkpoint/config.json")), (
+            "what is refused is no checkpoint"
+        )
+        raise
+    Transformer.from_checkpoint(entry.path, torch.float32, torch.device("cpu"))
+
+
+def _make_wheel(folder: Path) -> None:
+    _make_gguf(folder)
+    data = (folder / "tiny.gguf").read_bytes()
+    (folder / "tiny.gguf").unlink()
+    pieces = {number: data[number * len(data) // 2 : (number + 1) * len(data) // 2] for number in range(2)}
+    make_wheel(folder, {"tiny_model/tiny.gguf": data})
+    for number, piece in pieces.items():
+        make_wheel(folder, {f"x/tiny.gguf.part{number}": piece}, name=f"pieces_part{number}")
+    total = f"{hashlib.sha256(data).hexdigest()}  tiny.gguf\n".encode()
+    requires = tuple(f"pieces-part{number}==1.0" for number in pieces)
+    make_wheel(folder, {"x/SHA256SUMS": total}, name="pieces", requires=requires)
+
+
+def _damage_wheel(folder: Path, chance: random.Random) -> str:
+    """A member, the directory of members, or the file as a whole."""
+    file = chance.choice(sorted(folder.glob("*.whl")))
+    if chance.random() < 0.4:
+        return f"{file.name}: {damage_file(file, chance)}"
+    data = bytearray(file.read_bytes())
+    if chance.random() < 0.5:
+        place = chance.choice([match.start() for match in re.finditer(rb"PK\x01\x02|PK\x03\x04|PK\x05\x06", data)])
+        at = place + chance.randrange(46)
+        data[at] = chance.randrange(256)
+        file.write_bytes(data)
+        return f"{file.name}: byte {at} changed"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {item.filename: archive.read(item) for item in archive.infolist()}
+    name = chance.choice(sorted(members))
+    new = chance.choice(["../../x.gguf", "/x.gguf", "x/other.gguf", "x.gguf.part7", "x/\ud7ff", "x" * 300, name])
+    text = chance.choice(
+        [b"Requires-Dist: pieces-part99999999999==1\n", b"Requires-Dist: pieces-part1\n", b"\xff", b""]
+    )
+    members[new] = members.pop(name) if new != name else text
+    with zipfile.ZipFile(file, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return f"{file.name}: {name} is now {new!r:.40}"
+
+
+def _use_wheel(folder: Path, out: Path, chance: random.Random) -> None:
+    """As a GGUF; pip only copies the wheel, whose name says what it is."""
+    from teal_cli.registry.sources import pip, wheel
+
+    def copied(spec: str, target: Path, *, offline: bool) -> Iterator[Any]:
+        name, _, version = spec.partition("==")
+        found = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+        if not found.is_file():
+            raise pip.pip_error(spec, "No matching distribution found")
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(found, target)
+        yield from ()
+
+    with mock.patch.object(wheel, "fetch_wheel", copied):
+        _download(f"wheel:{chance.choice(['tiny-model', 'pieces'])}==1.0", out)
+
+
 AREAS = (
     Area("store", _make_store, _use_store, weight=6),
     Area("unfinished store", _make_unfinished, _use_unfinished, weight=2),
@@ -218,4 +331,6 @@ AREAS = (
     Area("prompts", _make_text, _use_prompts, _damage_prompts, weight=4),
     Area("registry", _make_home, _use_home, _damage_home, weight=3),
     Area("checkpoint", _make_checkpoint, _use_checkpoint, weight=2),
+    Area("gguf", _make_gguf, _use_gguf, _damage_gguf, weight=2),
+    Area("wheel", _make_wheel, _use_wheel, _damage_wheel, weight=2),
 )

@@ -23,11 +23,12 @@ def mutate(folder: Path, chance: random.Random) -> str:
         how = _json(file, chance)
     else:
         file = chance.choice(files)
-        how = _file(file, chance)
+        how = damage_file(file, chance)
     return f"{file.relative_to(folder)}: {how}"
 
 
-def _file(file: Path, chance: random.Random) -> str:
+def damage_file(file: Path, chance: random.Random) -> str:
+    """Damages a file, whatever is in it, and says how."""
     data = file.read_bytes()
     kind = chance.choice(["flip", "cut", "extend", "zero", "remove", "folder", "loop", "swap"])
     if kind == "flip" and data:
@@ -64,7 +65,7 @@ def _json(file: Path, chance: random.Random) -> str:
     try:
         value = json.loads(file.read_bytes())
     except ValueError:
-        return _file(file, chance)
+        return damage_file(file, chance)
     kind = chance.random()
     if kind < 0.05:
         file.write_text("[" * 100_000 + "]" * 100_000)

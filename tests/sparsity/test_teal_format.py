@@ -94,6 +94,15 @@ def test_missing_layers_are_named(folder: Path) -> None:
         read_histograms(folder)
 
 
+def test_the_number_of_a_layer_costs_nothing(folder: Path) -> None:
+    (folder / "layer-1000000000").mkdir()
+    with pytest.raises(TealError, match=r"lacks layer-1, .* layer-4 and 999,?999,?995 more layers, though"):
+        read_histograms(folder)
+    (folder / "layer-1000000000").rmdir()
+    (folder / f"layer-{'9' * 200}").mkdir()
+    assert read_histograms(folder).layers == 1, "no name that TEAL gives"
+
+
 def test_a_missing_file(folder: Path) -> None:
     (folder / "layer-0" / "mlp" / "histograms.pt").unlink()
     with pytest.raises(TealError, match=r"mlp.histograms\.pt is missing"):
@@ -134,6 +143,29 @@ def test_bins_that_make_no_histogram(folder: Path, change: object, says: str) ->
     change(content)  # type: ignore[operator]
     torch.save(content, file)
     with pytest.raises(TealError, match=says):
+        read_histograms(folder)
+
+
+ODD = {
+    "none": torch.empty(0),
+    "complex": torch.ones(10_000, dtype=torch.complex64),
+    "truth": torch.ones(10_000, dtype=torch.bool),
+    "sparse": torch.ones(10_000).to_sparse(),
+    "nowhere": torch.ones(10_000, device="meta"),
+    "with a gradient": torch.ones(10_000, requires_grad=True),
+    "billions in four bytes": torch.ones(1).expand(10**10),
+    "infinite": torch.full((10_000,), float("inf")),
+    "one number": torch.tensor(1.0),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("key", ["h1", "h2_centers"])
+def test_odd_tensors(folder: Path, kind: str, key: str) -> None:
+    file = folder / "layer-0" / "mlp" / "histograms.pt"
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {key: ODD[kind]}, file)
+    with pytest.raises(TealError, match=rf"histograms\.pt.*{key[:2]}"):
         read_histograms(folder)
 
 

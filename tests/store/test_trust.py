@@ -18,7 +18,7 @@ from teal_cli.errors import TealError, UsageError
 from teal_cli.store.export import convert
 from teal_cli.store.reader import describe
 from teal_cli.store.schema import MAX_LEVELS, parse_levels
-from teal_cli.store.selection import select
+from teal_cli.store.selection import parse_layers, select
 from teal_cli.store.verify import Problem, verify
 from teal_cli.store.writer import LevelHeader, StoreWriter
 from teal_kernels.thresholds import channel_thresholds
@@ -139,6 +139,27 @@ def test_resume_notices_a_committed_chunk_that_is_gone(tmp_path: Path, part: str
         StoreWriter.resume(path, header(), levels())
 
 
+@pytest.mark.parametrize("part", ["values", "mask", "row_nnz"])
+@pytest.mark.parametrize("damage", ["a bit", "the end", "seven bytes more"])
+def test_resume_notices_damage_in_the_last_block(tmp_path: Path, part: str, damage: str) -> None:
+    path = tmp_path / "out.zarr"
+    with StoreWriter.create(path, header(), levels()) as writer:
+        feed(writer.level(0.5), 35)
+    file = path / "s0.50/mlp_mid" / part / ("c/0/1" if part == "row_nnz" else "c/0/1/0")
+    data = bytearray(file.read_bytes())
+    if damage == "a bit":
+        data[len(data) // 3] ^= 4
+    elif damage == "the end":
+        del data[-1:]
+    else:
+        data += data[:7]
+    file.write_bytes(data)
+    before = digest(path)
+    with pytest.raises(TealError, match=r"s0\.50/mlp_mid, tokens 16 to 32: "):
+        StoreWriter.resume(path, header(), levels())
+    assert digest(path) == before, "what is refused is left as it was"
+
+
 # ------------------------------------------------------------------------------------------------ bounds, links
 @pytest.mark.parametrize("text", ["0:0.99:1e-9", "0:1e999999:1", "0:1:1e-999999", "1e-300"])
 def test_levels_are_bounded(text: str) -> None:
@@ -146,6 +167,13 @@ def test_levels_are_bounded(text: str) -> None:
         parse_levels(text)
     assert len(parse_levels("0:0.999:0.001")) == MAX_LEVELS
     assert parse_levels("-0.0,0") == (0.0,)
+
+
+@pytest.mark.parametrize("text", ["0:1000000000", "1000000000:", "1000000000:2000000000", "-1000000000:1", "-1", "٣",
+                                  "9" * 5000, f"0:{'9' * 5000}", "0:1:2", "x", ",", "2:1"])  # fmt: skip
+def test_layers_are_bounded(store: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="layer"):
+        select(open_store(store), layers=parse_layers(text, LAYERS))
 
 
 def test_deep_json_is_refused(store: Path) -> None:

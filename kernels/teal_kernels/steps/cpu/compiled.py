@@ -105,8 +105,15 @@ def _folder() -> Path:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    root = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_dir("teal", appauthor=False)
-    return writable(Path(root) / "cpu_step" / digest.hexdigest()[:16])
+    return writable(_root() / "cpu_step" / digest.hexdigest()[:16])
+
+
+def _root() -> Path:
+    """Where caches lie; below no folder that could be made, for a user without a home."""
+    try:
+        return Path(os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_dir("teal", appauthor=False))
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def writable(folder: Path) -> Path:

@@ -7,6 +7,7 @@ computes.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -37,8 +38,14 @@ class Team:
     ) -> None:
         self.size = size
         self._control, self._release, self._work = control, release, work
-        control[MEMBERS + PARKED :: PLACES] = 1
-        self._members = [_Member(thread, work) for thread in range(1, size)]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Starts the members, asleep; in a forked process anew, where those of the parent are not."""
+        self._process = os.getpid()
+        self._control[:] = 0
+        self._control[MEMBERS + PARKED :: PLACES] = 1
+        self._members = [_Member(thread, self._work) for thread in range(1, self.size)]
         self._finalizer = weakref.finalize(self, _dismiss, self._members)
 
     def run(self) -> None:
@@ -52,6 +59,9 @@ class Team:
         """
         if not self._finalizer.alive:
             raise RuntimeError("the threads of this decode step were ended by close()")
+        if self._process != os.getpid():
+            self._finalizer.detach()
+            self._begin()
         if self._control[ABANDON]:  # a second Ctrl-C interrupted _abandon
             self._abandon()
         try:
