@@ -89,7 +89,7 @@ def parse_range(text: str) -> tuple[int, int | None]:
         start, stop = text.split(":")
         return int(start or 0), int(stop) if stop else None
     except ValueError:
-        raise UsageError(f"{text!r} is no range", hint="write START:STOP, such as 0:100") from None
+        raise UsageError(f"{text[:80]!r} is no range", hint="write START:STOP, such as 0:100") from None
 
 
 def parse_layers(text: str | None, count: int) -> list[int]:
@@ -116,7 +116,7 @@ def _parse_numbers(text: str | None, count: int, what: str) -> list[int]:
     for part in text.split(",") if text else []:
         try:
             start, stop = parse_range(part) if ":" in part else (int(part), int(part) + 1)
-        except ValueError:
+        except (ValueError, UsageError):
             raise unfit from None
         if start < 0:
             raise unfit
