@@ -214,13 +214,14 @@ def free_space(path: Path) -> int:
     return shutil.disk_usage(_existing(path)).free
 
 
-def require_space(folder: Path, size: int) -> None:
+def require_space(
+    folder: Path, size: int, *, hint: str = "free some space, or point TEAL_HOME and HF_HOME at a larger disk"
+) -> None:
     """Raise TealError unless the disk that holds `folder` (or will) has `size` bytes free."""
     free = free_space(folder)
     if size > free:
         raise TealError(
-            f"{_existing(folder)} has {readable_size(free)} free, and {readable_size(size)} are needed",
-            hint="free some space, or point TEAL_HOME and HF_HOME at a larger disk",
+            f"{_existing(folder)} has {readable_size(free)} free, and {readable_size(size)} are needed", hint=hint
         )
 
 

@@ -203,7 +203,7 @@ def _registered(
     from teal_cli.bench.subjects import registered
     from teal_cli.runs.session import open_session
 
-    session = open_session(model, device=device, calibration=calibration, **chosen)
+    session = open_session(model, device=device, calibration=calibration, **chosen, load=False)
     subject = registered(session, levels, prompt_tokens)
     out.note(f"calibration {session.calibration.id} of {session.entry.name}")
     for note in session.notes:

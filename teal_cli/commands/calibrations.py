@@ -12,7 +12,7 @@ from teal_cli.errors import TealError
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import output
-from teal_cli.ui.table import percent, show_fields, show_table
+from teal_cli.ui.table import TIED, percent, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -266,8 +266,7 @@ def _show_check(console: Console, checked: Checked) -> None:
     console.print(f"realised sparsity of {checked.calibration.id} on {text}:", markup=False, soft_wrap=True)
     rows = []
     for level in checked.levels:
-        # Joined by spaces that do not break, so that a narrow table breaks between the pairs.
-        far = ", ".join(f"{pair.layer}\u00a0{pair.site}\u00a0{pair.sparsity:.1%}" for pair in level.furthest(FURTHEST))
+        far = ", ".join(TIED.join((str(p.layer), p.site, f"{p.sparsity:.1%}")) for p in level.furthest(FURTHEST))
         rows.append((percent(level.target), f"{level.mean:.1%}", f"{level.p95 * 100:.1f} points", far))
     show_table(console, (">target", ">mean", ">95% of pairs within", "furthest pairs of layer and site"), rows)
 

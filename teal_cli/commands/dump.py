@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from teal_cli.commands.opening import made_with, opened
+from teal_cli.commands.opening import load, made_with
 from teal_cli.errors import TealError, UsageError, counted
 from teal_cli.files import readable_size
 from teal_cli.runs.recipe import load_recipe, shipped_recipes
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
-from teal_cli.ui.progress import progress
+from teal_cli.ui.progress import Task, clock, progress
 from teal_cli.ui.table import percent, show_fields
 
 if TYPE_CHECKING:
@@ -183,6 +183,8 @@ def dump(
     from teal_cli.data.prompts import Prompts, PromptSource
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.dump import Dump, DumpRequest
+    from teal_cli.runs.estimate import estimate
+    from teal_cli.runs.session import open_session
     from teal_cli.runs.stored import stored_run
     from teal_cli.store.placing import check_target
     from teal_cli.store.schema import parse_levels
@@ -205,8 +207,12 @@ def dump(
     board = open_board()
     if first and not (resume or dry_run or board.attempt):
         check_target(out_path, force=force)
-    session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    chosen = {"dtype": dtype, "device": device, "backend": backend, "calibration": calibration}
+    session = open_session(model, **chosen, load=False)
     job = Dump(session, request)
+    if first and not (dry_run or board.attempt):
+        job.check(out_path, force=force, resume=resume)
+    load(out, session)
     made = {
         "model": session.entry.name,
         "calibration": job.calibration,
@@ -216,11 +222,10 @@ def dump(
     for note in session.notes:
         out.note(note)
     if dry_run:
-        estimate = job.estimate(out_path)
         payload = {
             **made,
             "prompts": len(job.prompts),
-            **asdict(estimate),
+            **asdict(estimate(job, out_path)),
             "store": str(out_path),
         }
         out.result(payload, lambda console: _show_estimate(console, payload))
@@ -239,11 +244,13 @@ def _run(
     out: Output, job: Dump, path: Path, board: Board, *, force: bool, resume: bool, durable: bool
 ) -> dict[str, Any]:
     new_rows, seconds = 0, 0.0
+    task: Task | None = None
     with progress(out) as bars:
-        task = bars.task("Decoding", total=job.rows, unit="rows")
         try:
             for state in job.run(path, force=force, resume=resume, durable=durable, board=board):
-                task.update(done=state.rows, text=f"Decoding {state.level}")
+                text, before = f"Decoding {state.level}", state.rows - state.new_rows
+                task = task or bars.task(text, total=state.total_rows, unit="rows", done=before)
+                task.update(done=state.rows, text=text)
                 new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:
             out.warn(f"stopped; what is complete is in {path}, and `teal dump --resume -o {path}` goes on")
@@ -253,12 +260,14 @@ def _run(
 
 def _show_estimate(console: Console, estimate: dict[str, Any]) -> None:
     short = " (not enough)" if estimate["store_bytes"] > estimate["free_bytes"] else ""
+    low, high = clock(estimate["seconds_low"]), clock(estimate["seconds_high"])
+    tried = f"{low} to {high} by {counted(estimate['sampled_rows'], 'row')} that were tried"
     fields = {
         "levels": ", ".join(percent(level) for level in estimate["levels"]),
         "prompts": f"{estimate['prompts']:,}",
         "rows": f"{estimate['rows']:,} at most",
         "size": f"about {readable_size(estimate['store_bytes'])}, {readable_size(estimate['free_bytes'])} free{short}",
-        "time": f"about {estimate['seconds'] / 60:.1f} minutes on this machine",
+        "time": f"about {clock(estimate['seconds'])} on this machine as it is now ({tried})",
     }
     show_fields(console, fields)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from teal_cli.commands.opening import loading
 from teal_cli.errors import UsageError, counted
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
@@ -124,8 +125,7 @@ def _run(out: Output, job: Evaluate) -> Evaluation:
     from teal_cli.runs.evaluate import Evaluation
 
     with progress(out) as bars:
-        loading = bars.task("Loading the model", unit="layers")
-        layers = job.open_layers(lambda done, total: loading.update(done=done, total=total))
+        layers = job.open_layers(loading(bars, job.entry.size_bytes))
         task = bars.task("Scoring", unit=f"{job.request.convention}s")
         try:
             for event in job.run(layers):

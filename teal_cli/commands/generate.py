@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teal_cli.commands.opening import made_with, opened
+from teal_cli.commands.opening import load, made_with
 from teal_cli.errors import UsageError, counted
 from teal_cli.ui import options
+from teal_cli.ui.interrupts import deferred
 from teal_cli.ui.output import Output, output
-from teal_cli.ui.table import percent
+from teal_cli.ui.table import TIED, percent, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from teal_cli.runs.generate import Generation
+    from teal_cli.runs.generate import GenerateRequest, Generation
+    from teal_cli.runs.session import Session
 
 
 def generate(
@@ -61,14 +63,12 @@ def generate(
     text = _prompt(prompt)
 
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.runs.generate import GenerateRequest, Generation
-    from teal_cli.runs.generate import generate as run
-    from teal_cli.store.placing import check_target
+    from teal_cli.runs.generate import GenerateRequest, Stopped, check_request
+    from teal_cli.runs.session import open_session
 
     sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
-    if dump is not None:
-        check_target(dump, force=force)
-    session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    chosen = {"dtype": dtype, "device": device, "backend": backend, "calibration": calibration}
+    session = open_session(model, **chosen, load=False)
     request = GenerateRequest(
         text,
         sparsity,
@@ -80,16 +80,36 @@ def generate(
         force,
         plan,
     )
+    check_request(session, request)
+    load(out, session)
     try:
-        for event in run(session, request):
-            if isinstance(event, Generation):
-                _finish(out, session.notes, event)
-            else:
-                out.write(event.text)
-    except KeyboardInterrupt:
+        result = stream(out, session, request)
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Stopped):
+            _finish(out, session.notes, stop.result)
         if dump is not None:
             out.warn(f"stopped; every step so far is in {dump}, and `teal dump --resume -o {dump}` goes on")
         raise
+    _finish(out, session.notes, result)
+
+
+def stream(out: Output, session: Session, request: GenerateRequest) -> Generation:
+    """Write the text as it comes. Ctrl-C ends it after the token under way.
+
+    Raises:
+        Stopped: that, with the figures so far.
+        KeyboardInterrupt: Ctrl-C before the first token, or twice.
+    """
+    from teal_cli.runs.generate import Generation, Piece, generate
+
+    events = generate(session, request)
+    event = next(events)
+    with deferred() as stopping:
+        while isinstance(event, Piece):
+            out.write(event.text)
+            event = events.throw(KeyboardInterrupt) if stopping() else next(events)
+    assert isinstance(event, Generation), "a generation ends with its figures"
+    return event
 
 
 def _prompt(given: str | None) -> str:
@@ -112,13 +132,15 @@ def _finish(out: Output, notes: list[str], result: Generation) -> None:
 
 def show_figures(console: Console, result: Generation) -> None:
     steps = len(result.token_ids) - 1
-    shares = "  ".join(f"{name} {share:.1%}" for name, share in result.per_projection.items())
-    console.print(
-        f"\n[bold]{result.tokens_per_s:.1f} tok/s[/bold] over {counted(steps, 'step')}, "
-        f"{result.effective_gbps:.1f} GB/s read, prefill {result.prefill_s:.2f} s, load {result.load_s:.2f} s "
-        f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})"
+    shares = "  ".join(f"{name}{TIED}{share:.1%}" for name, share in result.per_projection.items())
+    console.print()
+    show_text(
+        console,
+        f"{result.tokens_per_s:.1f} tok/s over {counted(steps, 'step')}, {result.effective_gbps:.1f} GB/s read, "
+        f"prefill {result.prefill_s:.2f} s, load {result.load_s:.2f} s "
+        f"({result.backend}, {result.device}, {result.dtype}, seed {result.seed})",
     )
-    console.print(f"sparsity {percent(result.target)} wanted, {result.realised:.1%} realised: {shares}")
+    show_text(console, f"sparsity {percent(result.target)} wanted, {result.realised:.1%} realised: {shares}")
     console.print(made_with(result.model, result.calibration, result.plan), markup=False, soft_wrap=True)
     if result.store:
         console.print(

@@ -1,44 +1,58 @@
-"""What commands that decode share: opening a session, and the line that says what a result was made with."""
+"""What commands that decode share: loading the model, and the line that says what a result was made with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from teal_cli.ui.output import Output
-from teal_cli.ui.progress import progress
+from teal_cli.ui.progress import Bars, Task, progress
 
 if TYPE_CHECKING:
     from teal_cli.runs.session import Session
 
 
 def opened(
-    out: Output,
-    *,
-    model: str | None,
-    dtype: str | None,
-    device: str,
-    backend: str,
-    calibration: str | None,
+    out: Output, *, model: str | None, dtype: str | None, device: str, backend: str, calibration: str | None
 ) -> Session:
-    """The session that these options ask for. Raises as `open_session`."""
-    from teal_cli.decoding.steps import compile_step, must_compile
+    """A session with its weights, where nothing more can be checked before them. Raises as `open_session`."""
     from teal_cli.runs.session import open_session
 
+    session = open_session(model, dtype=dtype, device=device, backend=backend, calibration=calibration, load=False)
+    load(out, session)
+    return session
+
+
+def load(out: Output, session: Session) -> None:
+    """Read the weights, and compile where this processor has no step yet; called once all else is known to be right.
+
+    Raises:
+        TealError: the checkpoint is damaged.
+    """
+    from teal_cli.decoding.steps import compile_step, must_compile
+
     with progress(out) as bars:
-        task = bars.task("Loading the model", unit="layers")
-        session = open_session(
-            model,
-            dtype=dtype,
-            device=device,
-            backend=backend,
-            calibration=calibration,
-            progress=lambda done, total: task.update(done=done, total=total),
-        )
-        if must_compile(session.backend, session.model):
+        model = session.load(loading(bars, session.entry.size_bytes))
+        if must_compile(session.backend, model):
             compiling = bars.task("Compiling the decode step for this processor, once", total=1, unit="steps")
-            compile_step(session.model)
+            compile_step(model)
             compiling.update(done=1)
-        return session
+
+
+def loading(bars: Bars, size: int) -> Callable[[int, int], None]:
+    """What to call with (layers loaded, layers): a bar of bytes, from the first layer on.
+
+    Args:
+        size: bytes of the model's files.
+    """
+    task: Task | None = None
+
+    def loaded(done: int, layers: int) -> None:
+        nonlocal task
+        task = task or bars.task("Loading the model", total=size, unit="B")
+        task.update(done=size * done / layers)
+
+    return loaded
 
 
 def made_with(model: str, calibration: str | None, *plans: str | None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from teal_cli import settings
+from teal_cli.commands.opening import loading
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
@@ -132,9 +133,8 @@ def _watch(out: Output, maker: PlanMaker) -> MadePlan:
     from teal_cli.runs.make_plan import MadePlan
 
     with progress(out) as bars:
-        loading = bars.task("Loading the model", unit="layers")
         stages: dict[str, Any] = {}
-        for event in maker.run(lambda done, total: loading.update(done=done, total=total)):
+        for event in maker.run(loading(bars, maker.entry.size_bytes)):
             if isinstance(event, MadePlan):
                 return event
             if event.stage not in stages:

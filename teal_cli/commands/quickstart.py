@@ -93,20 +93,17 @@ def _calibrate(out: Output, registry: Registry, entry: ModelEntry, device: str) 
 
 
 def _generate(out: Output, session: Session, sparsity: float, path: Path, *, force: bool) -> Generation:
-    from teal_cli.commands.generate import show_figures
+    from teal_cli.commands.generate import show_figures, stream
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.runs.generate import GenerateRequest, Generation, generate
+    from teal_cli.runs.generate import GenerateRequest
 
     sampling = Sampling(temperature=0, seed=0)
     request = GenerateRequest(PROMPT, sparsity, NEW_TOKENS, sampling, chat=True, dump=path, force=force)
-    for event in generate(session, request):
-        if isinstance(event, Generation):
-            out.write("\n")
-            if not (out.json or out.quiet):
-                show_figures(out.err, event)
-            return event
-        out.write(event.text)
-    raise AssertionError("a generation ends with its figures")
+    result = stream(out, session, request)
+    out.write("\n")
+    if not (out.json or out.quiet):
+        show_figures(out.err, result)
+    return result
 
 
 def _is_ours(path: Path) -> bool:

@@ -55,6 +55,27 @@ class Tally:
         return self.steps / self.decode_s if self.decode_s else 0.0
 
 
+def check_room(prompt: Sequence[int], max_new_tokens: int, room: int) -> None:
+    """Refuse what cannot be decoded, before anything is opened for it.
+
+    Args:
+        room: positions of the context or the cache.
+
+    Raises:
+        UsageError: an empty prompt, no new token, or more than there is room for.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
+    if not prompt:
+        raise UsageError("the prompt is empty", hint="give some text with --prompt, or on standard input")
+    if len(prompt) + max_new_tokens - 1 > room:
+        raise UsageError(
+            f"the prompt has {counted(len(prompt), 'token')}, and {max_new_tokens} new ones do not fit the context "
+            f"of {room}",
+            hint="shorten the prompt or lower --max-new-tokens",
+        )
+
+
 class Decoder:
     """Decodes sequences of one model under one plan.
 
@@ -99,7 +120,7 @@ class Decoder:
         Raises:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
         """
-        self.check(prompt, max_new_tokens)
+        check_room(prompt, max_new_tokens, self.cache.max_tokens)
         if not 0 <= cached < len(prompt) or cached > self.cache.length:
             raise ValueError(
                 f"{cached} tokens of a prompt of {len(prompt)} cannot be in a cache of {self.cache.length}"
@@ -116,20 +137,6 @@ class Decoder:
                 return
             token = self._next(token, position, sequence, choose, capture)
             yield token
-
-    def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse what cannot be decoded, before anything is opened for it; raises as `generate`."""
-        if max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
-        if not prompt:
-            raise UsageError("the prompt is empty", hint="give some text with --prompt, or on standard input")
-        room = self.cache.max_tokens
-        if len(prompt) + max_new_tokens - 1 > room:
-            raise UsageError(
-                f"the prompt has {counted(len(prompt), 'token')}, and {max_new_tokens} new ones do not fit the "
-                f"context of {room}",
-                hint="shorten the prompt or lower --max-new-tokens",
-            )
 
     @torch.inference_mode()
     def _prefill(self, prompt: Sequence[int], position: int, choose: Choose) -> int:

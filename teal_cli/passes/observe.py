@@ -19,25 +19,10 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.weights import Checkpoint
-from teal_cli.passes.forward import Where, forward
+from teal_cli.passes.forward import Advance, Where, forward
 from teal_cli.passes.layers import StreamedLayers
 from teal_cli.sparsity.histogram import MAGNITUDES, MagnitudeHistogram
 from teal_kernels.spec import SITES
-
-
-@dataclass(frozen=True, slots=True)
-class LayerDone:
-    """A layer has been run over all sequences.
-
-    Attributes:
-        done: layers so far.
-        layers: layers of the model.
-        seconds: since the pass began.
-    """
-
-    done: int
-    layers: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +45,7 @@ class Observed:
 
 def observe(
     checkpoint: Checkpoint, tokens: NDArray[np.int64], dtype: torch.dtype, device: torch.device
-) -> Iterator[LayerDone | Observed]:
+) -> Iterator[Advance | Observed]:
     """Run token blocks through a model layer by layer and count |x| at each site.
 
     Args:
@@ -68,7 +53,7 @@ def observe(
         dtype: bfloat16, float16 or float32; activations are counted as they are computed in it.
 
     Yields:
-        LayerDone after each layer, and Observed at the end.
+        Advance after each layer of a sequence, and Observed at the end.
 
     Raises:
         UsageError: the sequences are longer than the model's context.
@@ -84,9 +69,7 @@ def observe(
     def count(where: Where, x: Tensor, kept: Tensor) -> None:
         histogram.add(where.layer, where.site, x)
 
-    for event in forward(layers, tokens, visit=count):
-        if event.done % len(tokens) == 0:
-            yield LayerDone(event.done // len(tokens), event.layers, event.seconds)
+    yield from forward(layers, tokens, visit=count)
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     yield Observed(histogram, time.perf_counter() - start, peak_resident_bytes(), on_device)
 

@@ -27,7 +27,8 @@ from teal_cli.errors import UsageError
 from teal_cli.files import disk_errors
 from teal_cli.model.config import load_config
 from teal_cli.model.weights import Checkpoint, config_sha256
-from teal_cli.passes.observe import LayerDone, Observed, expected_peak, observe
+from teal_cli.passes.forward import Advance, check_tokens
+from teal_cli.passes.observe import Observed, expected_peak, observe
 from teal_cli.registry.calibrations import remarks, settle_default
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.sparsity.calibration import MANIFEST, Calibration, Provenance, check_fits, read_manifest
@@ -95,7 +96,7 @@ def calibrate(
     device: torch.device,
     name: str | None = None,
     force: bool = False,
-) -> Iterator[LayerDone | Calibrated]:
+) -> Iterator[Advance | Calibrated]:
     """Run a text through a model of the registry and keep the histograms (TEAL, section 4.1).
 
     A calibration of the same tokens, dtype and model is not made twice, unless `force` asks for it.
@@ -113,9 +114,10 @@ def calibrate(
     """
     entry = registry.get(model)
     _check_name(name)
-    checkpoint = Checkpoint(entry.path)
-    dtype = dtype or checkpoint.config.torch_dtype
+    config = load_config(entry.path)
+    dtype = dtype or config.torch_dtype
     blocks = _blocks(entry, text)
+    check_tokens(config, blocks.tokens)
     sha256 = config_sha256(entry.path)
     name = name or _make_id(blocks, dtype, sha256)
     folder = registry.calibration_dir(entry.name, name)
@@ -129,8 +131,9 @@ def calibrate(
         yield Calibrated(Calibration.load(folder), folder, reused=True)
         return
     kind = getattr(torch, dtype)
+    checkpoint = Checkpoint(entry.path)
     for event in observe(checkpoint, blocks.tokens, kind, device):
-        if isinstance(event, LayerDone):
+        if isinstance(event, Advance):
             yield event
             continue
         sequences, seq_len = blocks.tokens.shape
@@ -194,7 +197,7 @@ def import_teal(
 
 def check(
     registry: Registry, model: str | None, calibration: str | None, text: Text, *, device: torch.device
-) -> Iterator[LayerDone | Checked]:
+) -> Iterator[Advance | Checked]:
     """See what thresholds of a calibration drop of a text that it was not made from.
 
     The text's held-out split is taken if no split is named, and less of it if there is less.
@@ -208,13 +211,14 @@ def check(
     """
     entry = registry.get(model)
     found = Calibration.load(registry.find_calibration(entry.name, calibration))
-    checkpoint = Checkpoint(entry.path)
-    dtype = found.provenance.dtype or checkpoint.config.torch_dtype
-    notes = remarks(entry, calibration) + check_fits(found, checkpoint.config, entry.path, dtype)
+    config = load_config(entry.path)
+    dtype = found.provenance.dtype or config.torch_dtype
+    notes = remarks(entry, calibration) + check_fits(found, config, entry.path, dtype)
     blocks = _blocks(entry, text, held_out=True)
+    check_tokens(config, blocks.tokens)
     if blocks.fingerprint == found.provenance.fingerprint:
         notes.append(f"{text.dataset} is the very text that {found.id} was made from.")
-    for event in observe(checkpoint, blocks.tokens, getattr(torch, dtype), device):
+    for event in observe(Checkpoint(entry.path), blocks.tokens, getattr(torch, dtype), device):
         if isinstance(event, Observed):
             levels = tuple(realised(event.histogram, uniform_plan(found, level)) for level in CHECKED)
             yield Checked(found, blocks, levels, tuple(notes))

@@ -190,7 +190,7 @@ class Chat:
             "calibration": self.level.plan.calibration,
             "plan": self.level.name,
             "backend": session.backend,
-            "device": str(session.model.device),
+            "device": str(session.device),
             "dtype": session.dtype,
             "sampling": asdict(self.request.sampling),
             "context": {"tokens": self.context, "used": self.used},

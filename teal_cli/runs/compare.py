@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from teal_cli.data.detokenize import TextStream
 from teal_cli.data.prompts import Prompt, Prompts
-from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.passes.forward import Sparse, States, forward
@@ -160,12 +160,12 @@ def compare(session: Session, request: CompareRequest) -> Iterator[Compared | Co
     if not levels:
         raise UsageError("there is nothing to compare the dense model with", hint="give --sparsity 0.5 or --plan NAME")
     prompts = request.prompts.read(lambda text: session.encode(text, chat=request.chat), session.decode)
+    for prompt in prompts:
+        check_room(prompt.token_ids, request.max_new_tokens, session.config.context)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     cache = session.cache(longest + request.max_new_tokens)
     plans = [dense_plan(session.config.layers), *(level.plan for level in levels)]
     decoders = [session.decoder(plan, cache) for plan in plans]
-    for prompt in prompts:
-        decoders[0].check(prompt.token_ids, request.max_new_tokens)
     kept = [np.zeros((session.config.layers, len(PROJECTIONS)), np.int64) for _ in levels]
     found: list[PromptComparison] = []
     rows = 0
@@ -184,7 +184,7 @@ def compare(session: Session, request: CompareRequest) -> Iterator[Compared | Co
         model=session.entry.name,
         calibration=calibration_of(levels),
         backend=decoders[1].step.backend,
-        device=str(session.model.device),
+        device=str(session.device),
         dtype=session.dtype,
         max_new_tokens=request.max_new_tokens,
         temperature=request.sampling.temperature,

@@ -1,4 +1,4 @@
-"""`teal dump` as a library call: prompts and levels in, one store out, with an estimate before and progress during.
+"""`teal dump` as a library call: prompts and levels in, one store out, with progress during.
 
 Puts a session, decoders, a job and a store together; printing is the command's business.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from teal_cli.data.prompts import Prompt, Prompts, PromptSource
-from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
-from teal_cli.files import free_space
+from teal_cli.files import require_space, sizes_below
 from teal_cli.model.weights import config_sha256
 from teal_cli.passes.layers import ResidentLayers
 from teal_cli.runs.board import Board, LocalBoard
@@ -31,13 +31,14 @@ from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
 from teal_cli.store.manifest import is_collection
+from teal_cli.store.placing import check_resume, check_target, destination
 from teal_cli.store.schema import VALUE_DTYPES, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import SITES
 
 # Bytes on disk per byte of kept values, after byte shuffle and zstd-1: SmolLM2-135M at 50%, 2026-11-23.
 _VALUE_RATIO = {"bfloat16": 0.65, "float16": 0.78, "float32": 0.84}
-_PACE_STEPS = 8
+NO_ROOM = "free some space, write to another disk, or ask for fewer rows"
 
 PASS = "pass"
 """What a store names as the backend where rows come from a pass."""
@@ -67,29 +68,15 @@ class DumpRequest:
     follow: str = "free"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a dump will take.
-
-    Attributes:
-        rows: tokens over all levels, at most (a sequence may end early).
-        store_bytes: expected size on disk.
-        free_bytes: what the disk has left.
-        seconds: expected time, from a few steps of each level on this machine.
-    """
-
-    rows: int
-    store_bytes: int
-    free_bytes: int
-    seconds: float
-
-
 class Dump:
     """A dump that is ready to run.
 
     Args:
-        session: the opened model.
+        session: the opened model; its weights are not read before they are needed.
         request: what to dump.
+
+    Attributes:
+        prompts: sequence i starts from prompt i. levels: plans, one level each.
 
     Raises:
         UsageError: too few tokens asked for, or a prompt that does not fit the context.
@@ -104,13 +91,12 @@ class Dump:
             )
         self.session, self.request = session, request
         self.prompts = self._read_prompts()
-        self._levels = session.levels(() if request.plans else request.levels, request.plans)
-        self._plans = {level_name(level.plan.target): level.plan for level in self._levels}
-        _check_levels(self._levels)
+        self.levels = session.levels(() if request.plans else request.levels, request.plans)
+        self._plans = {level_name(level.plan.target): level.plan for level in self.levels}
+        _check_levels(self.levels)
         self._stop = () if request.ignore_eos else session.config.eos_ids
-        for decoder in self._decoders.values():
-            for prompt in self.prompts:
-                decoder.check(prompt.token_ids, request.max_new_tokens)
+        for prompt in self.prompts:
+            check_room(prompt.token_ids, request.max_new_tokens, session.config.context)
 
     def _read_prompts(self) -> list[Prompt]:
         """The prompts, with the tokens that follow them where the text gives these."""
@@ -127,7 +113,7 @@ class Dump:
         """Let the dense model decode what all levels are fed, where a store that is resumed does not say it; each rank
         takes some of the prompts.
         """
-        decoder = self._decoder_for(dense_plan(self.session.config.layers))
+        decoder = self.decoder_for(dense_plan(self.session.config.layers))
         missing = [index for index, prompt in enumerate(self.prompts) if not prompt.following]
         while (turn := board.add("dense", 1) - 1) < len(missing):
             tokens = decoder.generate(
@@ -142,11 +128,13 @@ class Dump:
             following = tuple(json.loads(board.get(f"dense/{index}")))
             self.prompts[index] = replace(self.prompts[index], following=following)
 
-    def _decoder_for(self, plan: Plan) -> Decoder:
-        return self.session.decoder(plan, next(iter(self._decoders.values())).cache)
+    def decoder_for(self, plan: Plan) -> Decoder:
+        """A decoder under any plan of the model; all share one cache."""
+        return self.session.decoder(plan, next(iter(self.decoders.values())).cache)
 
     @cached_property
-    def _decoders(self) -> dict[str, Decoder]:
+    def decoders(self) -> dict[str, Decoder]:
+        """Level name -> decoder."""
         longest = max(len(prompt.token_ids) for prompt in self.prompts)
         cache = self.session.cache(longest + self.request.max_new_tokens)
         return {name: self.session.decoder(plan, cache) for name, plan in self._plans.items()}
@@ -154,7 +142,7 @@ class Dump:
     @property
     def calibration(self) -> str | None:
         """Whose thresholds are applied; None where every level is dense."""
-        return calibration_of(self._levels)
+        return calibration_of(self.levels)
 
     @property
     def targets(self) -> tuple[float, ...]:
@@ -166,26 +154,32 @@ class Dump:
         """Rows over all levels, at most."""
         return len(self._plans) * len(self.prompts) * (self.request.max_new_tokens - 1)
 
-    def estimate(self, path: Path) -> Estimate:
-        """Rows, bytes and time, without writing anything; decodes a few tokens at each level to find the pace.
-
-        Args:
-            path: where the store will be, for the free space there.
-        """
-        steps = min(_PACE_STEPS, self.request.max_new_tokens - 1)
-        per_sequence = self.request.max_new_tokens - 1
-        seconds = 0.0
-        for plan in self._plans.values():
-            decoder = self._decoder_for(plan)
-            for _ in decoder.generate(
-                self.prompts[0].token_ids, max_new_tokens=steps + 1, sampling=self.request.sampling
-            ):
-                pass
-            pace = decoder.tally
-            seconds += len(self.prompts) * (pace.prefill_s + per_sequence * pace.decode_s / max(pace.steps, 1))
+    @property
+    def store_bytes(self) -> int:
+        """Expected size of the store."""
         per_level = self.rows // len(self._plans)
-        size = sum(per_level * row_bytes(self.session, plan) for plan in self._plans.values())
-        return Estimate(self.rows, round(size), free_space(path), seconds)
+        return round(sum(per_level * row_bytes(self.session, plan) for plan in self._plans.values()))
+
+    def check(self, path: Path, *, force: bool = False, resume: bool = False) -> None:
+        """Refuse, before weights are read, what could not be written.
+
+        Raises:
+            UsageError: something is at `path` and neither `force` nor `resume` is given, or the settings differ.
+            NotFoundError: nothing to resume.
+            TealError: the disk has no room for what is expected.
+        """
+        request, size = self.request, self.store_bytes
+        if not resume:
+            check_target(path, force=force)
+        elif is_collection(path):
+            pass  # its parts say it, when they are opened
+        elif request.follow != "dense" or all(prompt.following for prompt in self.prompts):
+            header = store_headers(
+                self.session, self.prompts, self.levels, request.max_new_tokens, request.sampling,
+                source=request.prompts, stop=self._stop, follow=request.follow,
+            )  # fmt: skip
+            check_resume(destination(path), *header)
+        require_space(path, size - (sum(sizes_below(path).values()) if resume else 0), hint=NO_ROOM)
 
     def run(
         self,
@@ -214,14 +208,14 @@ class Dump:
         header, levels = store_headers(
             self.session,
             self.prompts,
-            self._levels,
+            self.levels,
             request.max_new_tokens,
             request.sampling,
             source=request.prompts,
             stop=self._stop,
             follow=request.follow,
         )
-        device = str(self.session.model.device)
+        device = str(self.session.device)
         if board.size > 1 or (resume and collection):
             if durable:
                 raise UsageError("--durable is for one process", hint="leave it out, or dump without torchrun")
@@ -235,7 +229,7 @@ class Dump:
         if self.request.follow != "free":
             return Forcing(ResidentLayers(self.session.model), self._plans, self.prompts)
         return Decoding(
-            self._decoders,
+            self.decoders,
             self.prompts,
             max_new_tokens=self.request.max_new_tokens,
             sampling=self.request.sampling,
@@ -305,7 +299,7 @@ def store_headers(
         channels={site: session.config.channels(site) for site in SITES},
         criterion={"name": next((p.scoring.criterion for p in plans if p.target > 0), MAGNITUDE)},
         run={
-            "device": session.model.device.type,
+            "device": session.device.type,
             "ignore_eos": not stop,
             "follow": follow,
             "prefill": "none",

@@ -24,8 +24,9 @@ from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.data.windows import cut
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import check_new_file, disk_errors, read_json, write_json
+from teal_cli.model.config import load_config
 from teal_cli.model.weights import Checkpoint, config_sha256
-from teal_cli.passes.forward import Sparse, States, forward
+from teal_cli.passes.forward import Sparse, States, check_tokens, forward
 from teal_cli.passes.judge import realised_bytes
 from teal_cli.passes.layers import Layers, choose_layers
 from teal_cli.passes.score import Score, score
@@ -204,8 +205,7 @@ class Evaluate:
         self.start = parse_sparse_from(request.sparse_from)
         self.device = choose_device(request.device)
         self.entry = registry.get(request.model)
-        self._checkpoint = Checkpoint(self.entry.path)
-        self.config = self._checkpoint.config
+        self.config = load_config(self.entry.path)
         self.dtype = request.dtype or self.config.torch_dtype
         self.notes: list[str] = []
         self.calibration: Calibration | None = None
@@ -226,6 +226,7 @@ class Evaluate:
         self.windows = cut(
             source, tokenizer, convention=self.request.convention, count=text.num_sequences, length=text.seq_len
         )
+        check_tokens(self.config, [window.inputs for window in self.windows.windows])
         for name in sorted({level.plan.calibration for level in self.levels if level.plan.calibration}):
             self.notes += _own_text(registry, self.entry, name, source, tokenizer)
         if (found := len(set(self.windows.units))) < text.num_sequences:
@@ -238,7 +239,7 @@ class Evaluate:
             progress: called with (layers loaded, layers) where the whole model is loaded.
         """
         dtype = getattr(torch, self.dtype)
-        return choose_layers(self._checkpoint, dtype, self.device, self.request.layer_by_layer, progress)
+        return choose_layers(Checkpoint(self.entry.path), dtype, self.device, self.request.layer_by_layer, progress)
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Puts a session, a decoder and, for a dump, a store together. Printing is the com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import Any
 
 from teal_cli.data.detokenize import TextStream
 from teal_cli.data.prompts import KnownPrompts, Prompt
-from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
-from teal_cli.runs.dump import open_writer, store_headers
+from teal_cli.files import require_space
+from teal_cli.runs.dump import NO_ROOM, open_writer, row_bytes, store_headers
 from teal_cli.runs.plans import Level
 from teal_cli.runs.session import Session
+from teal_cli.store.placing import check_target
 from teal_kernels.spec import PROJECTIONS
 
 
@@ -115,21 +117,45 @@ class Generation:
         }
 
 
-def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Generation]:
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with the figures of what was decoded until then."""
+
+    def __init__(self, result: Generation) -> None:
+        super().__init__()
+        self.result = result
+
+
+def check_request(session: Session, request: GenerateRequest) -> tuple[Prompt, Level]:
+    """Everything about a request that can be known before weights are read: its prompt, and the level it asks for.
+
+    Raises:
+        UsageError: an empty or too long prompt, or a store that is there already without `force`.
+        NotFoundError: a sparsity above 0 and no calibration.
+        TealError: the disk has no room for the store.
+    """
+    if request.dump is not None:
+        check_target(request.dump, force=request.force)
+    (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
+    prompt = Prompt(request.prompt, tuple(session.encode(request.prompt, chat=request.chat)))
+    check_room(prompt.token_ids, request.max_new_tokens, session.config.context)
+    if request.dump is not None:
+        require_space(request.dump, round((request.max_new_tokens - 1) * row_bytes(session, level.plan)), hint=NO_ROOM)
+    return prompt, level
+
+
+def generate(session: Session, request: GenerateRequest) -> Generator[Piece | Generation, None, None]:
     """Yield a `Piece` for every token as it comes, and last the `Generation`.
 
     A dump never changes a token. Left by an exception, Ctrl-C included, the store holds every step that was complete.
 
     Raises:
-        UsageError: an empty or too long prompt, or a store that is there already without `force`.
-        NotFoundError: a sparsity above 0 and no calibration.
-        TealError: the disk is full.
+        UsageError, NotFoundError: as `check_request`.
+        TealError: the disk is full, or the checkpoint is damaged.
+        Stopped: KeyboardInterrupt came, here or thrown in, once there was a token.
     """
-    prompt = Prompt(request.prompt, tuple(session.encode(request.prompt, chat=request.chat)))
-    (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
+    prompt, level = check_request(session, request)
     plan = level.plan
     decoder = session.decoder(plan, session.cache(len(prompt.token_ids) + request.max_new_tokens))
-    decoder.check(prompt.token_ids, request.max_new_tokens)
     stop = () if request.ignore_eos else session.config.eos_ids
     writer = None
     if request.dump is not None:
@@ -137,23 +163,28 @@ def generate(session: Session, request: GenerateRequest) -> Iterator[Piece | Gen
         header, levels = store_headers(
             session, [prompt], [level], request.max_new_tokens, request.sampling, source=source, stop=stop
         )
-        writer = open_writer(request.dump, header, levels, str(session.model.device), force=request.force)
+        writer = open_writer(request.dump, header, levels, str(session.device), force=request.force)
     token_ids, pieces, text = [], TextStream(session.tokenizer), []
-    with writer or nullcontext():
-        capture = None if writer is None else writer.level(plan.target)
-        for token in decoder.generate(
-            prompt.token_ids,
-            max_new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
-            stop=stop,
-            capture=capture,
-        ):
-            token_ids.append(token)
-            text.append(pieces.push(token))
-            yield Piece(token, text[-1])
-        if writer is not None and capture is not None:
-            capture.finish()
-            writer.complete()
+    try:
+        with writer or nullcontext():
+            capture = None if writer is None else writer.level(plan.target)
+            for token in decoder.generate(
+                prompt.token_ids,
+                max_new_tokens=request.max_new_tokens,
+                sampling=request.sampling,
+                stop=stop,
+                capture=capture,
+            ):
+                token_ids.append(token)
+                text.append(pieces.push(token))
+                yield Piece(token, text[-1])
+            if writer is not None and capture is not None:
+                capture.finish()
+                writer.complete()
+    except KeyboardInterrupt:
+        if not token_ids:
+            raise
+        raise Stopped(_result(session, request, level, decoder, prompt, token_ids, "".join(text))) from None
     yield _result(session, request, level, decoder, prompt, token_ids, "".join(text))
 
 
@@ -179,7 +210,7 @@ def _result(
         realised=decoder.realised_share(),
         per_projection={p: float(share) for p, share in zip(PROJECTIONS, dropped.mean(0), strict=True)},
         backend=decoder.step.backend,
-        device=str(session.model.device),
+        device=str(session.device),
         dtype=session.dtype,
         seed=request.sampling.seed,
         load_s=session.load_s,

@@ -24,10 +24,11 @@ from teal_cli.data.blocks import pack
 from teal_cli.data.sources import open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.errors import UsageError
+from teal_cli.model.config import load_config
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.closed_loop import close_loop
 from teal_cli.passes.fisher import LEVELS, FisherLosses, level_thresholds
-from teal_cli.passes.forward import Advance
+from teal_cli.passes.forward import Advance, check_tokens
 from teal_cli.passes.gradients import gradients
 from teal_cli.passes.greedy import greedy
 from teal_cli.passes.judge import Judged, settle
@@ -134,13 +135,13 @@ class PlanMaker:
             )
         self.request, self._registry = request, registry
         self.entry = registry.get(request.model)
-        self._checkpoint = Checkpoint(self.entry.path)
-        own = self._checkpoint.config.torch_dtype
+        self.config = load_config(self.entry.path)
+        own = self.config.torch_dtype
         wide = request.allocation == "greedy" or own == "float16"
         self.dtype = request.dtype or ("float32" if wide else own)
         self.calibration = Calibration.load(registry.find_calibration(self.entry.name, request.calibration))
         self.notes = remarks(self.entry, request.calibration)
-        self.notes += check_fits(self.calibration, self._checkpoint.config, self.entry.path, self.dtype)
+        self.notes += check_fits(self.calibration, self.config, self.entry.path, self.dtype)
         self.name = request.name or _name(request)
         check_new(self.entry, self.name, force=request.force)
         self.folder = plan_folder(self.entry, self.name)
@@ -167,6 +168,7 @@ class PlanMaker:
         held = max(1, count // _HELD_OUT)
         tokenizer = load_tokenizer(self.entry.path)
         blocks = pack(source, tokenizer, num_sequences=count + held, seq_len=request.seq_len)
+        check_tokens(self.config, blocks.tokens)
         step = (count + held) / held
         chosen = {int(step * (index + 0.5)) for index in range(held)}
         rows = list(enumerate(blocks.tokens))
@@ -194,8 +196,8 @@ class PlanMaker:
         """
         begun, about = time.perf_counter(), dict(self._text)
         if self._needs_text:
-            dtype = getattr(torch, self.dtype)
-            layers = choose_layers(self._checkpoint, dtype, choose_device(self.request.device), None, progress)
+            dtype, checkpoint = getattr(torch, self.dtype), Checkpoint(self.entry.path)
+            layers = choose_layers(checkpoint, dtype, choose_device(self.request.device), None, progress)
             plan = yield from self._make(layers, about)
         else:
             plan = _plan(self, Scoring(), self._magnitudes, self._uniform(self.request.sparsity))
@@ -271,11 +273,11 @@ class PlanMaker:
         return self.calibration.threshold(layer, PROJECTION_SITE[projection], sparsity)
 
     def _counts(self, layer: int, projection: str, sparsity: float) -> float:
-        channels = self._checkpoint.config.channels(PROJECTION_SITE[projection])
+        channels = self.config.channels(PROJECTION_SITE[projection])
         return float(min(channels - 1, math.ceil(sparsity * channels - 1e-9)))
 
     def _uniform(self, target: float) -> NDArray[np.float64]:
-        return np.full((self._checkpoint.config.layers, len(PROJECTIONS)), target)
+        return np.full((self.config.layers, len(PROJECTIONS)), target)
 
     def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold, about: dict[str, Any]) -> Iterator[Any]:
         """The search, which goes on after the last layer that an interrupted one with the same settings had done."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import disk_errors, new_file, require_space, sha256_of, write_json
+from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.model.quantized import SECTION, WIDTHS, Quantization, packed_name
 from teal_cli.model.weights import Checkpoint, config_sha256
@@ -77,7 +78,6 @@ def quantize_model(
         )
     if width not in WIDTHS:
         raise UsageError(f"weights are quantised to {' or '.join(WIDTHS)}, not to {width}")
-    checkpoint = Checkpoint(entry.path)
     quantization = Quantization(VERSION, WIDTHS[width], group, entry.name, entry.revision, config_sha256(entry.path))
     try:
         quantization.rows((1,))
@@ -91,7 +91,8 @@ def quantize_model(
             return
         digest = hashlib.sha256(json.dumps(quantization.to_json(), sort_keys=True).encode()).hexdigest()[:12]
         staging = registry.home / "staging" / f"{name}@quantize-{digest}"
-        require_space(registry.home, _size(checkpoint, quantization, entry))
+        require_space(registry.home, _size(load_config(entry.path), quantization, entry))
+        checkpoint = Checkpoint(entry.path)
         staging.mkdir(parents=True, exist_ok=True)
         yield from _write(checkpoint, quantization, staging)
         yield Made(_register(registry, name, entry, quantization, staging), reused=False)
@@ -107,9 +108,8 @@ def _same(found: ModelEntry, wanted: Quantization) -> ModelEntry:
     return found
 
 
-def _size(checkpoint: Checkpoint, quantization: Quantization, entry: ModelEntry) -> int:
+def _size(config: ModelConfig, quantization: Quantization, entry: ModelEntry) -> int:
     """Bytes of the model to be made, about."""
-    config = checkpoint.config
     rows = sum(config.channels(site) * quantization.rows(config.segments(site)).stride for site in MATRICES.values())
     floats = sum(config.channels(site) * sum(config.segments(site)) for site in MATRICES.values())
     kept = entry.parameters - config.layers * floats

@@ -21,7 +21,7 @@ from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.steps import TRITON_GRAPH, choose_step, open_step
 from teal_cli.errors import HardwareError, TealError, UsageError, counted
 from teal_cli.model.cache import KVCache
-from teal_cli.model.config import ModelConfig
+from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.transformer import Transformer
 from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import ModelEntry, Registry
@@ -43,27 +43,42 @@ class Session:
 
     Attributes:
         entry: the model in the registry.
-        model: its weights on the device.
+        config: what its config.json says.
+        dtype: bfloat16, float16 or float32, to compute in. device: to compute on.
         backend: what runs the sparse products.
         calibration_name: which calibration to take thresholds from; None takes the model's default.
-        load_s: seconds that opening took.
         notes: remarks for the user, e.g. a calibration made in another dtype.
+        load_s: seconds that reading the weights took.
     """
 
     entry: ModelEntry
-    model: Transformer
+    config: ModelConfig
+    dtype: str
+    device: torch.device
     backend: str
     calibration_name: str | None
-    load_s: float
     notes: list[str] = field(default_factory=list)
+    load_s: float = 0.0
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
+    @cached_property
+    def model(self) -> Transformer:
+        """The weights on the device, read on first use; raises as `Transformer.from_checkpoint`."""
+        return self.load()
 
-    @property
-    def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+    def load(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
+        """Read the weights, where that has not been done.
+
+        Args:
+            progress: called with (layers loaded, layers).
+
+        Raises:
+            TealError: the checkpoint is damaged.
+        """
+        if "model" not in self.__dict__:
+            start = time.perf_counter()
+            self.model = Transformer.from_checkpoint(self.entry.path, DTYPES[self.dtype], self.device, progress)
+            self.load_s = time.perf_counter() - start
+        return self.model
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -192,7 +207,7 @@ def open_session(
     device: str | None = None,
     backend: str | None = None,
     calibration: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    load: bool = True,
 ) -> Session:
     """Open a model of the registry.
 
@@ -202,14 +217,14 @@ def open_session(
         device: "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU where there is one.
         backend: as `choose_step` takes it; None or "auto" takes the fastest that works on the device.
         calibration: id or folder; None takes the model's default.
-        progress: called with (layers loaded, layers).
+        load: read the weights now; otherwise `Session.load` or the first use does, so that whatever else may be wrong
+            is told before.
 
     Raises:
         NotFoundError: no such model.
         HardwareError: the device is not there, or the backend cannot run on it.
         TealError: the checkpoint is damaged or of an architecture that teal does not run.
     """
-    start = time.perf_counter()
     _survive_forks()
     entry = Registry().get(model)
     where = choose_device(device)
@@ -224,8 +239,11 @@ def open_session(
             hint=f"--device cpu can (numba, cpu), --backend reference anywhere, and {entry.parent} runs on {chosen}",
         )
     notes = [f"decoding with the {chosen} backend, which is slower: {slower}"] if slower else []
-    weights = Transformer.from_checkpoint(entry.path, DTYPES[dtype] if dtype else None, where, progress)
-    return Session(entry, weights, chosen, calibration, time.perf_counter() - start, notes)
+    config = load_config(entry.path)
+    session = Session(entry, config, dtype or config.torch_dtype, where, chosen, calibration, notes)
+    if load:
+        session.load()
+    return session
 
 
 @cache

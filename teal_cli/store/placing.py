@@ -25,7 +25,14 @@ from teal_cli.store.header import (
     is_level_name,
 )
 from teal_cli.store.levels import ActivationStore
-from teal_cli.store.metadata import VERIFY_HINT, level_state, read_constant, read_state, schema_of
+from teal_cli.store.metadata import (
+    VERIFY_HINT,
+    level_state,
+    read_constant,
+    read_state,
+    require_store,
+    schema_of,
+)
 from teal_cli.store.schema import SCHEMAS, blocks_of, is_part_name
 from teal_cli.store.shards import SiteFiles
 from teal_cli.version import __version__
@@ -156,15 +163,13 @@ def _put(skeleton: Path, path: Path, *, replace: bool) -> None:
         raise UsageError(f"another process made {path} meanwhile", hint="write to another folder") from error
 
 
-def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, sync: bool = False) -> None:
-    """Checks that a store is the one this run would write, and brings it back to its last committed block.
-
-    Args:
-        sync: wait until the disk has what is written.
+def check_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader]) -> None:
+    """Checks that a store is the one this run would write; cheap, so that it can be asked before a model is loaded.
 
     Raises:
-        UsageError: it was made with other settings.
+        NotFoundError: no store there. UsageError: it was made with other settings.
     """
+    require_store(path)
     state = read_state(path)
     differing = differing_fields(header, state)
     if {level.name for level in levels} != set(state.levels):
@@ -180,6 +185,18 @@ def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader
             f"{path} was made with other settings; what differs: {', '.join(differing)}",
             hint="resume with the settings it was made with, or write to another folder",
         )
+
+
+def prepare_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader], *, sync: bool = False) -> None:
+    """Brings a store back to its last committed block.
+
+    Args:
+        sync: wait until the disk has what is written.
+
+    Raises:
+        UsageError: as `check_resume`. TealError: that block is damaged.
+    """
+    check_resume(path, header, levels)
     store = ActivationStore(path)
     for level in levels:
         _check_level(store, level.name)

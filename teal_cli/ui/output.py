@@ -62,7 +62,7 @@ class Output:
     def err(self) -> Console:
         from rich.console import Console
 
-        return Console(file=sys.stderr, highlight=False)
+        return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
 
     def result(self, payload: Mapping[str, Any], render: Callable[[Console], None]) -> None:
         """Show a command's result, once: `payload` as JSON, or what `render` draws on the console."""

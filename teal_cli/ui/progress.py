@@ -4,7 +4,8 @@
         task = bars.task("Calibrating", total=30, unit="layers")
         task.update(done=7)
 
-The work reports numbers; how they look is decided here. Nothing here knows what is being done.
+The work reports numbers, as often as it likes; how they look, with rate and time, is decided here. Nothing here knows
+what is being done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from teal_cli.files import readable_size
@@ -24,45 +26,47 @@ if TYPE_CHECKING:
     from teal_cli.ui.output import Output
 
 LINE_EVERY_S = 10.0
+_DRAW_EVERY_S = 0.1
+_RATE_AFTER_S = 1.0
+"""A rate is shown once it has been measured for so long."""
 
 
 class Task(Protocol):
     """One piece of work under way."""
 
-    def update(
-        self,
-        *,
-        done: float | None = None,
-        advance: float | None = None,
-        total: float | None = None,
-        text: str | None = None,
-    ) -> None:
-        """Set what is known now: amount done (or by how much it grew), total, a new description."""
+    def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        """Set what is known now: amount done, total, a new description."""
 
 
 class Bars(Protocol):
     """What `progress` yields; tasks may be added at any time."""
 
-    def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
-        """Add a task; `unit="B"` shows bytes and a rate, any other unit counts. Without a total only the
-        count shows."""
+    def task(self, text: str, *, total: float | None = None, unit: str = "", done: float = 0) -> Task:
+        """Add a task.
+
+        Args:
+            unit: "B" shows bytes; any other unit counts.
+            total: without one, only what is done shows.
+            done: what was done before, and does not count for the rate.
+        """
 
 
 @contextmanager
 def progress(out: Output) -> Iterator[Bars]:
-    """Show progress for as long as the block runs; a bar that was cut off by an exception stays where it was."""
+    """Show progress for as long as the block runs; a bar that was cut off by an exception stays where it
+    was."""
     if out.quiet or out.json:
         yield _Silent()
     elif sys.stderr.isatty():
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[amount]}", markup=False),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=out.err,
-        )
+        def column(name: str) -> TextColumn:
+            return TextColumn(name, markup=False, table_column=Column(no_wrap=True))
+
+        width = min(30, out.err.width - 68)
+        bar = [BarColumn(bar_width=width)] if width > 4 else []  # figures tell more where there is no room for both
+        bars = Progress(column("{task.description}"), *bar, column("{task.fields[state]}"), console=out.err)
         with bars:
             yield _Drawn(bars)
     else:
@@ -70,25 +74,60 @@ def progress(out: Output) -> Iterator[Bars]:
 
 
 def amount(done: float, total: float | None, unit: str) -> str:
-    """`7/30 layers`, `12.5/92.1 MB`, `7 rows`."""
+    """`7/30 layers`, `12.5 MB / 92.1 MB`, `7 rows`."""
     if unit == "B":
         return readable_size(done) if total is None else f"{readable_size(done)} / {readable_size(total)}"
-    count = f"{done:,.0f}" if total is None else f"{done:,.0f}/{total:,.0f}"
+    count = f"{int(done):,}" if total is None else f"{int(done):,}/{int(total):,}"
     return f"{count} {unit}".rstrip()
 
 
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `2:03:10`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+@dataclass
+class _State:
+    """What is known of a task."""
+
+    text: str
+    total: float | None
+    unit: str
+    done: float
+    begun: float = field(default_factory=lambda: time.monotonic())
+
+    def __post_init__(self) -> None:
+        self._before = self.done
+
+    def take(self, done: float | None, total: float | None, text: str | None) -> None:
+        self.done = self.done if done is None else done
+        self.total = self.total if total is None else total
+        self.text = text or self.text
+
+    @property
+    def finished(self) -> bool:
+        return self.total is not None and self.done >= self.total
+
+    def __str__(self) -> str:
+        """Amount, and once it is known rate, elapsed and what is left: `7/30 layers, 0.5/s, 0:14, 0:46 left`."""
+        parts = [amount(self.done, self.total, self.unit)]
+        seconds = time.monotonic() - self.begun
+        if seconds >= _RATE_AFTER_S:
+            rate = (self.done - self._before) / seconds
+            parts += [f"{readable_size(rate)}/s" if self.unit == "B" else f"{rate:,.1f}/s"] if rate else []
+            parts.append(clock(seconds))
+            if self.total is not None and rate and not self.finished:
+                parts.append(f"{clock((self.total - self.done) / rate)} left")
+        return ", ".join(parts)
+
+
 class _Silent:
-    def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
+    def task(self, text: str, *, total: float | None = None, unit: str = "", done: float = 0) -> Task:
         return self
 
-    def update(
-        self,
-        *,
-        done: float | None = None,
-        advance: float | None = None,
-        total: float | None = None,
-        text: str | None = None,
-    ) -> None:
+    def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
         pass
 
 
@@ -96,56 +135,48 @@ class _Drawn:
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
 
-    def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
-        return _DrawnTask(self._bars, self._bars.add_task(text, total=total, amount=amount(0, total, unit)), unit)
+    def task(self, text: str, *, total: float | None = None, unit: str = "", done: float = 0) -> Task:
+        state = _State(text, total, unit, done)
+        return _DrawnTask(
+            self._bars, self._bars.add_task(text, total=total, completed=int(done), state=str(state)), state
+        )
 
 
 class _DrawnTask:
-    def __init__(self, bars: RichProgress, task: TaskID, unit: str) -> None:
-        self._bars, self._task, self._unit = bars, task, unit
+    def __init__(self, bars: RichProgress, task: TaskID, state: _State) -> None:
+        self._bars, self._task, self._state = bars, task, state
+        self._drawn_at = 0.0
 
-    def update(
-        self,
-        *,
-        done: float | None = None,
-        advance: float | None = None,
-        total: float | None = None,
-        text: str | None = None,
-    ) -> None:
-        self._bars.update(self._task, completed=done, advance=advance, total=total, description=text)
-        state = self._bars.tasks[self._bars.task_ids.index(self._task)]
-        self._bars.update(self._task, amount=amount(state.completed, state.total, self._unit))
+    def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        self._state.take(done, total, text)
+        now = time.monotonic()
+        if now - self._drawn_at >= _DRAW_EVERY_S or self._state.finished:
+            self._drawn_at = now
+            state = self._state
+            self._bars.update(
+                self._task, completed=state.done, total=state.total, description=state.text, state=str(state)
+            )
 
 
 class _Lines:
-    def task(self, text: str, *, total: float | None = None, unit: str = "") -> Task:
-        return _LineTask(text, total, unit)
+    def task(self, text: str, *, total: float | None = None, unit: str = "", done: float = 0) -> Task:
+        return _LineTask(_State(text, total, unit, done))
 
 
 class _LineTask:
     """A log gets the first line, one every ten seconds, and the last."""
 
-    def __init__(self, text: str, total: float | None, unit: str) -> None:
-        self._text, self._total, self._unit = text, total, unit
-        self._done = 0.0
+    def __init__(self, state: _State) -> None:
+        self._state = state
         self._finished = False
         self._printed_at = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
+        print(state.text, file=sys.stderr, flush=True)
 
-    def update(
-        self,
-        *,
-        done: float | None = None,
-        advance: float | None = None,
-        total: float | None = None,
-        text: str | None = None,
-    ) -> None:
-        self._done = done if done is not None else self._done + (advance or 0.0)
-        self._total = total if total is not None else self._total
-        self._text = text or self._text
-        finished = self._total is not None and self._done >= self._total
+    def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        self._state.take(done, total, text)
+        finished = self._state.finished
         due = time.monotonic() - self._printed_at >= LINE_EVERY_S
         if due or (finished and not self._finished):
             self._printed_at = time.monotonic()
-            print(f"{self._text}: {amount(self._done, self._total, self._unit)}", file=sys.stderr, flush=True)
+            print(f"{self._state.text}: {self._state}", file=sys.stderr, flush=True)
         self._finished = finished

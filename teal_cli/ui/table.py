@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _GAP: Final = "  "
+TIED: Final = "\u00a0"
+"""A space at which no line is broken: between a name and its number."""
 _LEAST: Final = 8
 """Characters that a column keeps beside wide keys, however narrow the terminal."""
-
-Cells = list[list[str]]
 
 
 def show_table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[object]], *, keys: int = 1) -> None:
@@ -48,6 +48,12 @@ def show_fields(console: Console, fields: Mapping[str, object]) -> None:
         lines = _folded(str(value), max(_LEAST, _width(console) - indent), shorten=False)
         for number, line in enumerate(lines):
             console.print(f"{'' if number else name:<{indent}}{line}".rstrip(), markup=False, soft_wrap=True)
+
+
+def show_text(console: Console, text: str) -> None:
+    """Print a sentence, on a terminal in lines cut between words."""
+    for line in _folded(text, _width(console), shorten=False):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def percent(target: float) -> str:
@@ -92,9 +98,10 @@ def _lines(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -
 def _folded(text: str, width: int, *, shorten: bool) -> list[str]:
     """Text in lines of at most `width`, cut between words; a word that is longer loses its middle, or stands out."""
     if len(text) <= width:
-        return [text]
+        return [text.replace(TIED, " ")]
     words = text.split(" ")
     if shorten:
         half = (width - 1) // 2
         words = [word if len(word) <= width else f"{word[: width - 1 - half]}…{word[-half:]}" for word in words]
-    return textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False) or [text]
+    lines = textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False) or [text]
+    return [line.replace(TIED, " ") for line in lines]

@@ -16,7 +16,8 @@ from fixtures_cli import Teal
 from fixtures_tiny import make_tiny
 from reference_teal import expected, write_layer
 
-from teal_cli.passes.observe import LayerDone, observe
+from teal_cli.passes.forward import Advance
+from teal_cli.passes.observe import observe
 from teal_cli.registry.registry import Registry
 from teal_cli.runs import calibrate as library
 from teal_cli.sparsity.calibration import Calibration
@@ -297,9 +298,9 @@ def test_a_calibration_of_another_model(teal: Teal, teal_home: Path, model: str,
 def test_an_interruption_leaves_nothing_behind(
     teal: Teal, teal_home: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any) -> Iterator[LayerDone]:
+    def interrupted(*args: Any) -> Iterator[Advance]:
         for event in observe(*args):
-            assert isinstance(event, LayerDone)
+            assert isinstance(event, Advance)
             yield event
             raise KeyboardInterrupt
 

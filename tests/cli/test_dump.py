@@ -73,13 +73,21 @@ def test_the_rows_are_those_of_generate(teal: Teal, prompts: Path, tmp_path: Pat
         np.testing.assert_array_equal(many.site(layer, "mlp_mid")[:19], one.site(layer, "mlp_mid")[:])
 
 
-def test_dry_run_writes_nothing_and_is_near_the_truth(teal: Teal, prompts: Path, tmp_path: Path) -> None:
-    store = tmp_path / "out.zarr"
-    estimate = teal(*small(prompts, store), "--dry-run", "--json").json
+@pytest.mark.parametrize("follow", ["free", "dense", "text"])
+def test_dry_run_writes_nothing_and_is_near_the_truth(teal: Teal, prompts: Path, tmp_path: Path, follow: str) -> None:
+    store, source = tmp_path / "out.zarr", ("--prompts", prompts)
+    if follow == "text":
+        source = ("-d", "python-docs", "-n", "3", "--prompt-tokens", "8")
+    arguments = ("dump", "-s", "0,0.5,0.9", *source, "--max-new-tokens", 70, "--ignore-eos", "-o", store)
+    estimate = teal(*arguments, "--follow", follow, "--dry-run", "--json").json
     assert not store.exists()
-    assert estimate["rows"] == 3 * 3 * 19
-    assert estimate["seconds"] > 0
+    assert estimate["rows"] == 3 * 3 * 69
+    assert estimate["sampled_rows"] == 3 * 32
+    assert 0 < estimate["seconds_low"] <= estimate["seconds"] <= estimate["seconds_high"]
     assert set(estimate) >= {"store_bytes", "free_bytes", "levels", "prompts"}
+    assert teal(*arguments, "--follow", follow).code == 0
+    written = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    assert estimate["store_bytes"] == pytest.approx(written, rel=0.3)
 
 
 def test_resuming_what_is_complete_changes_nothing(teal: Teal, prompts: Path, tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +190,70 @@ def test_interrupted_it_leaves_a_store_that_reads(ready: Path, tmp_path: Path) -
     assert not opened.complete
     level = opened.level(0.5)
     assert np.asarray(level.site(0, "mlp_in")[:]).shape == (len(level), 72)
+
+
+SLOWLY = """
+import itertools, sys, time
+from teal_cli.app import main
+from teal_cli.decoding.decoder import Decoder
+step, count = Decoder._next, itertools.count()
+def slow(*given):
+    if next(count) == 5:
+        print("READY", file=sys.stderr, flush=True)
+    time.sleep(0.02)
+    return step(*given)
+Decoder._next = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def on_a_terminal() -> None:
+    """Make the pseudo-terminal on standard input the one that Ctrl-C is typed at."""
+    interruptible()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def stopped_by_ctrl_c(*options: str, stdout: int | None = None) -> tuple[subprocess.Popen[str], str]:
+    """Run `generate` on a pseudo-terminal and type Ctrl-C once it decodes; the process, and what the terminal shows."""
+    keyboard, terminal = pty.openpty()
+    command = [sys.executable, "-c", SLOWLY, "generate", "-p", "The quick", "--ignore-eos", "--max-new-tokens", "240"]
+    process = subprocess.Popen(
+        [*command, *options], stdin=terminal, stdout=terminal if stdout is None else stdout, stderr=terminal,
+        text=True, start_new_session=True, preexec_fn=on_a_terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    shown, typed = "", False
+    with suppress(OSError):  # what Linux says where all users of a terminal have gone
+        while chunk := os.read(keyboard, 4096):
+            shown += chunk.decode(errors="replace")
+            if "READY" in shown and not typed:
+                os.write(keyboard, b"\x03")
+                typed = True
+    os.close(keyboard)
+    return process, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+def test_ctrl_c_on_a_terminal_ends_the_line_and_tells_the_figures(ready: Path) -> None:
+    process, shown = stopped_by_ctrl_c()
+    assert process.wait(timeout=60) == 130, shown
+    lines = shown.splitlines()
+    figures = re.match(r"([\d.]+) tok/s over (\d+) steps, ", next(line for line in lines if "tok/s" in line))
+    assert figures, shown
+    assert float(figures[1]) > 0
+    assert 5 <= int(figures[2]) < 239
+    realised = re.search(r"50% wanted, ([\d.]+)% realised", " ".join(shown.split()))
+    assert realised, shown
+    assert 30 < float(realised[1]) < 70
+    assert lines[-1] == "error: interrupted"
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_keeps_json_whole(ready: Path) -> None:
+    process, shown = stopped_by_ctrl_c("--json", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as printed:
+        result = json.loads(printed.read())
+    assert process.wait(timeout=60) == 130, shown
+    assert 6 <= len(result["token_ids"]) < 240
+    last = shown.splitlines()[-1].removeprefix("^C")  # as the terminal echoes it
+    assert json.loads(last)["error"]["message"] == "interrupted"

@@ -16,7 +16,8 @@ from teal_cli.errors import TealError, UsageError
 from teal_cli.model.config import load_config
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint
-from teal_cli.passes.observe import LayerDone, Observed, expected_peak, observe
+from teal_cli.passes.forward import Advance
+from teal_cli.passes.observe import Observed, expected_peak, observe
 from teal_cli.sparsity.histogram import MagnitudeHistogram
 from teal_kernels.matrix import Matrix
 from teal_kernels.spec import SITES
@@ -28,7 +29,7 @@ def tokens(sequences: int = 3, seq_len: int = 20) -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (sequences, seq_len))
 
 
-def run(path: Path, blocks: np.ndarray, dtype: torch.dtype = torch.float32) -> tuple[list[LayerDone], Observed]:
+def run(path: Path, blocks: np.ndarray, dtype: torch.dtype = torch.float32) -> tuple[list[Advance], Observed]:
     *layers, end = observe(Checkpoint(path), blocks, dtype, CPU)
     assert isinstance(end, Observed)
     return layers, end  # type: ignore[return-value]
@@ -69,7 +70,7 @@ def test_16_bit_activations_are_counted_as_they_are(tiny: Callable[[str], Path],
 def test_events_and_figures(tiny: Callable[[str], Path]) -> None:
     config = load_config(tiny("llama3"))
     layers, end = run(tiny("llama3"), tokens(2, 15))
-    assert [(event.done, event.layers) for event in layers] == [(1, 3), (2, 3), (3, 3)]
+    assert [(event.done, event.total, event.layers) for event in layers] == [(step, 6, 3) for step in range(1, 7)]
     assert 0 < layers[0].seconds < end.seconds
     assert end.peak_memory_bytes is not None
     assert end.peak_memory_bytes > 50e6, "the interpreter and PyTorch alone take more"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-@hypothesis_settings(max_examples=40)
+@hypothesis_settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_json_is_strict_and_keeps_finite_values(value: Any) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(name)
@@ -85,7 +87,7 @@ def run(out: Output) -> None:
     with progress(out) as bars:
         task = bars.task("Calibrating", total=30, unit="layers")
         task.update(done=7)
-        task.update(advance=1)
+        task.update(done=8)
         task.update(done=30)
         task.update(done=30)
 
@@ -115,3 +117,41 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     drawn = capsys.readouterr()
     assert drawn.out == ""
     assert "30/30 layers" in drawn.err
+
+
+def test_a_task_tells_rate_and_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress(Output(json=False, quiet=False)) as bars:
+        rows = bars.task("Decoding", total=500, unit="rows", done=100)
+        loaded = bars.task("Loading", total=90e6, unit="B")
+        now[0] += 12.5
+        rows.update(done=125)
+        loaded.update(done=30e6)
+        now[0] += 3700
+        rows.update(done=500)
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        "Decoding: 125/500 rows, 2.0/s, 0:12, 3:07 left",
+        "Loading: 30.0 MB / 90.0 MB, 2.4 MB/s, 0:12, 0:25 left",
+        "Decoding: 500/500 rows, 0.1/s, 1:01:52",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_bar_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    now = [100.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress(Output(json=False, quiet=False)) as bars:
+        task = bars.task("Decoding s0.50", total=5000, unit="rows")
+        now[0] += 100
+        task.update(done=1240)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = [line for line in re.split(r"[\r\n]+", drawn) if line.strip()][-1]
+    assert last.rstrip().endswith("1,240/5,000 rows, 12.4/s, 1:40, 5:03 left")
+    assert len(last) <= width
+    assert ("\u2501" in last) == (width > 72)
