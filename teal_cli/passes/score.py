@@ -64,7 +64,7 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
         dense = head(states.dense[begin:stop]).log_softmax(-1)
         dense_nll = -dense.gather(1, wanted[:, None])[:, 0].double()
         sums[0] += (float(dense_nll.sum()), 0.0, stop - begin)
-        best = dense.argmax(-1)
+        best, shares = dense.argmax(-1), dense.exp() if starts else dense
         for number, start in enumerate(starts, 1):
             cut = min(max(start, begin), stop) - begin
             sums[number] += (float(dense_nll[:cut].sum()), 0.0, cut)
@@ -73,7 +73,7 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
             sparse = head(states.sparse[number - 1][begin + cut - start : stop - start]).log_softmax(-1)
             nll = -sparse.gather(1, wanted[cut:, None]).double().sum()
             same = (sparse.argmax(-1) == best[cut:]).sum()
-            sums[number] += (float(nll), float(divergence(dense[cut:], sparse).sum()), int(same))
+            sums[number] += (float(nll), float(divergence(dense[cut:], sparse, shares[cut:]).sum()), int(same))
     if not np.isfinite(sums).all():
         raise _not_finite()
     return [Score(len(targets), nll, max(0.0, kl), int(top1)) for nll, kl, top1 in sums]
@@ -127,9 +127,9 @@ def differences(head: Head, vocab: int, dense: Tensor, sparse: Tensor) -> tuple[
     return kl, same
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities [S, vocab], in nats: float64 [S]."""
-    return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+def divergence(p: Tensor, q: Tensor, shares: Tensor | None = None) -> Tensor:
+    """KL(p || q) of log-probabilities [S, vocab], in nats: float64 [S]. `shares` is p.exp(), where that is known."""
+    return torch.linalg.vecdot(p.exp() if shares is None else shares, p - q).double()
 
 
 def _not_finite() -> TealError:
