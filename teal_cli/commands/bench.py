@@ -31,14 +31,30 @@ QUICK_LEVELS = "0.5,0.9"
 
 LevelsOption = Annotated[
     str | None,
-    typer.Option("--sparsity", "-s", metavar="LEVELS", help="One level, a list 0.5,0.9, or a range 0.4:0.9:0.1."),
+    typer.Option(
+        "--sparsity",
+        "-s",
+        metavar="LEVELS",
+        help="One level, a list 0.5,0.9, or a range 0.4:0.9:0.1.",
+        show_default=LEVELS,
+    ),
 ]
 RoundsOption = Annotated[
-    int | None, typer.Option("--rounds", min=2, metavar="N", help="How often each contender is measured.")
+    int | None,
+    typer.Option(
+        "--rounds",
+        min=2,
+        metavar="N",
+        help="How often each contender is measured.",
+        show_default="15 to 25, or 5 to 7 with --quick",
+    ),
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer rounds and combinations: a few minutes.")]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rows as JSON, for `teal plot bench`.")
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Write the rows as JSON, for `teal plot bench`.", show_default="no file"
+    ),
 ]
 
 
@@ -56,19 +72,29 @@ def kernels(
             "--shapes",
             metavar="LIST",
             help="llama-2-7b, llama-3-8b, mistral-7b, qwen3-8b, smollm2-135m, all, "
-            "or inputs x outputs such as 4096x11008; with commas. All if not given.",
+            "or inputs x outputs such as 4096x11008; with commas.",
+            show_default="all",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL", help="The matrices of a downloaded model.")
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="The matrices of a downloaded model.", show_default="none"),
     ] = None,
     dtypes: Annotated[
-        str | None, typer.Option("--dtype", metavar="LIST", help="bfloat16, float16, float32; with commas.")
+        str | None,
+        typer.Option(
+            "--dtype", metavar="LIST", help="bfloat16, float16, float32; with commas.", show_default="bfloat16,float16"
+        ),
     ] = None,
     sparsity: LevelsOption = None,
     replay: Annotated[
         Path | None,
-        typer.Option("--replay", metavar="STORE", help="Vectors from a store, at its levels, in place of random ones."),
+        typer.Option(
+            "--replay",
+            metavar="STORE",
+            help="Vectors from a store, at its levels, in place of random ones.",
+            show_default="random",
+        ),
     ] = None,
     rounds: RoundsOption = None,
     tune: Annotated[
@@ -87,6 +113,10 @@ def kernels(
 
     Every matrix, dtype and sparsity is multiplied in all ways that this device has, in the same rounds. The floor is
     the time that reading the kept rows takes at the bandwidth measured in those rounds. A wrong product has no time.
+
+    Examples:
+        teal bench kernels --shapes 128x64 --quick -o kernels.json
+        teal bench kernels --shapes 128x64 --dtype bfloat16 -s 0.5
     """
     from teal_cli.bench.inputs import Replay
     from teal_cli.bench.kernels import KernelRequest, bench_kernels
@@ -121,6 +151,7 @@ def decode(
             "--stack",
             metavar="SHAPE:LAYERS",
             help="Random layers of a real shape, such as llama-2-7b:4, which need no checkpoint; may be repeated.",
+            show_default="the model",
         ),
     ] = None,
     sparsity: LevelsOption = None,
@@ -130,9 +161,17 @@ def decode(
     ] = True,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option("--gguf", metavar="FILE", help="A GGUF of the same model to run with llama.cpp; may be repeated."),
+        typer.Option(
+            "--gguf",
+            metavar="FILE",
+            help="A GGUF of the same model to run with llama.cpp; may be repeated.",
+            show_default="none",
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=3, metavar="N", help="New tokens per run.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=3, metavar="N", help="New tokens per run.", show_default="64, or 32 with --quick"),
+    ] = None,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of the prompt.")
     ] = 32,
@@ -152,6 +191,10 @@ def decode(
 
     All continue the same prompt greedily, in turn, round after round; prefill is not counted. The floor is the speed at
     which what a step has to read (kept weights, output head, key-value cache) could be read.
+
+    Examples:
+        teal bench decode --quick -o decode.json
+        teal bench decode --quick --no-transformers --no-dump -s 0.5
     """
     from teal_cli.bench.decode import DecodeRequest, bench_decode
     from teal_cli.bench.engines import check_gguf

@@ -30,7 +30,12 @@ def calibrate(
     split: options.SplitOption = None,
     text_column: Annotated[
         str | None,
-        typer.Option("--text-column", metavar="NAME", help="Column of the dataset that holds the text."),
+        typer.Option(
+            "--text-column",
+            metavar="NAME",
+            help="Column of the dataset that holds the text.",
+            show_default="text, or Alpaca's columns",
+        ),
     ] = None,
     num_sequences: Annotated[int, options.num_sequences("calibrate.num_sequences")],
     seq_len: options.SeqLenOption,
@@ -38,7 +43,7 @@ def calibrate(
     device: options.DeviceOption,
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="ID", help="Name of the calibration; made of the text if not given."),
+        typer.Option("--name", metavar="ID", help="Name of the calibration.", show_default="made of the text"),
     ] = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -52,6 +57,10 @@ def calibrate(
 
     `teal calibrations import` reads TEAL's histograms, and `teal calibrations check` shows what the thresholds drop of
     other text. The first calibration of a model becomes its default; `teal calibrations default` changes it.
+
+    Examples:
+        teal calibrate -d python-docs
+        teal calibrate -d notes.txt -n 2 --seq-len 512 --name notes
     """
     from teal_cli.registry.calibrations import remarks
     from teal_cli.registry.registry import Registry

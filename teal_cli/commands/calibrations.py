@@ -43,7 +43,12 @@ def calibrations() -> None:
 def list_calibrations(
     model: options.ModelOption = None, json: options.JsonOption = False, quiet: options.QuietOption = False
 ) -> None:
-    """The calibrations of a model, and which of them is the default."""
+    """The calibrations of a model, and which of them is the default.
+
+    Examples:
+        teal calibrations ls
+        teal calibrations ls -m smollm2-135m --json
+    """
     from teal_cli.registry.calibrations import default as default_of
     from teal_cli.registry.calibrations import place
     from teal_cli.registry.registry import Registry
@@ -86,7 +91,12 @@ def info(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Where a calibration comes from, and its thresholds."""
+    """Where a calibration comes from, and its thresholds.
+
+    Examples:
+        teal calibrations info
+        teal calibrations info notes
+    """
     from teal_cli.registry.calibrations import default as default_of
     from teal_cli.registry.calibrations import place, remarks
     from teal_cli.registry.registry import Registry
@@ -126,7 +136,11 @@ def compare(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """How far the thresholds of two calibrations are apart, site by site."""
+    """How far the thresholds of two calibrations are apart, site by site.
+
+    Examples:
+        teal calibrations compare notes python
+    """
     from teal_cli.registry.calibrations import remarks
     from teal_cli.registry.registry import Registry
     from teal_cli.sparsity.calibration import Calibration
@@ -150,7 +164,11 @@ def remove(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Remove a calibration of a model."""
+    """Remove a calibration of a model.
+
+    Examples:
+        teal calibrations rm notes
+    """
     from teal_cli.registry.calibrations import default as default_of
     from teal_cli.registry.registry import Registry
 
@@ -173,7 +191,12 @@ def default(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Show which calibration is used where none is named, or choose it."""
+    """Show which calibration is used where none is named, or choose it.
+
+    Examples:
+        teal calibrations default
+        teal calibrations default notes
+    """
     from teal_cli.registry.registry import Registry
 
     out, registry = output(json, quiet), Registry()
@@ -200,7 +223,12 @@ def import_teal(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Make a calibration of the histograms that TEAL's own code wrote."""
+    """Make a calibration of the histograms that TEAL's own code wrote.
+
+    Examples:
+        teal calibrations import TEAL/histograms
+        teal calibrations import TEAL/histograms --rule abs --name teal-abs
+    """
     from teal_cli.registry.calibrations import remarks
     from teal_cli.registry.registry import Registry
     from teal_cli.runs import calibrate as library
@@ -225,7 +253,13 @@ def check(
         typer.Option("--split", metavar="SPLIT", help="Split of the dataset.", show_default="the held-out one"),
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option("--text-column", metavar="NAME", help="Column of the dataset that holds the text.")
+        str | None,
+        typer.Option(
+            "--text-column",
+            metavar="NAME",
+            help="Column of the dataset that holds the text.",
+            show_default="text, or Alpaca's columns",
+        ),
     ] = None,
     num_sequences: Annotated[int, options.num_sequences("calibrate.num_sequences")],
     seq_len: options.SeqLenOption,
@@ -233,7 +267,12 @@ def check(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """What the thresholds of a calibration really drop of a text that it was not made from."""
+    """What the thresholds of a calibration really drop of a text that it was not made from.
+
+    Examples:
+        teal calibrations check python-docs -n 4
+        teal calibrations check notes.txt -n 2 --seq-len 512
+    """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs import calibrate as library
     from teal_cli.runs.session import choose_device

@@ -62,6 +62,10 @@ def chat(
 
     Answers go to stdout, all else to stderr. From a pipe every line is a message or a command, and the first mistake
     ends it. With --json the whole conversation is one object at the end.
+
+    Examples:
+        teal chat
+        teal chat -s 0.4 --seed 0
     """
     out = output(json, quiet)
     options.check_plan(context, plan, "sparsity")

@@ -42,15 +42,28 @@ def compare(
             "--plan",
             metavar="NAME",
             help="A plan of the model, in place of --sparsity; may be given several times.",
+            show_default="uniform",
             autocompletion=completion.plans,
         ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="A prompt; may be given several times.",
+            show_default="those of the dataset",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or JSON lines with `prompt`."),
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Prompts from a file: one a line, or JSON lines with `prompt`.",
+            show_default="none",
+        ),
     ] = None,
     dataset: Annotated[str, options.dataset("dump.dataset")],
     split: options.SplitOption = None,
@@ -78,7 +91,9 @@ def compare(
     backend: options.BackendOption,
     page: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write one self-contained HTML page as well."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write one self-contained HTML page as well.", show_default="none"
+        ),
     ] = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -88,6 +103,10 @@ def compare(
 
     Each level goes on with its own tokens: where it parts from the dense model is shown, and what differs is marked.
     KL and top-1 stand for every step beside the dense one, fed the tokens of the dense model.
+
+    Examples:
+        teal compare -p "The capital of France is" -s 0.5
+        teal compare --prompts prompts.txt -s 0.4,0.65 -o side-by-side.html
     """
     out = output(json, quiet)
     options.check_plan(context, plan, "levels")

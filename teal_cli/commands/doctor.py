@@ -22,6 +22,10 @@ def doctor(*, offline: OfflineOption, json: JsonOption = False, quiet: QuietOpti
 
     Looks at versions, settings, storage, devices, kernels (each is run against exact arithmetic), models and
     the network. Exits 0 if everything essential works, 5 if a device or a kernel does not, 1 otherwise.
+
+    Examples:
+        teal doctor
+        teal doctor --offline --json
     """
     from teal_cli.commands.health import examine, summary
 

@@ -39,12 +39,18 @@ def download(
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of the hub.")
+        str | None,
+        typer.Option("--revision", metavar="REV", help="Branch, tag or commit of the hub.", show_default="main"),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call the model here.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="What to call the model here.", show_default="made of what it is"),
+    ] = None,
     token: Annotated[
         str | None,
-        typer.Option("--token", metavar="TOKEN", help="Hub token; else that of `hf auth login` or HF_TOKEN."),
+        typer.Option(
+            "--token", metavar="TOKEN", help="Hub token.", show_default="HF_TOKEN, or that of `hf auth login`"
+        ),
     ] = None,
     offline: options.OfflineOption,
     dry_run: options.DryRunOption = False,
@@ -56,6 +62,11 @@ def download(
 
     Hub weights stay in the Hugging Face cache, a folder stays where it is, a GGUF is converted once.
     Interrupted, the same command goes on where it stopped.
+
+    Examples:
+        teal download
+        teal download smollm2-135m --dry-run
+        teal download ./checkpoint --name mine
     """
     from teal_cli.registry import download as library
     from teal_cli.registry.resolve import Options

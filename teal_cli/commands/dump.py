@@ -16,7 +16,7 @@ from teal_cli.runs.recipe import load_recipe, shipped_recipes
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import Task, clock, progress
-from teal_cli.ui.table import percent, show_fields
+from teal_cli.ui.table import percent, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,11 @@ _CHECKED: Final = ("seed", "dtype", "max_new_tokens", "temperature", "top_k", "t
 
 
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
-    """Put what a recipe says before the settings, in the parser's default map."""
+    """Put what a recipe says before the settings, in the parser's default map; `list` shows what there is."""
+    if name == "list" and not context.resilient_parsing:
+        rows = [(recipe, load_recipe(recipe)["about"]) for recipe in shipped_recipes()]
+        output().result({"recipes": dict(rows)}, lambda console: show_table(console, ("recipe", "about"), rows))
+        raise typer.Exit
     if name is not None and not context.resilient_parsing:
         said = {key: value for key, value in load_recipe(name).items() if key != "about"}
         context.default_map = {**(context.default_map or {}), **said}
@@ -73,7 +77,10 @@ def dump(
             "--recipe",
             "-r",
             metavar="NAME|FILE",
-            help="Take what is not given here from a recipe: " + ", ".join(shipped_recipes()) + ", or a .toml file.",
+            help="Take what is not given here from a recipe: "
+            + ", ".join(shipped_recipes())
+            + ", or a .toml file; `list` lists them.",
+            show_default="none",
             callback=_take_recipe,
             is_eager=True,
             autocompletion=completion.recipes,
@@ -83,7 +90,12 @@ def dump(
     split: options.SplitOption = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or JSON lines with `prompt`."),
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Prompts from a file: one a line, or JSON lines with `prompt`.",
+            show_default="those of the dataset",
+        ),
     ] = None,
     num_sequences: Annotated[int, options.num_sequences("dump.num_sequences")],
     prompt_tokens: Annotated[
@@ -114,7 +126,12 @@ def dump(
     out_path: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="STORE", help="The store to write.", callback=_take_store, is_eager=True
+            "--output",
+            "-o",
+            metavar="STORE",
+            help="The store to write.  [required]",
+            callback=_take_store,
+            is_eager=True,
         ),
     ] = None,
     like: Annotated[
@@ -123,6 +140,7 @@ def dump(
             "--like",
             metavar="STORE",
             help="Repeat the run that wrote this store; options given here win.",
+            show_default="none",
             callback=_take_store,
             is_eager=True,
         ),
@@ -166,6 +184,11 @@ def dump(
     For every level and prompt, tokens are decoded sparsely and what flowed into each projection of each layer is
     stored, token by token. Stop it whenever you like: what is committed stays, and `teal dump --resume -o STORE`
     goes on.
+
+    Examples:
+        teal dump -d python-docs -s 0.5,0.9 -o activations.zarr
+        teal dump --prompts prompts.txt --follow dense -o fed.zarr --dry-run
+        teal dump --resume -o activations.zarr
     """
     from teal_cli.runs.board import open_board, rank_of_job
 

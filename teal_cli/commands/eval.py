@@ -30,7 +30,11 @@ def evaluate(
     sparsity: Annotated[
         str | None,
         typer.Option(
-            "--sparsity", "-s", metavar="LEVELS", help="One level, a list 0,0.5, or a range 0:0.75:0.25; 0 is dense."
+            "--sparsity",
+            "-s",
+            metavar="LEVELS",
+            help="One level, a list 0,0.5, or a range 0:0.75:0.25; 0 is dense.",
+            show_default=_LEVELS,
         ),
     ] = None,
     plan: Annotated[
@@ -39,6 +43,7 @@ def evaluate(
             "--plan",
             metavar="NAME",
             help="A plan of the model, in place of --sparsity; may be given several times.",
+            show_default="uniform",
             autocompletion=completion.plans,
         ),
     ] = None,
@@ -46,7 +51,12 @@ def evaluate(
     split: options.SplitOption = None,
     text_column: Annotated[
         str | None,
-        typer.Option("--text-column", metavar="NAME", help="Column of the dataset that holds the text."),
+        typer.Option(
+            "--text-column",
+            metavar="NAME",
+            help="Column of the dataset that holds the text.",
+            show_default="text, or Alpaca's columns",
+        ),
     ] = None,
     convention: Annotated[
         Literal["window", "document"],
@@ -70,7 +80,8 @@ def evaluate(
         bool | None,
         typer.Option(
             "--layer-by-layer/--resident",
-            help="Hold one layer in memory at a time, or the whole model; chosen by the memory there is if not given.",
+            help="Hold one layer in memory at a time, or the whole model.",
+            show_default="as the memory there is has room",
         ),
     ] = None,
     calibration: options.CalibrationOption = None,
@@ -78,7 +89,13 @@ def evaluate(
     device: options.DeviceOption,
     result: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Keep the result, window by window, in this JSON file."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Keep the result, window by window, in this JSON file.",
+            show_default="none",
+        ),
     ] = None,
     resume: options.ResumeOption = False,
     force: options.ForceOption = False,
@@ -89,6 +106,10 @@ def evaluate(
 
     All levels run side by side over the same text. A position is dense or sparse exactly as decoding has it: its
     keys and values are what a decode step would have left.
+
+    Examples:
+        teal eval -s 0,0.5 -d python-docs -n 4
+        teal eval --plan fisher-0.5 -d python-docs -n 2 -o eval.json
     """
     out = output(json, quiet)
     if resume and result is None:

@@ -30,7 +30,7 @@ def generate(
     sparsity: options.SparsityOption,
     plan: options.PlanOption = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; standard input if not given.")
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.", show_default="standard input")
     ] = None,
     max_new_tokens: Annotated[int, options.max_new_tokens("generate.max_new_tokens")],
     temperature: options.TemperatureOption,
@@ -45,7 +45,12 @@ def generate(
     backend: options.BackendOption,
     dump: Annotated[
         Path | None,
-        typer.Option("--dump", metavar="STORE", help="Write what flowed into each projection to this Zarr store."),
+        typer.Option(
+            "--dump",
+            metavar="STORE",
+            help="Write what flowed into each projection to this Zarr store.",
+            show_default="no store",
+        ),
     ] = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -57,6 +62,11 @@ def generate(
     |x| <= t are dropped, and the weight rows that go with them are never read. Sparsity 0 is the dense path.
 
     The text goes to stdout; speed, realised sparsity and backend go to stderr.
+
+    Examples:
+        teal generate -p "The capital of France is"
+        teal generate --plan fisher-0.5 -t 0 < prompt.txt
+        teal generate -s 0.4 -p "One, two," --dump run.zarr
     """
     out = output(json, quiet)
     options.check_plan(context, plan, "sparsity")

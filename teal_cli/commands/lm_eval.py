@@ -33,6 +33,9 @@ def lm_eval(context: typer.Context, json: options.JsonOption = False, quiet: opt
 
     A request's context is dense and what follows it sparse, as decoding has it; sparse_from=64, 0.01 or half makes
     every sequence sparse from there on, as `teal eval --sparse-from` does.
+
+    Examples:
+        teal lm-eval --help
     """
     out = output(json, quiet)
     try:

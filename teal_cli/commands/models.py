@@ -48,7 +48,12 @@ def list_models(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """List the models that are here."""
+    """List the models that are here.
+
+    Examples:
+        teal models ls
+        teal models ls --all --json
+    """
     from teal_cli.registry.catalog import catalog
     from teal_cli.registry.registry import Registry
 
@@ -98,7 +103,12 @@ def info(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Everything known about one model; with --sparsity, also the thresholds of a uniform plan."""
+    """Everything known about one model; with --sparsity, also the thresholds of a uniform plan.
+
+    Examples:
+        teal models info
+        teal models info smollm2-135m -s 0.5
+    """
     from teal_cli.registry.registry import Registry
 
     out, registry = output(json, quiet), Registry()
@@ -127,6 +137,9 @@ def remove(
     """Forget a model, with its calibrations and converted weights.
 
     Hub weights stay in the Hugging Face cache unless --weights is given; a checkpoint folder is never touched.
+
+    Examples:
+        teal models rm mine --yes
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.registry.sources.hub import remove_from_cache
@@ -149,7 +162,12 @@ def remove(
 
 @app.command("default")
 def default(name: DefaultedModel = None, json: options.JsonOption = False, quiet: options.QuietOption = False) -> None:
-    """Show which model is used where none is named, or choose it."""
+    """Show which model is used where none is named, or choose it.
+
+    Examples:
+        teal models default
+        teal models default smollm2-135m
+    """
     from teal_cli.registry.registry import Registry
 
     out, registry = output(json, quiet), Registry()
@@ -159,7 +177,12 @@ def default(name: DefaultedModel = None, json: options.JsonOption = False, quiet
 
 @app.command("verify")
 def verify(name: DefaultedModel = None, json: options.JsonOption = False, quiet: options.QuietOption = False) -> None:
-    """Check every file of a model against the size and sha256 that were registered."""
+    """Check every file of a model against the size and sha256 that were registered.
+
+    Examples:
+        teal models verify
+        teal models verify smollm2-135m --json
+    """
     from teal_cli.registry.registry import Registry
 
     out = output(json, quiet)

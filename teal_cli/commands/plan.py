@@ -99,6 +99,10 @@ def make(
     budget over the whole model by what the loss of each projection's dropped entries costs, from one backward pass;
     its plan is checked on held-out text, and never handed out where a uniform one is better. Interrupted, greedy goes
     on after the last layer that was done when the same command runs again.
+
+    Examples:
+        teal plan make -s 0.5
+        teal plan make -s 0.4 --allocation uniform --name gentle
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.make_plan import PlanMaker, PlanRequest
@@ -147,7 +151,12 @@ def _watch(out: Output, maker: PlanMaker) -> MadePlan:
 def list_plans(
     model: options.ModelOption = None, json: options.JsonOption = False, quiet: options.QuietOption = False
 ) -> None:
-    """The plans of a model."""
+    """The plans of a model.
+
+    Examples:
+        teal plan ls
+        teal plan ls -m smollm2-135m --json
+    """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.plans import readable_plans
 
@@ -175,7 +184,11 @@ def show(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """How a plan spends its budget: the sparsity of every layer and projection."""
+    """How a plan spends its budget: the sparsity of every layer and projection.
+
+    Examples:
+        teal plan show fisher-0.5
+    """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.plans import find_plan
 
@@ -191,7 +204,11 @@ def remove(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Remove a plan of a model."""
+    """Remove a plan of a model.
+
+    Examples:
+        teal plan rm even
+    """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.plans import remove_plan
 
@@ -217,6 +234,10 @@ def import_lookup(
 
     The row of each layer is chosen by the model's own matrices; where TEAL's table of weight shares is wrong for this
     model, that is said.
+
+    Examples:
+        teal plan import TEAL/lookup -s 0.5
+        teal plan import TEAL/lookup -s 0.4 --name teal-greedy
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.plans import import_plan

@@ -33,6 +33,10 @@ def bench(
     """Time and bandwidth against sparsity, or tokens per second, with floor and dense.
 
     A result of `teal bench kernels` gives one panel per matrix and dtype, one of `teal bench decode` bars per model.
+
+    Examples:
+        teal plot bench kernels.json -o kernels.png
+        teal plot bench decode.json -o decode.svg
     """
     from teal_cli.bench.results import load
     from teal_cli.plots.bench import check_picture, draw
@@ -72,6 +76,10 @@ def store(
 
     --layer, --site, --tokens and --channels are for the activations; the other kinds are the pictures of
     `teal store report`.
+
+    Examples:
+        teal plot store activations.zarr -o store.png
+        teal plot store activations.zarr --site mlp_mid --layer -1 -o last.png
     """
     from teal_cli.plots.bench import check_picture
     from teal_cli.plots.panels import draw_kind, find_kind

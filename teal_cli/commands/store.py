@@ -36,7 +36,7 @@ FORMATS_HELP = (
     "parquet, anndata (CSR in Zarr), smtx (DLMC), tns (FROSTT), scalesim, timeloop (densities)."
 )
 LayersOption = Annotated[
-    str | None, typer.Option("--layers", metavar="N,A:B", help="Layers, such as 0,5 or 0:4; all if not given.")
+    str | None, typer.Option("--layers", metavar="N,A:B", help="Layers, such as 0,5 or 0:4.", show_default="all")
 ]
 
 
@@ -50,12 +50,18 @@ def info(
     store: StoreArgument,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", metavar="TEXT", help="Find the tokens of prompts that contain this text."),
+        typer.Option(
+            "--prompt", metavar="TEXT", help="Find the tokens of prompts that contain this text.", show_default="none"
+        ),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Where a store comes from, its levels and its size."""
+    """Where a store comes from, its levels and its size.
+
+    Examples:
+        teal store info activations.zarr
+    """
     from teal_cli.store.reader import describe, open_store
 
     out = output(json, quiet)
@@ -71,12 +77,19 @@ def verify(
     ] = False,
     rows: Annotated[
         int | None,
-        typer.Option("--replay", min=1, metavar="N", help="Compute N random rows again from the model, too."),
+        typer.Option(
+            "--replay", min=1, metavar="N", help="Compute N random rows again from the model, too.", show_default="none"
+        ),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Read every byte and hold it against what is known; exit 1 if anything is wrong."""
+    """Read every byte and hold it against what is known; exit 1 if anything is wrong.
+
+    Examples:
+        teal store verify activations.zarr
+        teal store verify activations.zarr --partial --json
+    """
     from teal_cli.store.verify import Checked
     from teal_cli.store.verify import verify as check
 
@@ -128,13 +141,19 @@ def stats(
     level: LevelOption = None,
     layers: LayersOption = None,
     projections: Annotated[
-        str | None, typer.Option("--projections", metavar="NAMES", help="Such as q,down; all if not given.")
+        str | None, typer.Option("--projections", metavar="NAMES", help="Such as q,down.", show_default="all")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rows as a .parquet table, too.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the rows as a .parquet table, too.", show_default="no table"
+        ),
     ] = None,
     gbps: Annotated[
-        float | None, typer.Option("--gbps", min=0.001, metavar="GB/S", help="Bandwidth for the time floor.")
+        float | None,
+        typer.Option(
+            "--gbps", min=0.001, metavar="GB/S", help="Bandwidth for the time floor.", show_default="no floor"
+        ),
     ] = None,
     per_channel: Annotated[
         bool, typer.Option("--per-channel", help="With --json: in how many rows each channel is kept.")
@@ -143,7 +162,12 @@ def stats(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Size and entropy bound per site; statistics of the masks per level, layer and projection."""
+    """Size and entropy bound per site; statistics of the masks per level, layer and projection.
+
+    Examples:
+        teal store stats activations.zarr
+        teal store stats activations.zarr -l 0.5 --layers 0 -o masks.parquet
+    """
     from teal_cli.store.reader import open_store
     from teal_cli.store.selection import parse_layers, parse_names, select
     from teal_cli.store.stats import Measured, measure
@@ -183,21 +207,26 @@ def convert(
     target: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A folder that does not exist yet.")],
     form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=FORMATS_HELP)] = "npz",
     level: Annotated[
-        str | None, typer.Option("--level", "-l", metavar="LEVELS", help="Such as 0.5 or 0.5,0.9; all if not given.")
+        str | None, typer.Option("--level", "-l", metavar="LEVELS", help="Such as 0.5 or 0.5,0.9.", show_default="all")
     ] = None,
     layers: LayersOption = None,
     names: Annotated[
         str | None,
         typer.Option(
-            "--names", metavar="NAMES", help="Sites or projections, with commas; all projections if not given."
+            "--names", metavar="NAMES", help="Sites or projections, with commas.", show_default="all projections"
         ),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="A:B", help="Range of tokens of each level; all if not given.")
+        str | None, typer.Option("--tokens", metavar="A:B", help="Range of tokens of each level.", show_default="all")
     ] = None,
     sequences: Annotated[
         str | None,
-        typer.Option("--sequences", metavar="N,A:B", help="Instead of a range, the rows of these prompts: 0,5 or 0:4."),
+        typer.Option(
+            "--sequences",
+            metavar="N,A:B",
+            help="Instead of a range, the rows of these prompts: 0,5 or 0:4.",
+            show_default="all",
+        ),
     ] = None,
     with_weights: Annotated[
         bool, typer.Option("--with-weights", help="Write the weight rows of kept channels, too (safetensors).")
@@ -206,7 +235,12 @@ def convert(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write levels, layers, sites or projections in another form, for NumPy, SciPy, PyTorch, tables, simulators."""
+    """Write levels, layers, sites or projections in another form, for NumPy, SciPy, PyTorch, tables, simulators.
+
+    Examples:
+        teal store convert activations.zarr -o arrays -l 0.5 --layers 0
+        teal store convert activations.zarr -o csr --format csr --names mlp_in
+    """
     from teal_cli.registry.registry import Registry
     from teal_cli.store.export import convert as write
     from teal_cli.store.reader import open_store
@@ -245,7 +279,11 @@ def merge(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make one store of a collection that several ranks wrote, with the rows in the order of one rank."""
+    """Make one store of a collection that several ranks wrote, with the rows in the order of one rank.
+
+    Examples:
+        teal store merge collection.zarr -o one.zarr
+    """
     from teal_cli.store.merge import merge as write
     from teal_cli.store.reader import open_store
 
@@ -270,7 +308,11 @@ def report(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """One HTML page of a store: where it comes from, pictures of its masks, tables; it needs no network."""
+    """One HTML page of a store: where it comes from, pictures of its masks, tables; it needs no network.
+
+    Examples:
+        teal store report activations.zarr -o report.html
+    """
     from teal_cli.plots.bench import check_picture
     from teal_cli.plots.report import report_page
     from teal_cli.store.reader import open_store

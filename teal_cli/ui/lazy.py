@@ -7,6 +7,7 @@ drawing boxes costs more than all the rest of the start.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from importlib import import_module
@@ -124,7 +125,10 @@ class LazyGroup(TyperGroup):
 
 
 def load(entry: Entry) -> Any:
-    """Import the command, a function or a Typer app, and make it look like the others."""
+    """Import the command, a function or a Typer app, and make it look like the others.
+
+    What its docstring has under `Examples:` stands at the end of its help; a test runs all of these.
+    """
     found = getattr(import_module(entry.module), entry.attribute or entry.name.replace("-", "_"))
     if isinstance(found, typer.Typer):
         app = found
@@ -145,6 +149,9 @@ def _adopt(command: Any) -> None:
     keys = _take_settings(command)
     defaults = {"default_map": Defaults(keys)}
     command.context_settings = {**command.context_settings, **CONTEXT_SETTINGS, **defaults}
+    about, _, examples = (command.help or "").partition("\n\nExamples:\n")
+    if examples:
+        command.help, command.epilog = about, f"\b\nExamples:\n{examples.rstrip()}"  # \b: lines stay as they are
     command.short_help = command.short_help or (command.help or "").partition("\n")[0]
     for parameter in command.params:
         parameter.get_help_record = partial(_help_record, keys.get(parameter.name), parameter.get_help_record)
@@ -175,6 +182,7 @@ def _help_record(
         return None
     names, text = found
     text = text.replace(r"\[", "[")  # escaped by old versions of Typer, for a renderer that is not used here
+    text = re.sub(r"default: \((.*)\)(; [^;\]]*)?\]$", r"default: \1\2]", text)  # words need no parentheses
     if key is None:
         return names, text
     about, bracket, default = text.rpartition("  [")

@@ -89,6 +89,7 @@ LevelOption = Annotated[
         "-l",
         metavar="LEVEL",
         help="One level of the store: s0.50 or 0.5.",
+        show_default="all",
         autocompletion=completion.levels,
     ),
 ]
@@ -126,7 +127,9 @@ def max_new_tokens(key: str) -> Any:
     return setting(key, "--max-new-tokens", metavar="N", help="Tokens to generate for each prompt.")
 
 
-SplitOption = Annotated[str | None, typer.Option("--split", metavar="SPLIT", help="Split of the dataset.")]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", metavar="SPLIT", help="Split of the dataset.", show_default="the one for it")
+]
 SeqLenOption = Annotated[
     int, setting("calibrate.seq_len", "--seq-len", metavar="TOKENS", help="Tokens of each sequence.")
 ]
