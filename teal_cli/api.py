@@ -127,6 +127,7 @@ def dump(
     prompt_tokens: int = 64,
     max_new_tokens: int = 40,
     follow: str = "free",
+    prefill: str = "none",
     temperature: float = 0.8,
     seed: int = 0,
     ignore_eos: bool = False,
@@ -142,6 +143,7 @@ def dump(
         prompts: texts; or else the first `prompt_tokens` tokens of `num_sequences` documents of `dataset`.
         max_new_tokens: N tokens a prompt give N-1 rows.
         follow: `free`, `dense` or `text`: which tokens a level is fed, as `teal dump --follow`.
+        prefill: `dense` or `sparse`: rows of the prompts, too, which are run so.
         temperature, seed: how tokens are drawn.
         ignore_eos: go on past the end-of-sequence token, so that every sequence has all its rows.
         force: replace a store that is there. resume: go on with one.
@@ -155,7 +157,14 @@ def dump(
     if prompts:
         source = KnownPrompts("prompts", tuple(Prompt(text, tuple(session.encode(text))) for text in prompts))
     request = DumpRequest(
-        tuple(levels), source, max_new_tokens, Sampling(temperature, seed=seed), ignore_eos, tuple(plans), follow
+        tuple(levels),
+        source,
+        max_new_tokens,
+        Sampling(temperature, seed=seed),
+        ignore_eos,
+        tuple(plans),
+        follow,
+        prefill,
     )
     for _ in Dump(session, request).run(Path(path), force=force, resume=resume, durable=durable):
         pass

@@ -81,6 +81,15 @@ def integer(lowest: int) -> Callable[[object], int]:
     return check
 
 
+def one_of(*words: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if value not in words:
+            raise ValueError(f"is not one of {', '.join(words)}")
+        return str(value)
+
+    return check
+
+
 def number(value: object) -> float:
     if isinstance(value, (bool, dict, list)):
         raise ValueError("must be a number")

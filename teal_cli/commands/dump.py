@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _SOURCE: Final = ("dataset", "split", "num_sequences", "prompt_tokens")
-_CHECKED: Final = ("seed", "dtype", "max_new_tokens", "temperature", "top_k", "top_p")
+_CHECKED: Final = ("seed", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "follow", "prefill")
 """What must be that of a store that is resumed, told before the model is loaded; the rest is told when it is opened."""
 
 
@@ -117,6 +117,10 @@ def dump(
             "last two give every level the same rows, at the speed of a prefill.",
         ),
     ] = "free",
+    prefill: Annotated[
+        Literal["none", "dense", "sparse"],
+        typer.Option("--prefill", help="Rows of the prompts, too: as the dense prompt has them, or run sparsely."),
+    ] = "none",
     ignore_eos: Annotated[
         bool,
         typer.Option(
@@ -226,7 +230,9 @@ def dump(
     else:
         source = PromptSource(dataset, split, None, num_sequences, prompt_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
-    request = DumpRequest(parse_levels(levels), source, max_new_tokens, sampling, ignore_eos, tuple(plan or ()), follow)
+    request = DumpRequest(
+        parse_levels(levels), source, max_new_tokens, sampling, ignore_eos, tuple(plan or ()), follow, prefill
+    )
     board = open_board()
     if first and not (resume or dry_run or board.attempt):
         check_target(out_path, force=force)

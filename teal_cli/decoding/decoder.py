@@ -15,21 +15,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teal_cli.decoding.projector import Rows
+from teal_cli.decoding.projector import PromptRecorder, Rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import Choose, Step
 from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import UsageError, counted
 from teal_cli.model.cache import KVCache
 from teal_cli.model.transformer import Transformer
+from teal_cli.model.transformer import dense as dense_projection
 from teal_kernels.spec import PROJECTIONS
 
 
 class Capture(Protocol):
     """Takes the vectors of each step, e.g. a level of a store."""
 
-    def begin(self, token_id: int, position: int, sequence: int) -> Rows | None:
-        """Announce a step; the rows it returns are filled by the step. None: do not record this one."""
+    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> Rows | None:
+        """Announce a token; the rows it returns are filled by its step, or for one of the prompt (phase `prefill`)
+        perhaps by the prefill. None: do not record this one.
+        """
         ...
 
     def end(self) -> None:
@@ -105,17 +108,19 @@ class Decoder:
         capture: Capture | None = None,
         dense: int | None = None,
         cached: int = 0,
+        prompt_rows: bool = False,
     ) -> Iterator[int]:
         """Yield up to `max_new_tokens` ids; a token of `stop` is yielded and ends the sequence.
 
-        N ids take one prefill and N-1 steps, and only these steps are captured: row i of a capture is what the model
-        computed when it was fed the i-th generated id.
+        N ids take one prefill and N-1 steps, and without `prompt_rows` only these steps are captured: row i of a
+        capture is what the model computed when it was fed the i-th generated id.
 
         Args:
             dense: tokens of the prompt that the prefill takes; the others are steps of their own, as sparse as those
                 that follow. None: all of them.
             cached: how many of the prompt's first tokens the cache holds from what was decoded before; the prefill
                 begins after them. At least one token is left to it.
+            prompt_rows: capture the tokens of the prompt that are not cached, too.
 
         Raises:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
@@ -128,9 +133,13 @@ class Decoder:
         choose = self.step.sampler(sampling, sequence)
         dense = len(prompt) if dense is None else dense
         self.cache.length = cached
-        token = self._prefill(prompt[cached:dense], cached, choose) if cached < dense else prompt[cached]
+        prompted = capture if prompt_rows else None
+        if cached < dense:
+            token = self._prefill(prompt[cached:dense], cached, sequence, choose, prompted)
+        else:
+            token = prompt[cached]
         for position in range(max(cached, dense), len(prompt)):
-            token = self._next(prompt[position], position, sequence, choose, None)
+            token = self._next(prompt[position], position, sequence, choose, prompted, "prefill")
         yield token
         for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
             if token in stop:
@@ -139,18 +148,34 @@ class Decoder:
             yield token
 
     @torch.inference_mode()
-    def _prefill(self, prompt: Sequence[int], position: int, choose: Choose) -> int:
+    def _prefill(
+        self, prompt: Sequence[int], position: int, sequence: int, choose: Choose, capture: Capture | None
+    ) -> int:
         start = time.perf_counter()
         tokens = torch.tensor(list(prompt), device=self.model.device)
-        token = choose(self.model.forward(tokens, position, self.cache), position + len(prompt) - 1)
+        recorder = None if capture is None else PromptRecorder()
+        logits = self.model.forward(tokens, position, self.cache, recorder or dense_projection)
+        token = choose(logits, position + len(prompt) - 1)
+        if capture is not None and recorder is not None:
+            for index, fed in enumerate(prompt):
+                recorder.copy(index, capture.begin(fed, position + index, sequence, "prefill"))
+                capture.end()
         self.tally.prefill_s += time.perf_counter() - start
         self.tally.prompt_tokens += len(prompt)
         return token
 
     @torch.inference_mode()
-    def _next(self, token: int, position: int, sequence: int, choose: Choose, capture: Capture | None) -> int:
+    def _next(
+        self,
+        token: int,
+        position: int,
+        sequence: int,
+        choose: Choose,
+        capture: Capture | None,
+        phase: str = "decode",
+    ) -> int:
         start = time.perf_counter()
-        rows = None if capture is None else capture.begin(token, position, sequence)
+        rows = None if capture is None else capture.begin(token, position, sequence, phase)
         logits = self.step(token, position, rows)
         if capture is not None:
             capture.end()

@@ -89,3 +89,20 @@ class DenseProjector:
         if self.rows is not None:
             self.rows[site][layer].copy_(x[0])
         return matrix.dense(x)
+
+
+class PromptRecorder:
+    """Multiply by the whole matrix, keeping what all tokens of a prompt have at every site until it is asked for."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[Tensor]] = {site: [] for site in SITES}
+
+    def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+        self._rows[site].append(x)
+        return matrix.dense(x)
+
+    def copy(self, position: int, rows: Rows | None) -> None:
+        """Fill the rows of a token, site -> [layers, K]; None: of a token that nobody wants."""
+        for site, row in (rows or {}).items():
+            for layer, x in enumerate(self._rows[site]):
+                row[layer].copy_(x[position])

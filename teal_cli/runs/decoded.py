@@ -23,6 +23,7 @@ class Decoding:
         max_new_tokens: N tokens give N-1 rows a sequence.
         sampling: shared by all levels; each sequence has its own random stream.
         stop: token ids that end a sequence early.
+        prefill: `none`, or `dense` or `sparse` to write rows of the prompts as well, computed so.
     """
 
     batch = 1
@@ -35,14 +36,15 @@ class Decoding:
         max_new_tokens: int,
         sampling: Sampling,
         stop: Sequence[int] = (),
+        prefill: str = "none",
     ) -> None:
         self._decoders, self._prompts, self._most = decoders, prompts, max_new_tokens
-        self._sampling, self._stop = sampling, stop
+        self._sampling, self._stop, self._prefill = sampling, stop, prefill
         self.sequences = len(prompts)
 
     def most(self, sequence: int) -> int:
         """Rows that a sequence has at each level, at most."""
-        return self._most - 1
+        return self._most - 1 + (len(self._prompts[sequence].token_ids) if self._prefill != "none" else 0)
 
     def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
         """Decode sequences into a level; see `Producer`."""
@@ -55,6 +57,8 @@ class Decoding:
                 sequence=sequence,
                 stop=self._stop,
                 capture=capture,
+                dense=0 if self._prefill == "sparse" else None,
+                prompt_rows=self._prefill != "none",
             ):
                 pass
         return capture.written
@@ -68,10 +72,10 @@ class _Resumable:
         self.written = 0
         self._recording = False
 
-    def begin(self, token_id: int, position: int, sequence: int) -> Rows | None:
+    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> Rows | None:
         self._recording = not len(self._held)
         if self._recording:
-            return self._level.begin(token_id, position, sequence)
+            return self._level.begin(token_id, position, sequence, phase)
         if token_id != self._held[0]:
             raise other_tokens(sequence, position)
         self._held = self._held[1:]

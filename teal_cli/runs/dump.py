@@ -53,6 +53,7 @@ class DumpRequest:
         plans: names of plans of the model, each with a target of its own.
         follow: `free`, each level goes on with its own tokens; `dense`, all are fed those that the dense model decodes;
             `text`, those of the dataset's documents.
+        prefill: `none`; or `dense` or `sparse`: the prompts have rows too, and are run so.
         prompts: where the prompts come from.
         max_new_tokens: N tokens a prompt, N-1 rows.
         sampling: how tokens are drawn; each sequence has its own random stream.
@@ -66,6 +67,7 @@ class DumpRequest:
     ignore_eos: bool = False
     plans: tuple[str, ...] = ()
     follow: str = "free"
+    prefill: str = "none"
 
 
 class Dump:
@@ -152,7 +154,10 @@ class Dump:
     @property
     def rows(self) -> int:
         """Rows over all levels, at most."""
-        return len(self._plans) * len(self.prompts) * (self.request.max_new_tokens - 1)
+        per_level = len(self.prompts) * (self.request.max_new_tokens - 1)
+        if self.request.prefill != "none":
+            per_level += sum(len(prompt.token_ids) for prompt in self.prompts)
+        return len(self._plans) * per_level
 
     @property
     def store_bytes(self) -> int:
@@ -214,6 +219,7 @@ class Dump:
             source=request.prompts,
             stop=self._stop,
             follow=request.follow,
+            prefill=request.prefill,
         )
         device = str(self.session.device)
         if board.size > 1 or (resume and collection):
@@ -227,13 +233,14 @@ class Dump:
 
     def _producer(self) -> Producer:
         if self.request.follow != "free":
-            return Forcing(ResidentLayers(self.session.model), self._plans, self.prompts)
+            return Forcing(ResidentLayers(self.session.model), self._plans, self.prompts, self.request.prefill)
         return Decoding(
             self.decoders,
             self.prompts,
             max_new_tokens=self.request.max_new_tokens,
             sampling=self.request.sampling,
             stop=self._stop,
+            prefill=self.request.prefill,
         )
 
 
@@ -262,6 +269,7 @@ def store_headers(
     source: Prompts,
     stop: Sequence[int],
     follow: str = "free",
+    prefill: str = "none",
 ) -> tuple[StoreHeader, list[LevelHeader]]:
     """What a store of these prompts at these levels says of itself; equal headers mean equal contents.
 
@@ -302,13 +310,15 @@ def store_headers(
             "device": session.device.type,
             "ignore_eos": not stop,
             "follow": follow,
-            "prefill": "none",
+            "prefill": prefill,
             "source": source.options,
             **({"plans": names} if names else {}),
         },
         columns=() if follow == "free" else ("logprob",),
     )
     rows = len(prompts) * (max_new_tokens - 1)
+    if prefill != "none":
+        rows += sum(len(prompt.token_ids) for prompt in prompts)
     return header, [
         LevelHeader(
             plan.target,

@@ -20,6 +20,8 @@ KEYS: Final[dict[str, Callable[[object], Any]]] = {
     "num_sequences": settings.integer(1),
     "prompt_tokens": settings.integer(1),
     "max_new_tokens": settings.integer(1),
+    "follow": settings.one_of("free", "dense", "text"),
+    "prefill": settings.one_of("none", "dense", "sparse"),
     "temperature": settings.temperature,
     "top_k": settings.integer(0),
     "top_p": settings.top_p,

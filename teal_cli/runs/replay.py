@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from teal_cli.data.prompts import Prompt
-from teal_cli.decoding.projector import empty_rows
+from teal_cli.decoding.projector import PromptRecorder, empty_rows
 from teal_cli.errors import HardwareError, NotFoundError, TealError
-from teal_cli.model.transformer import attend_alone, block, embed
+from teal_cli.model.transformer import attend_alone, block, dense, embed
 from teal_cli.model.weights import config_sha256
 from teal_cli.passes.layers import ResidentLayers
 from teal_cli.passes.projector import PlanProjector
@@ -159,19 +159,29 @@ def _decoded(
     session: Session, level: Level, prompt: Prompt, sequence: int, rows: list[int]
 ) -> Iterator[Mapping[str, Tensor]]:
     """Prefill, then steps fed with the store's tokens; yields what those of `rows` consumed, site -> [layers, K]."""
-    model, columns = session.model, level.tokens
+    model, columns, prefill = session.model, level.tokens, _prefill(level)
     decoder = session.decoder(stored_plan(level), session.cache(int(columns.position[rows[-1]]) + 1))
-    model.forward(torch.tensor(prompt.token_ids, device=model.device), 0, decoder.cache)
+    recorder = PromptRecorder() if prefill == "dense" else dense
+    if prefill != "sparse":
+        model.forward(torch.tensor(prompt.token_ids, device=model.device), 0, decoder.cache, recorder)
     for row in range(level.rows(sequence).start, rows[-1] + 1):
         kept = empty_rows(model.config, model.dtype, model.device)
-        decoder.step(int(columns.token_id[row]), int(columns.position[row]), kept)
+        position = int(columns.position[row])
+        if isinstance(recorder, PromptRecorder) and position < len(prompt.token_ids):
+            recorder.copy(position, kept)
+        else:
+            decoder.step(int(columns.token_id[row]), position, kept)
         if row in rows:
             yield kept
 
 
+def _prefill(level: Level) -> str:
+    return str(level.store.header.run.get("prefill", "none"))
+
+
 def _forced(session: Session, level: Level, prompt: Prompt, rows: list[int]) -> Iterator[Mapping[str, Tensor]]:
     """The same from the pass that forced dumps take."""
-    found = forced_rows(ResidentLayers(session.model), stored_plan(level), prompt)
+    found = forced_rows(ResidentLayers(session.model), stored_plan(level), prompt, _prefill(level))
     for row in rows:
         yield {site: found.rows[site][:, int(level.tokens.position[row]) - found.first] for site in SITES}
 
@@ -189,10 +199,11 @@ def _is_equal(level: Level, row: int, mine: Mapping[str, Tensor]) -> bool:
 def _links(session: Session, level: Level, prompt: Prompt, sequence: int) -> np.ndarray:
     """`Replayed.error` of every row of a sequence, float64 [rows]."""
     model, config, rows = session.model, session.config, level.rows(sequence)
-    plan, start = stored_plan(level), len(prompt.token_ids)
-    fed = level.tokens.token_id[rows].astype(np.int64).tolist()
-    hidden = embed(config, model.embedding, torch.tensor([*prompt.token_ids, *fed], device=model.device))
-    dense, sparse = hidden[:start], hidden[start:]
+    plan, prompted, there = stored_plan(level), len(prompt.token_ids), level.tokens.position[rows][0]
+    fed = [*prompt.token_ids[:there], *level.tokens.token_id[rows].astype(np.int64).tolist()]
+    start = 0 if _prefill(level) == "sparse" else prompted  # where the plan begins
+    hidden = embed(config, model.embedding, torch.tensor(fed, device=model.device))
+    before, after = hidden[:start], hidden[start:]
     rope = model.rope.at(0, len(hidden))
     worst = torch.zeros(len(fed), dtype=torch.float64)
     alone = attend_alone(config)
@@ -204,16 +215,26 @@ def _links(session: Session, level: Level, prompt: Prompt, sequence: int) -> np.
             prefix.append(kv)
             return alone(layer, q, kv)
 
-        def project(layer: int, site: str, x: Tensor, matrix: Matrix, projector: PlanProjector = projector) -> Tensor:
-            stored = torch.from_numpy(level.site(layer, site)[rows].astype(np.float32)).to(x)
-            x = projector.centred(site, x)
-            away = torch.where(stored != 0, (x.float() - stored.float()).abs(), projector.beyond(site, x))
+        def compared(layer: int, site: str, x: Tensor, first: int, beyond: Tensor) -> Tensor:
+            """The stored vectors of the positions from `first` on, once x is held against them."""
+            span = slice(rows.start + first - there, rows.start + first - there + len(x))
+            stored = torch.from_numpy(level.site(layer, site)[span].astype(np.float32)).to(x)
+            away = torch.where(stored != 0, (x.float() - stored.float()).abs(), beyond)
             size = x.double().square().mean(-1).sqrt().clamp_min(1e-30)
-            torch.maximum(worst, (away.double().square().mean(-1).sqrt() / size).cpu(), out=worst)
-            return projector.product(site, stored, matrix)
+            part = worst[first : first + len(x)]
+            torch.maximum(part, (away.double().square().mean(-1).sqrt() / size).cpu(), out=part)
+            return stored
+
+        def prompt_project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+            return matrix.dense(compared(layer, site, x, 0, x.float().abs()) if there == 0 else x)
+
+        def project(layer: int, site: str, x: Tensor, matrix: Matrix, projector: PlanProjector = projector) -> Tensor:
+            x = projector.centred(site, x)
+            return projector.product(site, compared(layer, site, x, start, projector.beyond(site, x)), matrix)
 
         (cos, sin) = rope[index]
-        dense = block(config, index, weights, dense, (cos[:start], sin[:start]), noted)
-        attend = attend_alone(config, prefix[0])
-        sparse = block(config, index, weights, sparse, (cos[start:], sin[start:]), attend, project)
-    return worst.numpy()
+        if start:
+            before = block(config, index, weights, before, (cos[:start], sin[:start]), noted, prompt_project)
+        attend = attend_alone(config, prefix[0] if prefix else None)
+        after = block(config, index, weights, after, (cos[start:], sin[start:]), attend, project)
+    return worst.numpy()[there:]

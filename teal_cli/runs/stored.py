@@ -82,6 +82,7 @@ def _options(header: StoreHeader, levels: tuple[str, ...]) -> dict[str, Any]:
         "dtype": header.dtype,
         "backend": None if follow != "free" else header.backend,
         "follow": follow,
+        "prefill": take(run, "prefill", str) if "prefill" in run else "none",
         "device": take(run, "device", str) if "device" in run else None,
         "levels": tuple(parse_level(name) for name in levels),
         "max_new_tokens": take(sampling, "max_new_tokens", int),

@@ -54,9 +54,15 @@ class Block:
             limit = row_thresholds(self.dense(), int(limit))[:, None]
         return per_value(limit, self.kept)
 
-    def above(self, limit: np.ndarray) -> Block:
-        """The block thresholded again: what a projection with higher thresholds, float32 [] or [K], consumed."""
+    def above(self, limit: np.ndarray, whole: np.ndarray | None = None) -> Block:
+        """The block thresholded again: what a projection with higher thresholds, float32 [] or [K], consumed.
+
+        Args:
+            whole: bool [tokens of the level], rows that are left as they are; None where there are none.
+        """
         stays = exceeds(self.values, self.compared(limit))
+        if whole is not None:
+            stays |= np.repeat(whole[self.start : self.start + len(self.row_nnz)], self.row_nnz)
         if stays.all():
             return self
         kept = self.kept.copy()
@@ -294,9 +300,17 @@ class ActivationArray:
     ndim = 2
 
     def __init__(
-        self, reader: Blocks, layer: int, name: str, *, limit: np.ndarray | None = None, form: Form = "number"
+        self,
+        reader: Blocks,
+        layer: int,
+        name: str,
+        *,
+        limit: np.ndarray | None = None,
+        whole: np.ndarray | None = None,
+        form: Form = "number",
     ) -> None:
-        self._reader, self._layer, self._name, self._limit, self._form = reader, layer, name, limit, form
+        self._reader, self._layer, self._name, self._form = reader, layer, name, form
+        self._limit, self._whole = limit, whole
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -311,12 +325,12 @@ class ActivationArray:
     @property
     def raw(self) -> ActivationArray:
         """The same rows as stored: bfloat16 as its bits in uint16."""
-        return ActivationArray(self._reader, self._layer, self._name, limit=self._limit, form="raw")
+        return self._as("raw")
 
     @property
     def mask(self) -> ActivationArray:
         """Which entries were kept, bool."""
-        return ActivationArray(self._reader, self._layer, self._name, limit=self._limit, form="mask")
+        return self._as("mask")
 
     @property
     def row_nnz(self) -> np.ndarray:
@@ -367,7 +381,10 @@ class ActivationArray:
 
     def _block(self, index: int) -> Block:
         block = self._reader.read(self._layer, index)
-        return block if self._limit is None else block.above(self._limit)
+        return block if self._limit is None else block.above(self._limit, self._whole)
+
+    def _as(self, form: Form) -> ActivationArray:
+        return ActivationArray(self._reader, self._layer, self._name, limit=self._limit, whole=self._whole, form=form)
 
     def _dense(self, block: Block) -> np.ndarray:
         if self._form == "mask":

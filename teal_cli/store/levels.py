@@ -34,7 +34,7 @@ from teal_cli.store.metadata import (
     require_store,
 )
 from teal_cli.store.packing import exceeds
-from teal_cli.store.schema import parse_level
+from teal_cli.store.schema import PHASES, parse_level
 from teal_cli.store.tokens import Tokens, align, column_problems
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 from teal_kernels.spec import columns as columns_of
@@ -174,6 +174,13 @@ class Level:
         """site -> float32 [layer, channel], what was taken from a vector; rows are what was left."""
         return {site: self._constant(f"{site}/centre") for site in self.state.centre}
 
+    @cached_property
+    def whole(self) -> np.ndarray | None:
+        """bool [token], rows that no threshold was applied to: those of a dense prompt; None where there are none."""
+        if self.target == 0 or self.store.header.run.get("prefill") != "dense":
+            return None
+        return np.asarray(self.tokens.phase == PHASES["prefill"])
+
     def limits(self, layer: int, site: str) -> np.ndarray:
         """What entries were compared with, float32 [projection of the site], or [projection, channel] where there is
         a scale: |x| > limit is kept. In a store of the criterion `topk`, how many entries of a row are dropped.
@@ -234,7 +241,8 @@ class Level:
         return ActivationArray(self.site_reader(site), self._layer(layer), site)
 
     def projection(self, layer: int, projection: str) -> ActivationArray:
-        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own threshold.
+        """What one linear layer consumed, lazily, [token, channel]: its site, thresholded again at its own threshold;
+        rows of a dense prompt are as they are.
 
         Raises:
             UsageError: no such projection or layer.
@@ -244,12 +252,15 @@ class Level:
         layer = self._layer(layer)
         site = PROJECTION_SITE[projection]
         limit = self.limits(layer, site)[SITE_PROJECTIONS[site].index(projection)]
-        return ActivationArray(self.site_reader(site), layer, projection, limit=np.asarray(limit))
+        return ActivationArray(self.site_reader(site), layer, projection, limit=np.asarray(limit), whole=self.whole)
 
     def realised(self) -> np.ndarray:
-        """Share of dropped entries over all tokens, float64 [layer, projection]; NaN where there is none."""
+        """Share of dropped entries, float64 [layer, projection]; NaN where there is no token. Rows of a dense prompt do
+        not count.
+        """
+        counted = len(self) if self.whole is None else int(np.count_nonzero(~self.whole))
         kept = np.zeros((self.store.header.layers, len(PROJECTIONS)), np.int64)
-        sizes = np.array([self._tokens * self.store.header.channels[PROJECTION_SITE[p]] for p in PROJECTIONS])
+        sizes = np.array([counted * self.store.header.channels[PROJECTION_SITE[p]] for p in PROJECTIONS])
         for site in SITES:
             reader = self.site_reader(site)
             limits = [self.limits(layer, site) for layer in range(len(kept))]
@@ -257,6 +268,9 @@ class Level:
                 for layer, block in enumerate(reader.read_layers(index)):
                     for column, limit in zip(range(7)[columns_of(site)], limits[layer], strict=True):
                         above = exceeds(block.values, block.compared(np.asarray(limit)))
+                        if self.whole is not None:
+                            span = slice(block.start, block.start + len(block.row_nnz))
+                            above &= ~np.repeat(self.whole[span], block.row_nnz)
                         kept[layer, column] += np.count_nonzero(above)
         with np.errstate(invalid="ignore"):
             return 1.0 - kept / sizes

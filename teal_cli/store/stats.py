@@ -224,7 +224,7 @@ class _Tally:
             counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
         self._counting.add(to_words(block.kept))
         for projection, counting in self._own.items():
-            counting.add(to_words(block.above(self._limits[projection]).kept))
+            counting.add(to_words(block.above(self._limits[projection], self._level.whole).kept))
 
     def finish(self) -> None:
         """No more rows."""

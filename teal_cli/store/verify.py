@@ -305,7 +305,9 @@ def _site(store: ActivationStore, level: Level, site: str) -> Iterator[list[Prob
     for block in range(blocks_of(len(level), size)):
         tokens = slice(block * size, min((block + 1) * size, len(level)))
         where = f"{level.name}/{site}, tokens {tokens.start} to {tokens.stop}"
-        yield list(_block(arrays, block, tokens, store.header.channels[site], limits, store.header.ranked, where))
+        whole = np.zeros(tokens.stop - tokens.start, bool) if level.whole is None else level.whole[tokens]
+        how = whole, store.header.ranked
+        yield list(_block(arrays, block, tokens, store.header.channels[site], limits, how, where))
 
 
 def _block(
@@ -314,10 +316,14 @@ def _block(
     tokens: slice,
     channels: int,
     limits: list[np.ndarray],
-    ranked: bool,
+    how: tuple[np.ndarray, bool],
     where: str,
 ) -> Iterator[Problem]:
-    """One block of a site, all layers; at most one problem per layer, the first in the order of the checks."""
+    """One block of a site, all layers; at most one problem per layer, the first in the order of the checks.
+
+    Args:
+        how: rows that no threshold was applied to, bool [tokens], and whether thresholds are numbers of entries.
+    """
     read: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         try:
@@ -328,12 +334,14 @@ def _block(
         return
     for layer, limit in enumerate(limits):
         rows = {name: array[layer] for name, array in read.items()}
-        what = _layer_problem(rows, channels, limit, ranked)
+        what = _layer_problem(rows, channels, limit, *how)
         if what:
             yield Problem(f"{where}, layer {layer}", what)
 
 
-def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, limit: np.ndarray, ranked: bool) -> str | None:
+def _layer_problem(
+    rows: Mapping[str, np.ndarray], channels: int, limit: np.ndarray, whole: np.ndarray, ranked: bool
+) -> str | None:
     values, mask, row_nnz = rows["values"], rows["mask"], rows["row_nnz"]
     if (row_nnz == NEVER_WRITTEN).any():
         return "a committed row was never written"
@@ -349,9 +357,9 @@ def _layer_problem(rows: Mapping[str, np.ndarray], channels: int, limit: np.ndar
         return "there are values beyond the kept ones"
     if ranked:
         most = channels - int(limit)
-        return f"a row keeps more than the {most} entries of its plan" if (row_nnz > most).any() else None
+        return f"a row keeps more than the {most} entries of its plan" if (row_nnz > most)[~whole].any() else None
     wanted = limit if limit.ndim == 0 else per_value(limit, unpack_mask(mask, channels))
-    if not exceeds(values[:kept], wanted).all():
+    if not (exceeds(values[:kept], wanted) | np.repeat(whole, row_nnz)).all():
         threshold = f"the threshold {float(limit):.8g}" if limit.ndim == 0 else "its threshold"
         return f"a kept value is not above {threshold}"
     return None
