@@ -271,6 +271,31 @@ def convert(
 
 
 @app.command()
+def copy(
+    store: StoreArgument,
+    target: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the store should go.")],
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Bring a store here from a URL or folder, verified by its checksums; run it again to go on."""
+    from teal_cli.store.copy import copy as bring
+    from teal_cli.store.reader import open_store
+    from teal_cli.store.remote import place_of
+
+    out = output(json, quiet)
+    size = fetched = 0
+    with progress(out) as bars:
+        task = bars.task("Copying", unit="B")
+        for event in bring(store, target, force=force):
+            size, fetched = event.total, event.fetched
+            task.update(done=event.done, total=event.total)
+    digest = open_store(target).state.digest
+    payload = {"store": str(place_of(store)), "output": target, "bytes": size, "fetched": fetched, "digest": digest}
+    out.result(payload, lambda console: console.print(f"{readable_size(size)} in {target}", markup=False))
+
+
+@app.command()
 def merge(
     store: StoreArgument,
     target: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="The store to write.")],

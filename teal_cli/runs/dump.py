@@ -181,7 +181,7 @@ class Dump:
         elif request.follow != "dense" or all(prompt.following for prompt in self.prompts):
             header = store_headers(
                 self.session, self.prompts, self.levels, request.max_new_tokens, request.sampling,
-                source=request.prompts, stop=self._stop, follow=request.follow,
+                source=request.prompts, stop=self._stop, follow=request.follow, prefill=request.prefill,
             )  # fmt: skip
             check_resume(destination(path), *header)
         require_space(path, size - (sum(sizes_below(path).values()) if resume else 0), hint=NO_ROOM)

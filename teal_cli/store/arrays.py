@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from teal_cli.store import layout
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array, read_array
 from teal_cli.store.packing import exceeds, magnitude_bits, per_value, row_thresholds, to_float, unpack, unpack_mask
+from teal_cli.store.remote import Place
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
 
 if TYPE_CHECKING:
@@ -177,13 +177,13 @@ class SiteReader(Blocks):
     """The arrays of a site of a level, read block by block with every check that needs no other block.
 
     Args:
-        path: the level's folder.
+        path: the level's folder, or its URL.
         tokens: rows that are committed.
         most: rows that the arrays may have.
         guard: raises where the store is no longer the one that was opened; asked after every read.
     """
 
-    def __init__(self, path: Path, site: str, header: StoreHeader, tokens: int, *, most: int, guard: Guard) -> None:
+    def __init__(self, path: Place, site: str, header: StoreHeader, tokens: int, *, most: int, guard: Guard) -> None:
         super().__init__(path.name, header, site, tokens)
         self.where = f"{path.parent}: {path.name}/{site}"
         self._path, self._site, self._header, self._most, self._guard = path, site, header, most, guard

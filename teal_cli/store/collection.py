@@ -14,16 +14,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from teal_cli.errors import TealError
+from teal_cli.errors import NotFoundError, TealError
 from teal_cli.store.arrays import Block, Blocks
 from teal_cli.store.digest import joined_digest
 from teal_cli.store.header import LevelState, differing_fields
 from teal_cli.store.levels import ActivationStore, Level
 from teal_cli.store.metadata import VERIFY_HINT
+from teal_cli.store.remote import Place
 
 _CACHED_BLOCKS = 4
 
@@ -38,17 +38,18 @@ class Collection(ActivationStore):
         TealError: a part is missing, damaged, or of other settings; it is named.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         super().__init__(path)
         self.parts = tuple(self._open_part(name) for name in self.state.parts)
 
     def _open_part(self, name: str) -> ActivationStore:
-        if not (self.path / name).is_dir():
+        try:
+            part = ActivationStore(self.path / name)
+        except NotFoundError:
             raise TealError(
                 f"{name} of the collection {self.path} is missing",
                 hint=f"it has {len(self.state.parts)} parts: bring it back, or write the collection again",
-            )
-        part = ActivationStore(self.path / name)
+            ) from None
         differing = differing_fields(self.header, part.state)
         if set(part.levels) != set(self.levels):
             differing.append("levels")

@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from teal_cli.store.header import LevelState, StoreHeader
@@ -85,6 +86,21 @@ def _sums(descriptor: int, size: int, chunks: int) -> bytes:
     index = np.frombuffer(_read(descriptor, size - _CRC - _ENTRY * chunks, _ENTRY * chunks), "<u8").reshape(-1, 2)
     ends = [min(int(offset) + int(length), size) for offset, length in index]
     return index.tobytes() + b"".join(_read(descriptor, end - _CRC, _CRC) for end in ends)
+
+
+def is_sound(data: bytes, chunks: int) -> bool:
+    """Whether a file has what its checksums say: those of the chunks of a shard, or that of the one chunk it is (0)."""
+    if not chunks:
+        return _has_sum(data)
+    index = data[-_CRC - _ENTRY * chunks :]
+    if len(index) < _CRC + _ENTRY * chunks or not _has_sum(index):
+        return False
+    places = np.frombuffer(index[:-_CRC], "<u8").reshape(-1, 2).tolist()
+    return all(offset + length <= len(data) and _has_sum(data[offset : offset + length]) for offset, length in places)
+
+
+def _has_sum(data: bytes) -> bool:
+    return len(data) >= _CRC and google_crc32c.value(data[:-_CRC]).to_bytes(_CRC, "little") == data[-_CRC:]
 
 
 def _read(descriptor: int, offset: int, count: int) -> bytes:

@@ -68,8 +68,9 @@ def convert(
     """
     if form not in FORMATS:
         raise UsageError(f"there is no format {form!r}", hint=f"formats: {', '.join(FORMATS)}")
-    source, target = store.path.resolve(), destination(out)
-    if target.is_relative_to(source) or source.is_relative_to(target):
+    target = destination(out)
+    source = store.path.resolve() if isinstance(store.path, Path) else None
+    if source and (target.is_relative_to(source) or source.is_relative_to(target)):
         raise UsageError(f"{out} lies within the store that is read, or holds it", hint="give another folder")
     _check_target(target, force=force)
     if form == "pt" and any(name in SITES for name in selection.names):

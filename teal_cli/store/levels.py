@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import sizes_below
 from teal_cli.store import layout
 from teal_cli.store.arrays import ActivationArray, Blocks, SiteReader
 from teal_cli.store.header import LevelState, StoreHeader, StoreState
@@ -34,6 +33,7 @@ from teal_cli.store.metadata import (
     require_store,
 )
 from teal_cli.store.packing import exceeds
+from teal_cli.store.remote import Place, sizes_of
 from teal_cli.store.schema import PHASES, parse_level
 from teal_cli.store.tokens import Tokens, align, column_problems
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
@@ -45,19 +45,21 @@ class ActivationStore:
     """A store open for reading. Use `open_store`.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its URL.
         attrs: attrs["teal"] as it stands in the file: model, calibration, prompts, seed, backend, ...
         header: the same as a `StoreHeader`.
         levels: names of the levels, from the lowest sparsity to the highest.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         require_store(path)
-        # An open folder keeps its inode from being used again, so that `check_same` cannot be deceived.
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        weakref.finalize(self, os.close, folder)
-        self._opened = os.fstat(folder)
+        self._opened: os.stat_result | None = None
+        if isinstance(path, Path):
+            # An open folder keeps its inode from being used again, so that `check_same` cannot be deceived.
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            weakref.finalize(self, os.close, folder)
+            self._opened = os.fstat(folder)
         self.state: StoreState = read_state(path)
         self.header: StoreHeader = self.state.header
         self.attrs: Mapping[str, Any] = self.state.attributes
@@ -65,7 +67,11 @@ class ActivationStore:
         self.check_same()
 
     def check_same(self) -> None:
-        """Raises TealError if another store stands where this one was opened: the two must not be mixed."""
+        """Raises TealError if another store stands where this one was opened: the two must not be mixed. Nothing
+        can be told of a URL.
+        """
+        if self._opened is None or not isinstance(self.path, Path):
+            return
         try:
             now: os.stat_result | None = self.path.stat()
         except OSError:
@@ -286,8 +292,8 @@ class Level:
 
     def stored_bytes(self, site: str) -> int:
         """Bytes of a site on disk, metadata left out."""
-        sizes = sizes_below(self.store.path / self.name / site)
-        return sum(size for file, size in sizes.items() if file.name != "zarr.json")
+        sizes = sizes_of(self.store.path / self.name / site)
+        return sum(size for file, size in sizes.items() if not file.endswith("zarr.json"))
 
     def _layer(self, layer: int) -> int:
         layers = self.store.header.layers

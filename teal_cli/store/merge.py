@@ -42,7 +42,7 @@ def merge(store: ActivationStore, out: Path, *, force: bool = False, resume: boo
         raise UsageError(
             f"{store.path} is not complete", hint=f"`teal dump --resume -o {store.path}` goes on, then merge it"
         )
-    if out.resolve().is_relative_to(store.path.resolve()):
+    if isinstance(store.path, Path) and out.resolve().is_relative_to(store.path.resolve()):
         raise UsageError(f"{out} lies within the collection that is read", hint="give another folder")
     levels = [store.level(name) for name in store.state.levels]
     headers = [LevelHeader(x.target, x.allocation, x.thresholds, x.state.max_tokens, x.scale, x.centre) for x in levels]

@@ -14,24 +14,23 @@ from typing import Any, Final
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, StorePath
+from zarr.storage import StorePath
 
-from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import read_json
+from teal_cli.errors import TealError, UsageError
 from teal_cli.store.header import LevelState, StoreHeader, StoreState, is_level_name
 from teal_cli.store.layout import Array, ArraySpec, level_arrays
+from teal_cli.store.remote import Place, node_of, require_there, zarr_store
 from teal_cli.store.schema import COLLECTION, SCHEMA, SCHEMA_1, SCHEMAS, parse_level
 from teal_kernels.spec import SITES
 
 VERIFY_HINT: Final = "`teal store verify` says more"
 
 
-def require_store(path: Path, *, plain: bool = False) -> None:
+def require_store(path: Place, *, plain: bool = False) -> None:
     """Raises unless the path holds a store of a known schema, or a collection where not a `plain` one is asked for;
     `read_state` says what it raises.
     """
-    if not path.exists():
-        raise NotFoundError(f"there is no store at {path}", hint="`teal dump -o PATH` makes one")
+    require_there(path)
     schema = schema_of(path)
     if schema is None:
         raise UsageError(f"{path} is not a teal store", hint="give the folder that `teal dump -o` wrote")
@@ -44,7 +43,7 @@ def require_store(path: Path, *, plain: bool = False) -> None:
         )
 
 
-def schema_of(path: Path) -> str | None:
+def schema_of(path: Place) -> str | None:
     """What the group at a path says in attrs["teal"]["schema"]; None if it is not a teal store at all."""
     try:
         found = read_node(path)["attributes"]["teal"]["schema"]
@@ -53,7 +52,7 @@ def schema_of(path: Path) -> str | None:
     return str(found)
 
 
-def read_node(folder: Path) -> dict[str, Any]:
+def read_node(folder: Place) -> dict[str, Any]:
     """The zarr.json of a node, as a JSON object.
 
     Raises:
@@ -61,7 +60,7 @@ def read_node(folder: Path) -> dict[str, Any]:
     """
     file = folder / "zarr.json"
     try:
-        found = read_json(file)
+        found = node_of(folder)
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
@@ -70,7 +69,7 @@ def read_node(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_attributes(folder: Path) -> dict[str, Any]:
+def read_attributes(folder: Place) -> dict[str, Any]:
     """attrs["teal"] of a group, as it is on disk now.
 
     Raises:
@@ -83,7 +82,7 @@ def read_attributes(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_state(path: Path) -> StoreState:
+def read_state(path: Place) -> StoreState:
     """What a store says about itself, checked.
 
     Raises:
@@ -104,17 +103,19 @@ def read_state(path: Path) -> StoreState:
     return replace(state, levels=levels)
 
 
-def _levels_of_schema_1(path: Path) -> set[str]:
+def _levels_of_schema_1(path: Place) -> set[str]:
     """Its root does not list them: those of the consolidated metadata, and folders that hold the level they name."""
     root = read_node(path).get("consolidated_metadata")
     names = root.get("metadata") if isinstance(root, dict) else None
     if isinstance(names, dict):
         return {name for name in names if is_level_name(name)}
+    if not isinstance(path, Path):
+        return set()
     folders = {entry.name for entry in path.iterdir() if is_level_name(entry.name) and entry.is_dir()}
     return {name for name in folders if read_attributes(path / name).get("target") == parse_level(name)}
 
 
-def level_state(path: Path, level: str) -> LevelState:
+def level_state(path: Place, level: str) -> LevelState:
     """What a level says about itself now, checked.
 
     Raises:
@@ -126,7 +127,7 @@ def level_state(path: Path, level: str) -> LevelState:
         raise TealError(f"the attributes of level {level} of {path} are damaged: {error}", hint=VERIFY_HINT) from error
 
 
-def open_array(folder: Path, name: str, spec: ArraySpec, *, least: int | None = None) -> Array:
+def open_array(folder: Place, name: str, spec: ArraySpec, *, least: int | None = None) -> Array:
     """One array below a folder, for reading; its metadata as they stand on disk now, held against the schema.
 
     Args:
@@ -138,12 +139,12 @@ def open_array(folder: Path, name: str, spec: ArraySpec, *, least: int | None = 
     place = folder / name
     found = read_array(folder, name, spec, least=least)
     try:
-        return zarr.Array.from_dict(StorePath(LocalStore(place, read_only=True), ""), found)
+        return zarr.Array.from_dict(StorePath(zarr_store(place), ""), found)
     except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes
         raise TealError(f"{place / 'zarr.json'}: {type(error).__name__}: {error}", hint=VERIFY_HINT) from error
 
 
-def read_array(folder: Path, name: str, spec: ArraySpec, *, least: int | None = None) -> dict[str, Any]:
+def read_array(folder: Place, name: str, spec: ArraySpec, *, least: int | None = None) -> dict[str, Any]:
     """The metadata of one array below a folder, held against the schema.
 
     Args:
@@ -191,7 +192,7 @@ def _difference(found: Mapping[str, Any], spec: ArraySpec, least: int | None) ->
     return None
 
 
-def read_constant(path: Path, level: str, name: str, header: StoreHeader) -> np.ndarray:
+def read_constant(path: Place, level: str, name: str, header: StoreHeader) -> np.ndarray:
     """`thresholds`, `<site>/centre` or `<site>/scale`: finite, written, and but for a centre not negative.
 
     Raises:

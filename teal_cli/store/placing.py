@@ -33,6 +33,7 @@ from teal_cli.store.metadata import (
     require_store,
     schema_of,
 )
+from teal_cli.store.remote import local
 from teal_cli.store.schema import SCHEMAS, blocks_of, is_part_name
 from teal_cli.store.shards import SiteFiles
 from teal_cli.version import __version__
@@ -225,7 +226,7 @@ def _check_level(store: ActivationStore, name: str) -> None:
         if not blocks:
             continue
         try:
-            SiteFiles(store.path / name / site, header, header.channels[site], None).check(blocks - 1)
+            SiteFiles(local(store.path, "resumed") / name / site, header, header.channels[site], None).check(blocks - 1)
         except (OSError, ValueError) as error:
             first = (blocks - 1) * block
             raise TealError(

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from teal_cli.files import sizes_below
 from teal_cli.store.collection import Collection
 from teal_cli.store.levels import ActivationStore, Level
 from teal_cli.store.metadata import schema_of
+from teal_cli.store.remote import place_of, sizes_of
 from teal_cli.store.schema import COLLECTION
 
 __all__ = ["ActivationStore", "Level", "LevelInfo", "Match", "StoreInfo", "describe", "open_store"]
@@ -26,12 +25,16 @@ __all__ = ["ActivationStore", "Level", "LevelInfo", "Match", "StoreInfo", "descr
 def open_store(path: str | os.PathLike[str]) -> ActivationStore:
     """Opens a store, or a collection of several as one, for reading.
 
+    Args:
+        path: its folder, or a URL that fsspec reads, such as s3://bucket/out.zarr; of a URL only what is asked for is
+            fetched.
+
     Raises:
         NotFoundError: nothing there.
         UsageError: not a teal store, or one of another schema.
         TealError: its attributes are damaged, or a part of a collection is missing or of other settings.
     """
-    folder = Path(path)
+    folder = place_of(path)
     return (Collection if schema_of(folder) == COLLECTION else ActivationStore)(folder)
 
 
@@ -79,7 +82,7 @@ def describe(store: ActivationStore, find: str | None = None) -> StoreInfo:
     Raises:
         TealError: attributes or token columns are damaged.
     """
-    sizes = sizes_below(store.path)
+    sizes = sizes_of(store.path)
     texts = store.header.prompts.get("texts")
     return StoreInfo(
         path=str(store.path),

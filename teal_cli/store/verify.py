@@ -28,6 +28,7 @@ from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_wid
 from teal_cli.store.metadata import as_numpy, read_node
 from teal_cli.store.packing import exceeds, magnitude_bits, per_value, unpack_mask
 from teal_cli.store.reader import ActivationStore, Level, open_store
+from teal_cli.store.remote import local, place_of
 from teal_cli.store.schema import (
     BITORDER,
     COMPARE,
@@ -84,7 +85,7 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
         NotFoundError, UsageError: no store of this schema there.
         TealError: the attributes are too damaged to go on.
     """
-    store = open_store(path)
+    store = open_store(local(place_of(path), "verified"))
     if isinstance(store, Collection):
         yield from _collection(store, allow_incomplete)
     else:
@@ -177,7 +178,7 @@ def _is_nested(found: object, copies: dict[str, Any], name: str) -> bool:
 
 def _strangers(store: ActivationStore) -> Iterator[Problem]:
     """Folders that look like levels but are none of this store."""
-    for entry in sorted(store.path.iterdir()):
+    for entry in sorted(local(store.path, "verified").iterdir()):
         if entry.is_dir() and (entry / "zarr.json").exists() and entry.name not in (store.state.parts or store.levels):
             yield Problem(entry.name, "the store has no such level or part; the folder was not made by it")
 
@@ -194,7 +195,7 @@ def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
         if not level.complete:
             continue
         try:
-            digests.append(level_digest(store.path, level.name, store.header, level.state))
+            digests.append(level_digest(local(store.path, "verified"), level.name, store.header, level.state))
         except (OSError, ValueError, TealError) as error:
             yield Problem(level.name, f"its digest cannot be taken: {_reason(error)}")
             continue

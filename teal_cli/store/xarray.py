@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from teal_cli.errors import UsageError
 from teal_cli.store.arrays import ActivationArray
 from teal_cli.store.metadata import schema_of
 from teal_cli.store.reader import ActivationStore, Level, open_store
+from teal_cli.store.remote import place_of
 from teal_cli.store.schema import PHASES, SCHEMAS
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITES
 
@@ -81,7 +81,7 @@ class TealBackendEntrypoint(BackendEntrypoint):
         """Whether the folder is a store of this schema."""
         if not isinstance(filename_or_obj, str | os.PathLike):
             return False
-        return schema_of(Path(filename_or_obj)) in SCHEMAS
+        return schema_of(place_of(filename_or_obj)) in SCHEMAS
 
 
 class _LayeredArray(BackendArray):

@@ -23,8 +23,9 @@ PROMPT, NEW = 8, 6
 
 
 def dump(teal: Teal, path: Path, *options: object) -> None:
-    arguments = ("dump", "-d", "python-docs", "-n", 2, "--prompt-tokens", PROMPT, "--max-new-tokens", NEW, "-s", "0,0.5")
-    ran = teal(*arguments, "--dtype", "float32", "--backend", "reference", "--ignore-eos", "-o", path, *options)
+    arguments = ("dump", "-d", "python-docs", "-n", 2, "--prompt-tokens", PROMPT, "--max-new-tokens", NEW)
+    made = ("-s", "0,0.5", "--dtype", "float32", "--backend", "reference", "--ignore-eos")
+    ran = teal(*arguments, *made, "-o", path, *options)
     assert ran.code == 0, ran.err
 
 
