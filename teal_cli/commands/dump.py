@@ -121,6 +121,14 @@ def dump(
         Literal["none", "dense", "sparse"],
         typer.Option("--prefill", help="Rows of the prompts, too: as the dense prompt has them, or run sparsely."),
     ] = "none",
+    layer_by_layer: Annotated[
+        bool | None,
+        typer.Option(
+            "--layer-by-layer/--resident",
+            help="With --follow text: hold one layer in memory at a time, or the whole model; chosen by the memory "
+            "there is if not given.",
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool,
         typer.Option(
@@ -205,6 +213,8 @@ def dump(
     if resume and like:
         raise UsageError("--resume and --like exclude each other", hint="--resume goes on, --like repeats a run anew")
     options.check_plan(context, plan, "levels")
+    if layer_by_layer and follow != "text":
+        raise UsageError("--layer-by-layer cannot decode", hint="take --follow text: the text says what comes next")
     if prompts and options.on_command_line(context, "dataset"):
         raise UsageError("--dataset and --prompts exclude each other", hint="give one of them")
     from teal_cli.data.prompts import Prompts, PromptSource
@@ -241,7 +251,10 @@ def dump(
     job = Dump(session, request)
     if first and not (dry_run or board.attempt):
         job.check(out_path, force=force, resume=resume)
-    load(out, session)
+    if follow == "text":
+        session.layer_by_layer = layer_by_layer
+    if not session.streams:
+        load(out, session, decodes=follow != "text")
     made = {
         "model": session.entry.name,
         "calibration": job.calibration,

@@ -23,8 +23,11 @@ def opened(
     return session
 
 
-def load(out: Output, session: Session) -> None:
+def load(out: Output, session: Session, *, decodes: bool = True) -> None:
     """Read the weights, and compile where this processor has no step yet; called once all else is known to be right.
+
+    Args:
+        decodes: whether a step is needed.
 
     Raises:
         TealError: the checkpoint is damaged.
@@ -33,7 +36,7 @@ def load(out: Output, session: Session) -> None:
 
     with progress(out) as bars:
         model = session.load(loading(bars, session.entry.size_bytes))
-        if must_compile(session.backend, model):
+        if decodes and must_compile(session.backend, model):
             compiling = bars.task("Compiling the decode step for this processor, once", total=1, unit="steps")
             compile_step(model)
             compiling.update(done=1)

@@ -124,6 +124,14 @@ class StreamedLayers:
         return Head(self.config, checkpoint.final_norm(self.dtype, self.device), read(self.dtype, self.device))
 
 
+def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model takes less than half of the memory that is free, or nobody tells how much that is."""
+    config, free = checkpoint.config, available_bytes(device)
+    heads = config.vocab * config.hidden * (1 if checkpoint.tied() else 2)
+    size = (config.layers * sum(config.projection_sizes().values()) + heads) * dtype.itemsize
+    return free is None or size <= free / 2
+
+
 def choose_layers(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
@@ -140,11 +148,6 @@ def choose_layers(
     Raises:
         TealError: as `Transformer.from_checkpoint`.
     """
-    if by_layer is None:
-        config, free = checkpoint.config, available_bytes(device)
-        heads = config.vocab * config.hidden * (1 if checkpoint.tied() else 2)
-        size = (config.layers * sum(config.projection_sizes().values()) + heads) * dtype.itemsize
-        by_layer = free is not None and size > free / 2
-    if by_layer:
+    if by_layer or (by_layer is None and not fits(checkpoint, dtype, device)):
         return StreamedLayers(checkpoint, dtype, device)
     return ResidentLayers(Transformer.from_checkpoint(checkpoint.path, dtype, device, progress))

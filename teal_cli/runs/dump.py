@@ -20,7 +20,6 @@ from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.files import require_space, sizes_below
 from teal_cli.model.weights import config_sha256
-from teal_cli.passes.layers import ResidentLayers
 from teal_cli.runs.board import Board, LocalBoard
 from teal_cli.runs.decoded import Decoding
 from teal_cli.runs.forced import Forcing
@@ -233,7 +232,7 @@ class Dump:
 
     def _producer(self) -> Producer:
         if self.request.follow != "free":
-            return Forcing(ResidentLayers(self.session.model), self._plans, self.prompts, self.request.prefill)
+            return Forcing(self.session.layers, self._plans, self.prompts, self.request.prefill)
         return Decoding(
             self.decoders,
             self.prompts,

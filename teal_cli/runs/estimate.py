@@ -15,7 +15,6 @@ import numpy as np
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.files import free_space, sizes_below
-from teal_cli.passes.layers import ResidentLayers
 from teal_cli.runs.decoded import Decoding
 from teal_cli.runs.dump import Dump, open_writer, store_headers
 from teal_cli.runs.forced import Forcing
@@ -125,7 +124,7 @@ def _sample(job: Dump, level: Level, prompt: Prompt, rows: int) -> _Sample:
                 times: list[float] = []
                 seconds = _pace(job, job.decoders[name], lambda: _noting(run_job(writer, decoding), times))
             else:
-                forcing = Forcing(ResidentLayers(session.model), {name: level.plan}, [prompt])
+                forcing = Forcing(session.layers, {name: level.plan}, [prompt])
                 times = [time.perf_counter()]
                 for _ in _noting(run_job(writer, forcing), times):
                     pass

@@ -6,8 +6,10 @@ tokens would have consumed (see `passes.forward`). Each row also has the log-pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from teal_cli.data.prompts import Prompt
 from teal_cli.passes.forward import Sparse, States, Where, forward
-from teal_cli.passes.layers import Layers
+from teal_cli.passes.layers import Layers, available_bytes
 from teal_cli.passes.score import log_probabilities
 from teal_cli.runs.job import other_tokens
 from teal_cli.sparsity.plan import Plan
@@ -23,24 +25,28 @@ from teal_cli.store.schema import PHASES
 from teal_cli.store.writer import LevelWriter
 from teal_kernels.spec import SITES
 
+_SMALL: Final = 1 << 32  # bytes that are free, where the system does not tell
+
 
 class Forcing:
     """Runs prompts and the tokens that follow them through the pass; a `Producer`.
 
+    Where the layers are not in memory, it takes as many sequences at a time as have room, since each pass reads the
+    whole checkpoint.
+
     Args:
-        layers: the model in memory.
+        layers: the model.
         plans: level name -> plan.
         prompts: sequence i is prompt i and then its `following` tokens but the last.
         prefill: as in `forced_rows`.
     """
-
-    batch = 1
 
     def __init__(
         self, layers: Layers, plans: Mapping[str, Plan], prompts: Sequence[Prompt], prefill: str = "none"
     ) -> None:
         self._layers, self._plans, self._prompts, self._prefill = layers, plans, prompts, prefill
         self.sequences = len(prompts)
+        self.batch = 1 if layers.resident else self._room()
 
     def most(self, sequence: int) -> int:
         """Rows that a sequence has at each level."""
@@ -49,12 +55,20 @@ class Forcing:
 
     def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
         """Write the rows of sequences; see `Producer`."""
-        plan, written = self._plans[level.name], 0
-        for sequence in sequences:
-            if self.most(sequence) > len(held):
-                written += _write(level, self._layers, plan, self._prompts[sequence], sequence, held, self._prefill)
-            held = held[:0]
+        wanted = [s for s in sequences if self.most(s) > (len(held) if s == sequences[0] else 0)]
+        prompts = [self._prompts[sequence] for sequence in wanted]
+        written = 0
+        found = forced_rows(self._layers, self._plans[level.name], prompts, self._prefill)
+        for sequence, rows in zip(wanted, found, strict=True):
+            written += _write(level, rows, sequence, held if sequence == sequences[0] else held[:0])
         return written
+
+    def _room(self) -> int:
+        """Sequences whose rows fit a quarter of the memory that is free, the copy that is stacked included."""
+        config, free = self._layers.config, available_bytes(self._layers.device) or _SMALL
+        row = config.layers * sum(config.channels(site) for site in SITES) * self._layers.dtype.itemsize
+        longest = max(map(self.most, range(self.sequences)), default=0)
+        return max(1, free // 4 // (2 * row * max(1, longest)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +90,10 @@ class ForcedRows:
     logprob: np.ndarray
 
 
-def forced_rows(layers: Layers, plan: Plan, prompt: Prompt, prefill: str = "none") -> ForcedRows:
-    """Run a prompt, and then its `following` tokens but the last, a row each.
+def forced_rows(layers: Layers, plan: Plan, prompts: Sequence[Prompt], prefill: str = "none") -> Iterator[ForcedRows]:
+    """Run prompts, and then the `following` tokens of each but the last, a row each; yields in their order.
+
+    The rows of all of them are in memory before the first comes, where `layers` are not.
 
     Args:
         prefill: `none`: the prompt is dense and has no rows; `dense`: it has; `sparse`: it is run under the plan, too.
@@ -85,45 +101,52 @@ def forced_rows(layers: Layers, plan: Plan, prompt: Prompt, prefill: str = "none
     Raises:
         TealError: a logit is not finite.
     """
-    prompted, everything = len(prompt.token_ids), [*prompt.token_ids, *prompt.following]
-    tokens = np.array(everything[:-1], np.int64)
+    if layers.resident:
+        groups = [[prompt] for prompt in prompts]
+    else:  # a pass has one place at which its sequences become sparse
+        groups = [list(group) for _, group in groupby(prompts, lambda prompt: len(prompt.token_ids))]
+    for group in groups:
+        yield from _one_pass(layers, plan, group, prefill)
+
+
+def _one_pass(layers: Layers, plan: Plan, prompts: Sequence[Prompt], prefill: str) -> Iterator[ForcedRows]:
+    """`forced_rows` of prompts of one length."""
+    prompted = len(prompts[0].token_ids)
+    fed = [np.array([*prompt.token_ids, *prompt.following], np.int64) for prompt in prompts]
     first = prompted if prefill == "none" else 0
-    start = len(tokens) if plan.target == 0 else 0 if prefill == "sparse" else prompted  # of the sparse positions
-    dense: dict[str, list[Tensor]] = {site: [] for site in SITES}
-    sparse: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    variants = [] if plan.target == 0 else [Sparse(plan, 0 if prefill == "sparse" else prompted)]
+    parts: list[dict[str, tuple[list[Tensor], list[Tensor]]]] = [{site: ([], []) for site in SITES} for _ in prompts]
     chances: list[Tensor] = []
     head = layers.open_head()
-    targets = torch.tensor(everything[first + 1 :], device=layers.device)
 
     def visit(where: Where, x: Tensor, kept: Tensor) -> None:
-        (dense if where.variant is None else sparse)[where.site].append(kept)
+        # A copy of what is asked for, where it is part of more.
+        rows = kept[first:].clone() if where.variant is None and first else kept
+        parts[where.sequence][where.site][where.variant is not None].append(rows)
 
-    def sink(_: int, states: States) -> None:
+    def sink(sequence: int, states: States) -> None:
         hidden = torch.cat([states.dense, *states.sparse])[first:]
+        targets = torch.tensor(fed[sequence][first + 1 :], device=layers.device)
         chances.append(log_probabilities(head, layers.config.vocab, hidden, targets)[0])
 
-    variants = [] if plan.target == 0 else [Sparse(plan, start)]
-    for _ in forward(layers, [tokens], variants, dense_rows=not variants, visit=visit, sink=sink):
+    for _ in forward(layers, [x[:-1] for x in fed], variants, dense_rows=not variants, visit=visit, sink=sink):
         pass
-    rows = {
-        site: torch.cat([torch.stack(x) for x in (dense[site], sparse[site]) if x], dim=1)[:, first:] for site in SITES
-    }
-    phase = np.full(len(tokens) - first, PHASES["forced"], np.uint8)
-    phase[: prompted - first] = PHASES["prefill"]
-    return ForcedRows(first, tokens[first:], phase, rows, np.minimum(chances[0].cpu().numpy(), np.float32(0)))
+    for tokens, sites, chance in zip(fed, parts, chances, strict=True):
+        rows = {}
+        for site, kinds in sites.items():
+            rows[site] = torch.cat([torch.stack(kind) for kind in kinds if kind], dim=1)
+            for kind in kinds:
+                kind.clear()  # the next site needs the memory
+        count = len(tokens) - 1 - first
+        phase = np.full(count, PHASES["forced"], np.uint8)
+        phase[: prompted - first] = PHASES["prefill"]
+        logprob = np.minimum(chance.cpu().numpy(), np.float32(0))
+        yield ForcedRows(first, tokens[first:-1], phase, rows, logprob)
 
 
-def _write(
-    level: LevelWriter,
-    layers: Layers,
-    plan: Plan,
-    prompt: Prompt,
-    sequence: int,
-    held: np.ndarray,
-    prefill: str = "none",
-) -> int:
+def _write(level: LevelWriter, found: ForcedRows, sequence: int, held: np.ndarray) -> int:
     """Write the rows of one sequence but the first ones, whose tokens the level has; returns how many."""
-    found, there = forced_rows(layers, plan, prompt, prefill), len(held)
+    there = len(held)
     if (found.token_ids[:there] != held).any():
         raise other_tokens(sequence, found.first)
     count = len(found.token_ids) - there

@@ -94,7 +94,7 @@ def _levels(board: Board, writers: Sequence[StoreWriter], producer: Producer) ->
         taken = {sequence for of_rank in everywhere for sequence in of_rank.get(name, ())}
         free = [sequence for sequence in range(producer.sequences) if sequence not in taken]
         clock.skip(number, producer.sequences - len(free))
-        handed = batches(free, producer.batch)
+        handed = batches(free, min(producer.batch, max(1, len(free) // board.size)))
         unfinished = [writer.level(name) for writer in writers if not writer.level(name).complete]
         for level in unfinished:
             again, known = left_over(level, ())

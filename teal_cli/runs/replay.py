@@ -22,7 +22,6 @@ from teal_cli.decoding.projector import PromptRecorder, empty_rows
 from teal_cli.errors import HardwareError, NotFoundError, TealError
 from teal_cli.model.transformer import attend_alone, block, dense, embed
 from teal_cli.model.weights import config_sha256
-from teal_cli.passes.layers import ResidentLayers
 from teal_cli.passes.projector import PlanProjector
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.forced import forced_rows
@@ -181,7 +180,7 @@ def _prefill(level: Level) -> str:
 
 def _forced(session: Session, level: Level, prompt: Prompt, rows: list[int]) -> Iterator[Mapping[str, Tensor]]:
     """The same from the pass that forced dumps take."""
-    found = forced_rows(ResidentLayers(session.model), stored_plan(level), prompt, _prefill(level))
+    (found,) = forced_rows(session.layers, stored_plan(level), [prompt], _prefill(level))
     for row in rows:
         yield {site: found.rows[site][:, int(level.tokens.position[row]) - found.first] for site in SITES}
 

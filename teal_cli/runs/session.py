@@ -23,6 +23,8 @@ from teal_cli.errors import HardwareError, TealError, UsageError, counted
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.transformer import Transformer
+from teal_cli.model.weights import Checkpoint
+from teal_cli.passes.layers import Layers, ResidentLayers, StreamedLayers, fits
 from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.plans import Level, levels_of
@@ -49,6 +51,7 @@ class Session:
         calibration_name: which calibration to take thresholds from; None takes the model's default.
         notes: remarks for the user, e.g. a calibration made in another dtype.
         load_s: seconds that reading the weights took.
+        layer_by_layer: what `layers` are: one in memory at a time, or all; None: all where they fit.
     """
 
     entry: ModelEntry
@@ -59,6 +62,7 @@ class Session:
     calibration_name: str | None
     notes: list[str] = field(default_factory=list)
     load_s: float = 0.0
+    layer_by_layer: bool | None = False
 
     @cached_property
     def model(self) -> Transformer:
@@ -79,6 +83,23 @@ class Session:
             self.model = Transformer.from_checkpoint(self.entry.path, DTYPES[self.dtype], self.device, progress)
             self.load_s = time.perf_counter() - start
         return self.model
+
+    @cached_property
+    def layers(self) -> Layers:
+        """The model as a pass takes it; what decodes takes `model`."""
+        if self.streams:
+            return StreamedLayers(Checkpoint(self.entry.path), DTYPES[self.dtype], self.device)
+        return ResidentLayers(self.model)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether `layers` are in memory one at a time."""
+        if self.layer_by_layer is not None:
+            return self.layer_by_layer
+        streams = not fits(Checkpoint(self.entry.path), DTYPES[self.dtype], self.device)
+        if streams:
+            self.notes.append(f"{self.entry.name} does not fit the memory that is free: one layer is there at a time")
+        return streams
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

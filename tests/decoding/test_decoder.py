@@ -50,7 +50,7 @@ class Recorder:
         self.steps: list[tuple[int, int, int]] = []
         self.rows: list[Rows | None] = []
 
-    def begin(self, token_id: int, position: int, sequence: int) -> Rows | None:
+    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> Rows | None:
         self.steps.append((token_id, position, sequence))
         skipped = self.skip and len(self.steps) % self.skip == 0
         self.rows.append(None if skipped else empty_rows(self.model.config, self.model.dtype, self.model.device))

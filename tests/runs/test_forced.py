@@ -152,3 +152,40 @@ def test_a_file_of_prompts_has_no_text_to_follow(ready: Path, teal: Teal, tmp_pa
     prompts.write_text("one two three\n")
     ran = teal("dump", "-m", "tiny", "--prompts", prompts, "--follow", "text", "-s", "0.5", "-o", tmp_path / "s.zarr")
     assert (ran.code, "has no text that follows" in ran.err) == (2, True)
+
+
+def test_one_layer_at_a_time_gives_the_same_bytes(
+    ready: Path, teal: Teal, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teal_cli.model.transformer import Transformer
+    from teal_cli.passes import layers
+
+    stores = [tmp_path / f"{name}.zarr" for name in ("whole", "layers", "chosen", "small")]
+    dump(teal, text, stores[0], "--follow", "text", "--prefill", "dense", "--resident")
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr(Transformer, "from_checkpoint", refused)
+    dump(teal, text, stores[1], "--follow", "text", "--prefill", "dense", "--layer-by-layer")
+    for store, free in ((stores[2], 1 << 17), (stores[3], 1)):  # too little for the model; for two sequences at a time
+        monkeypatch.setattr(layers, "available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(module(), "available_bytes", lambda device, free=free: free)
+        dump(teal, text, store, "--follow", "text", "--prefill", "dense")
+    assert len({open_store(store).state.digest for store in stores}) == 1
+    estimate = teal(
+        "dump", "--like", stores[0], "-o", tmp_path / "x.zarr", "--layer-by-layer", "--dry-run", "--json"
+    ).json
+    assert estimate["rows"] == 2 * 2 * (PROMPT + NEW - 1)
+
+
+def module() -> Any:
+    from teal_cli.runs import forced as found
+
+    return found
+
+
+def test_one_layer_at_a_time_cannot_decode(ready: Path, teal: Teal, tmp_path: Path) -> None:
+    for follow in ("free", "dense"):
+        ran = teal("dump", "-m", "tiny", "-s", "0.5", "--follow", follow, "--layer-by-layer", "-o", tmp_path / "s.zarr")
+        assert (ran.code, "--layer-by-layer cannot decode" in ran.err) == (2, True)
