@@ -101,7 +101,7 @@ def prose() -> str:
             name = next(name for name in archive.getnames() if name.endswith(member))
             file = archive.extractfile(name)
             assert file is not None
-            return file.read().decode()[SKIPPED:]
+            return file.read().decode().replace("\r\n", "\n")[SKIPPED:]
 
 
 def texts(out: Path) -> dict[str, Path]:
@@ -133,26 +133,43 @@ def evaluate(out: Path, model: str, text: Path, name: str, levels: list[object],
     return teal("eval", "-m", model, "-d", text, *shape, *levels, "--output", file, *resume)
 
 
-def cells(out: Path, models: list[str], kinds: list[Kind]) -> Iterator[Cell]:
-    """Every finished cell."""
+@dataclass(frozen=True)
+class Panel:
+    """What is finished of a model and a text.
+
+    Attributes:
+        dense: nll of the dense model. rows: by the plan's name, as `teal eval` tells them.
+        line: (share of bytes dropped, loss) of the uniform plans by magnitude, rising, and of the dense model.
+    """
+
+    model: str
+    text: str
+    dense: float
+    rows: dict[str, Any]
+    line: list[tuple[float, float]]
+
+    def cells(self) -> Iterator[Cell]:
+        for kind in KINDS:
+            for level in LEVELS:
+                row = self.rows.get(kind.name(level))
+                if row is not None:
+                    loss, realised = row["nll"] - self.dense, row["realised"]
+                    share = share_of(loss, realised, self.line)
+                    yield Cell(self.model, self.text, kind, level, row["perplexity"], realised, loss, row["kl"], share)
+
+
+def panels(out: Path, models: list[str]) -> Iterator[Panel]:
+    """Every model and text that has a finished level."""
     for model in models:
         for text in ("prose", "docstrings"):
             finished = [json.loads(file.read_text()) for file in sorted(out.glob(f"{model}-{text}-*.json"))]
             found = [row for result in finished if result["complete"] for row in result["levels"]]
             dense = [row["nll"] for row in found if row["plan"] is None]
-            if not dense:
-                continue
             rows = {row["plan"]: row for row in found if row["plan"]}
-            line = [(0.0, 0.0)]
-            line += [(r["realised"], r["nll"] - dense[0]) for n, r in rows.items() if n.startswith("uniform-0")]
-            for kind in kinds:
-                for level in LEVELS:
-                    row = rows.get(kind.name(level))
-                    if row is not None:
-                        loss = row["nll"] - dense[0]
-                        share = share_of(loss, row["realised"], sorted(line))
-                        realised = row["realised"]
-                        yield Cell(model, text, kind, level, row["perplexity"], realised, loss, row["kl"], share)
+            uniform = [row for name, row in rows.items() if name.startswith("uniform-0")]
+            if dense and uniform:
+                line = sorted((row["realised"], row["nll"] - dense[0]) for row in uniform)
+                yield Panel(model, text, dense[0], rows, [(0.0, 0.0), *line])
 
 
 def share_of(loss: float, realised: float, line: list[tuple[float, float]]) -> float | None:
@@ -166,13 +183,13 @@ def share_of(loss: float, realised: float, line: list[tuple[float, float]]) -> f
     return float(loss / np.interp(realised, at, losses))
 
 
-def table(found: list[Cell], dense: dict[tuple[str, str], float]) -> str:
+def table(found: list[Panel]) -> str:
     """Markdown: a table for each model and text, a row for each kind, a column for each level."""
     lines = []
-    for (model, text), perplexity in dense.items():
-        mine = {(cell.kind, cell.level): cell for cell in found if (cell.model, cell.text) == (model, text)}
+    for panel in found:
+        mine = {(cell.kind, cell.level): cell for cell in panel.cells()}
         levels = sorted({level for _, level in mine})
-        lines += [f"**{model}, {text}**: dense perplexity {perplexity:.2f}", ""]
+        lines += [f"**{panel.model}, {panel.text}**: dense perplexity {np.exp(panel.dense):.2f}", ""]
         lines += ["| allocation | criterion | " + " | ".join(f"{level:.0%}" for level in levels) + " |"]
         lines += ["|---|---|" + "---|" * len(levels)]
         for kind in dict.fromkeys(kind for kind, _ in mine):
@@ -189,39 +206,47 @@ def _cell(cell: Cell | None) -> str:
     return f"{cell.perplexity:.2f} ({cell.realised:.1%}{share})"
 
 
-def draw(found: list[Cell], file: Path) -> None:
+def draw(found: list[Panel], file: Path) -> None:
     """Loss against dropped bytes, a panel for each model and text."""
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((cell.model, cell.text) for cell in found))
-    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="tight")
-    axes = figure.subplots(1, len(panels), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(found), 3.8), layout="tight")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
     colours = {"magnitude": "#0072B2", "wina": "#D55E00", "centred": "#009E73", "topk": "#CC79A7"}
-    styles = {"uniform": ":", "greedy": "--", "fisher": "-"}
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for kind in dict.fromkeys(cell.kind for cell in found):
-            mine = [cell for cell in found if (cell.model, cell.text, cell.kind) == (*panel, kind)]
-            points = np.array(sorted((100 * cell.realised, cell.loss) for cell in mine)).reshape(-1, 2).T
+    styles = {"uniform": "o:", "greedy": "s--", "fisher": "^-"}
+    for axis, panel in zip(axes, found, strict=True):
+        cells = list(panel.cells())
+        axis.plot(*np.array(panel.line).T * [[100], [1]], ":", color=colours["magnitude"])
+        for kind in dict.fromkeys(cell.kind for cell in cells):
+            points = np.array(sorted((100 * cell.realised, cell.loss) for cell in cells if cell.kind == kind)).T
             label = f"{kind.allocation}, {kind.criterion}"
-            axis.plot(*points, styles[kind.allocation], marker="o", ms=3, color=colours[kind.criterion], label=label)
-        axis.set(title=", ".join(panel), xlabel="weight bytes left unread, %", yscale="log")
-    axes[0][0].set_ylabel("rise of log-perplexity over dense, nats")
-    axes[0][-1].legend(fontsize=7)
+            axis.plot(*points, styles[kind.allocation], ms=5, color=colours[kind.criterion], label=label)
+        lowest = min(cell.realised for cell in cells)
+        axis.set(
+            title=f"{panel.model}, {panel.text}", xlabel="weight bytes left unread, %", xlim=(100 * lowest - 6, None)
+        )
+    axes[0].set_ylabel("rise of log-perplexity over dense, nats")
+    axes[-1].legend(fontsize=7)
     figure.savefig(file, dpi=120)
 
 
-def write(out: Path, models: list[str], kinds: list[Kind]) -> None:
+def write(out: Path, models: list[str]) -> None:
     """What is finished so far, as JSON, table and picture."""
-    found = list(cells(out, models, kinds))
+    found = list(panels(out, models))
     if not found:
         return
-    dense = {}
-    for cell in found:
-        result = json.loads((out / f"{cell.model}-{cell.text}-dense.json").read_text())
-        dense[cell.model, cell.text] = result["levels"][0]["perplexity"]
-    rows = [{**asdict(cell), "kind": asdict(cell.kind)} for cell in found]
-    (out / "quality.json").write_text(json.dumps({"cells": rows}, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(found, dense), encoding="utf-8")
+    content = [
+        {
+            "model": p.model,
+            "text": p.text,
+            "dense_nll": p.dense,
+            "uniform": p.line,
+            "cells": [asdict(c) for c in p.cells()],
+        }
+        for p in found
+    ]
+    (out / "quality.json").write_text(json.dumps({"panels": content}, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table(found), encoding="utf-8")
     draw(found, out / "quality.png")
 
 
@@ -247,7 +272,7 @@ def main() -> None:
                 evaluate(out, model, text, "dense", ["-s", 0], given.windows, given.window)
                 plans = [part for name in names for part in ("--plan", name)]
                 evaluate(out, model, text, f"{level:g}", plans, given.windows, given.window)
-                write(out, given.models, KINDS)
+                write(out, given.models)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,10 @@ def test_what_is_not_here_is_said(teal: Teal, tmp_path: Path) -> None:
     ran = teal("store", "verify", store, "--replay", 2)
     assert (ran.code, f"calibration {calibration} is not here" in " ".join(ran.err.split())) == (0, True), ran.err
     config = Registry().get("tiny").path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
-    ran = teal("store", "verify", store, "--replay", 2)
+    own = config.read_text()
+    config.write_text(json.dumps(json.loads(own) | {"rms_norm_eps": 0.5}))
+    try:
+        ran = teal("store", "verify", store, "--replay", 2)
+    finally:
+        config.write_text(own)  # the folder is every test's
     assert (ran.code, "tiny is another model here" in " ".join(ran.err.split())) == (1, True)
