@@ -128,10 +128,23 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "olmo2": Tiny("olmo2", {"tie_word_embeddings": False, "pad_token_id": None}),
+    "olmo3": Tiny(
+        "olmo3",
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": _YARN_ROPE,
+            },
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
 }
 """Name of a tiny model -> what it is: every family, every rotary type, every kind of bias and window."""
 
-TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2")
+TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2", "olmo3")
 """One model per family, for tests that need not meet every variant."""
 
 _SENTENCES = (

@@ -257,5 +257,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
         norm_rounds_once=True,
         wide_head_norms=True,
     ),
+    "olmo3": Family(
+        title="OLMo 3",
+        architecture="Olmo3ForCausalLM",
+        layer=_NORMS_AFTER | _BIASES | _HEAD_NORMS,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        windows=_windows_by_layer_type,
+        norm_rounds_once=True,
+        wide_head_norms=True,
+    ),
 }
 """`model_type` of config.json -> its row."""

@@ -110,6 +110,7 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
         "granite": (False, False, False),
         "smollm3": (False, False, False),
         "olmo2": (False, False, True),
+        "olmo3": (False, False, True),
     }
     biased = read(tmp_path, attention_bias=True)
     assert (biased.qkv_bias, biased.o_bias) == (True, True)
