@@ -44,6 +44,14 @@ _YARN_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.7,  # 8 of 12 channels
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.2, 2.5, 5.0, 9.0],
+    "attention_factor": 1.2,
+}
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,26 @@ TINY: dict[str, Tiny] = {
             "pad_token_id": None,
         },
     ),
+    "phi3": Tiny(
+        "phi3",
+        {
+            "sliding_window": 8,
+            "rope_parameters": _LONGROPE,
+            "original_max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+    "phi3-long": Tiny(
+        "phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 2, "pad_token_id": None}
+    ),
+    "phi3-4k": Tiny("phi3", {"tie_word_embeddings": False, "pad_token_id": None}),
 }
 """Name of a tiny model -> what it is: every family, every rotary type, every kind of bias and window."""
 
-TINY_FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2", "olmo3")
+TINY_FAMILIES = (
+    "llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2", "olmo3", "phi3",
+)  # fmt: skip
 """One model per family, for tests that need not meet every variant."""
 
 _SENTENCES = (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reference_model import unfused
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -46,7 +47,7 @@ class Verdict:
 
 def reference_model(path: Path) -> PreTrainedModel:
     """transformers' own float32 model of a checkpoint folder."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    return unfused(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval())
 
 
 @torch.no_grad()

@@ -25,8 +25,38 @@ MODULES = {
 }
 
 
+def unfused(model: Any) -> Any:
+    """transformers' model with a linear layer for each projection, so that each can be watched by its name."""
+    config = model.config
+    kv = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    for layer in model.model.layers:
+        for parent, name, widths in (
+            (layer.self_attn, "qkv_proj", {"q": config.hidden_size, "k": kv, "v": kv}),
+            (layer.mlp, "gate_up_proj", dict.fromkeys(("gate", "up"), config.intermediate_size)),
+        ):
+            if hasattr(parent, name):
+                setattr(parent, name, Split(parent, getattr(parent, name).weight, widths))
+    return model
+
+
+class Split(torch.nn.Module):
+    """x @ weight.T by parts, each a linear layer of `parent`."""
+
+    def __init__(self, parent: torch.nn.Module, weight: Tensor, widths: dict[str, int]) -> None:
+        super().__init__()
+        self.parts = []
+        for name, rows in zip(widths, weight.split(tuple(widths.values())), strict=True):
+            linear = torch.nn.Linear(rows.shape[1], len(rows), bias=False)
+            linear.weight = torch.nn.Parameter(rows)
+            parent.add_module(f"{name}_proj", linear)
+            self.parts.append(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
 def reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return unfused(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval())
 
 
 def tokens_for(vocab: int, count: int = TOTAL) -> Tensor:
@@ -111,7 +141,7 @@ def kept_by(plan: Plan) -> Keep:
 def masked_logits(path: Path, rows: Sequence[np.ndarray], keep: Keep | None, start: int) -> list[Tensor]:
     """transformers' float32 logits [S, vocab] of each row of token ids; every linear layer reads what `keep` leaves of
     its input at positions from `start` on. None is the dense model."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = unfused(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval())
     running = 0
 
     def hook(_: Any, inputs: tuple[Tensor], layer: int, projection: str) -> tuple[Tensor]:

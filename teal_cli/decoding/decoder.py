@@ -58,14 +58,15 @@ class Tally:
         return self.steps / self.decode_s if self.decode_s else 0.0
 
 
-def check_room(prompt: Sequence[int], max_new_tokens: int, room: int) -> None:
+def check_room(prompt: Sequence[int], max_new_tokens: int, room: int, switch: int | None) -> None:
     """Refuse what cannot be decoded, before anything is opened for it.
 
     Args:
         room: positions of the context or the cache.
+        switch: `ModelConfig.rope_switch`.
 
     Raises:
-        UsageError: an empty prompt, no new token, or more than there is room for.
+        UsageError: an empty prompt, no new token, or more than there is room for; also as `check_rotation`.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
@@ -77,6 +78,25 @@ def check_room(prompt: Sequence[int], max_new_tokens: int, room: int) -> None:
             f"of {room}",
             hint="shorten the prompt or lower --max-new-tokens",
         )
+    check_rotation(switch, len(prompt), len(prompt) + max_new_tokens - 1)
+
+
+def check_rotation(switch: int | None, prefilled: int, end: int) -> None:
+    """Refuse steps from `prefilled` to `end` tokens that pass the switch of a model (`ModelConfig.rope_switch`).
+
+    Raises:
+        UsageError: they do: keys in the cache would have another rotation than the queries.
+    """
+    if _is_passed(switch, prefilled, end):
+        raise UsageError(
+            f"steps from {prefilled} to {end} tokens pass {switch}, where this model's rotary embedding changes for "
+            "all tokens (longrope)",
+            hint=f"lower --max-new-tokens, or prefill more than {switch} tokens",
+        )
+
+
+def _is_passed(switch: int | None, begin: int, end: int) -> bool:
+    return switch is not None and begin <= switch < end
 
 
 class Decoder:
@@ -125,13 +145,17 @@ class Decoder:
         Raises:
             UsageError: an empty prompt, or one that does not fit the context together with the new tokens.
         """
-        check_room(prompt, max_new_tokens, self.cache.max_tokens)
+        switch = self.model.config.rope_switch
+        check_room(prompt, max_new_tokens, self.cache.max_tokens, switch)
         if not 0 <= cached < len(prompt) or cached > self.cache.length:
             raise ValueError(
                 f"{cached} tokens of a prompt of {len(prompt)} cannot be in a cache of {self.cache.length}"
             )
         choose = self.step.sampler(sampling, sequence)
         dense = len(prompt) if dense is None else dense
+        check_rotation(switch, dense, len(prompt))
+        if _is_passed(switch, cached, len(prompt)):
+            cached = 0  # its keys were rotated for a shorter sequence
         self.cache.length = cached
         prompted = capture if prompt_rows else None
         if cached < dense:

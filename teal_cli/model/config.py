@@ -17,7 +17,7 @@ from teal_cli.model.families import FAMILIES, Family
 from teal_kernels.spec import Geometry
 from teal_kernels.traits import GELU_TANH, SILU, Traits
 
-SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
+SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn", "longrope")
 SUPPORTED_DTYPES: Final[tuple[str, ...]] = ("bfloat16", "float16", "float32")
 
 SUPPORTED_ACTIVATIONS: Final[dict[str, str]] = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH}
@@ -47,6 +47,8 @@ class ModelConfig(Geometry):
         family: `model_type` of config.json, one of `FAMILIES`.
         context: the longest sequence the positions are made for, in tokens.
         ropes: per layer, its rotation.
+        rotary_dim: how many channels of a head are rotated; a checkpoint has them first.
+        rope_switch: a sequence of more tokens is rotated by other frequencies throughout (longrope); None: all alike.
         traits: what is computed between the matrices.
         sliding_windows: per layer, how many positions a token attends to, itself included; None means all.
         qkv_bias: q, k and v have a bias.
@@ -68,6 +70,8 @@ class ModelConfig(Geometry):
     o_bias: bool
     qk_norm: bool
     ropes: tuple[Rope, ...]
+    rotary_dim: int
+    rope_switch: int | None
     traits: Traits
     tied: bool
     eos_ids: tuple[int, ...]
@@ -127,6 +131,8 @@ def load_config(path: str | Path) -> ModelConfig:
         o_bias=family.o_bias(hf),
         qk_norm="q_norm" in family.layer,
         ropes=_ropes(family, hf),
+        rotary_dim=int(head_dim * family.rotary_share(hf)),
+        rope_switch=_rope_switch(family, hf),
         traits=_traits(family, hf),
         tied=bool(hf.tie_word_embeddings),
         eos_ids=_eos_ids(hf, _read_json(folder / "generation_config.json") or {}),
@@ -191,7 +197,7 @@ def _load_hf(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise TealError(f"{folder / 'config.json'} is not a valid config: {reason.strip()}", hint=_HINT) from error
 
@@ -218,7 +224,7 @@ def _refuse_unsupported_parts(family: Family, hf: Any) -> None:
                 f"the rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}",
                 hint="choose a model with one of these rope types",
             )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        if rope.get("partial_rotary_factor", 1.0) != family.rotary_share(hf):
             raise UsageError(
                 f"a partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported",
                 hint="choose a model that rotates whole heads",
@@ -235,6 +241,28 @@ def _ropes(family: Family, hf: Any) -> tuple[Rope, ...]:
     by_type = any(isinstance(value, Mapping) for value in hf.rope_parameters.values())
     types = hf.layer_types if by_type else (None,) * hf.num_hidden_layers
     return tuple(map(Rope, types, family.rotates(hf)))
+
+
+def _rope_switch(family: Family, hf: Any) -> int | None:
+    every = (rope_parameters(hf, rope.layer_type) for rope in _ropes(family, hf))
+    return next((x["original_max_position_embeddings"] for x in every if x.get("rope_type") == "longrope"), None)
+
+
+def _longrope_problem(config: ModelConfig) -> str | None:
+    """What transformers only warns of, or fails at without a word."""
+    pairs = config.rotary_dim // 2
+    for layer_type in {rope.layer_type for rope in config.ropes}:
+        rope = rope_parameters(config.hf, layer_type)
+        if rope.get("rope_type") != "longrope":
+            continue
+        for name in ("short_factor", "long_factor"):
+            numbers = rope[name]
+            if not isinstance(numbers, list) or [type(x) in (int, float) for x in numbers] != [True] * pairs:
+                return f"{name} of its rotary embedding must be {pairs} numbers"
+        switch = rope["original_max_position_embeddings"]
+        if type(switch) is not int or switch < 2 or switch != config.rope_switch:
+            return f"original_max_position_embeddings must be one number of at least 2, not {switch}"
+    return None
 
 
 def _traits(family: Family, hf: Any) -> Traits:
@@ -273,7 +301,11 @@ def _check_shape(config: ModelConfig, folder: Path) -> None:
         problem = f"{config.heads} attention heads are not a multiple of {config.kv_heads} key-value heads"
     elif config.head_dim % 2:
         problem = f"the head size {config.head_dim} is odd"
+    elif config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
+        problem = f"{config.rotary_dim} of {config.head_dim} channels of a head cannot be rotated in pairs"
     elif len(config.sliding_windows) != config.layers:
         problem = f"it names {len(config.sliding_windows)} layer types for {config.layers} layers"
+    else:
+        problem = _longrope_problem(config)
     if problem:
         raise TealError(f"{folder / 'config.json'} is not a valid config: {problem}", hint=_HINT)

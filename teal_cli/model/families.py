@@ -89,7 +89,10 @@ _HEAD_NORMS: Final[dict[str, Name]] = {
     "k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
 }
 
-
+_FUSED: Final[dict[str, Name]] = _LLAMA | {
+    **dict.fromkeys("qkv", ("self_attn.qkv_proj.weight", "attn_qkv.weight")),
+    **dict.fromkeys(("gate", "up"), ("mlp.gate_up_proj.weight", "ffn_up.weight")),
+}
 _NORMS_ON_BOTH_SIDES: Final[dict[str, Name]] = {
     "attn_norm": ("input_layernorm.weight", "attn_norm.weight"),
     "attn_post_norm": ("post_attention_layernorm.weight", "post_attention_norm.weight"),
@@ -118,7 +121,7 @@ class Family:
         gguf_interleaved: its converter reordered the rows of q and k for its rotation.
         layer: part of a layer -> its tensor. Parts `attn_norm`, `mlp_norm` are norms before the half layer,
             `attn_post_norm`, `mlp_post_norm` after it; what the row lacks, the family lacks. Biases are read where
-            `qkv_bias` and `o_bias` say so.
+            `qkv_bias` and `o_bias` say so. Parts of one name are rows of one tensor, in the order of the row.
         qkv_bias, o_bias: q, k and v have a bias; o has one.
         windows: the window of every layer.
         norm_offset: added to the weight of every norm, those of q and k too.
@@ -126,6 +129,7 @@ class Family:
         activation: of the gate, as transformers calls it.
         wide_head_norms: the norms of q and k, if there are any, take all heads as one vector.
         rotates: of every layer, whether it rotates q and k.
+        rotary_share: how much of each head is rotated, from its first channel on.
         attention_scale: factor on the scores; None is 1 / sqrt(head size).
         score_cap, logit_cap: scores and logits become cap * tanh(x / cap).
         embedding_scale, residual_scale, logit_scale: factors on the embedding of a token (rounded to the model's
@@ -146,6 +150,7 @@ class Family:
     norm_rounds_once: bool = False
     wide_head_norms: bool = False
     rotates: Callable[[Hf], tuple[bool, ...]] = _all_layers
+    rotary_share: Callable[[Hf], float] = _one
     activation: Callable[[Hf], str] = lambda hf: str(hf.hidden_act)
     attention_scale: Callable[[Hf], float | None] = _nothing
     score_cap: Callable[[Hf], float | None] = _nothing
@@ -266,6 +271,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
         windows=_windows_by_layer_type,
         norm_rounds_once=True,
         wide_head_norms=True,
+    ),
+    "phi3": Family(
+        title="Phi-3/3.5/4",
+        architecture="Phi3ForCausalLM",
+        layer=_FUSED,
+        windows=_same_windows,
+        rotary_share=lambda hf: float(hf.rope_parameters["partial_rotary_factor"]),
     ),
 }
 """`model_type` of config.json -> its row."""

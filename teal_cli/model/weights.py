@@ -8,7 +8,7 @@ so that no tensor, let alone a model, is held twice. This module does not know w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from teal_cli.files import read_json
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.model.quantized import Quantization, packed_name, quantization_of
+from teal_cli.model.rope import head_order
 from teal_kernels.matrix import FloatMatrix, Matrix
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.spec import SITE_PROJECTIONS
@@ -49,6 +50,9 @@ _VECTORS: Final = {
 }
 """Our field -> the parts of a layer, as `families` calls them, that lie in it one after the other."""
 
+_ROTATED: Final = ("q", "k", "q_bias", "k_bias", "q_norm", "k_norm")
+"""Parts that have a row for each channel of a head, and heads that are rotated."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -57,7 +61,8 @@ class LayerWeights:
     Attributes:
         attn_norm, mlp_norm: [hidden], of the norm before attention and MLP, or None.
         attn_post_norm, mlp_post_norm: [hidden], of the norm after them, before the residual addition, or None.
-        qkv: [hidden, Nq + 2 Nkv], the columns of q, then k, then v.  qkv_bias: [Nq + 2 Nkv] or None.
+        qkv: [hidden, Nq + 2 Nkv], the columns of q, then k, then v; those of a head of q and k in `rope.head_order`.
+        qkv_bias: [Nq + 2 Nkv] or None.
         q_norm, k_norm: [head_dim], or [Nq] and [Nkv] if `wide_head_norms`, or None.
         attn_out: [Nq, hidden].  o_bias: [hidden] or None.
         gate_up: [hidden, 2 intermediate], the columns of gate, then up.
@@ -103,6 +108,8 @@ class Checkpoint:
         family = FAMILIES[self.config.family]
         self.quantization: Quantization | None = _quantization(self.path)
         self._names = {part: family.layer[part][0] for part in family.parts(self.config.hf)}
+        self._shapes, self._rows = _parts(self.config, self._names)
+        self._order = head_order(self.config)
         self._files: dict[str, Path] = _index(self.path)
         self._check()
 
@@ -120,12 +127,19 @@ class Checkpoint:
                     continue
                 fused = empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
                 for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
-                    _transpose_into(columns, read(prefix + self._names[part]))
+                    _transpose_into(columns, self._part(read, prefix, part))
                 fields[field] = FloatMatrix(fused, widths)
             for field, parts in _VECTORS.items():
-                vectors = [read(prefix + self._names[part]).to(device, dtype) for part in parts if part in self._names]
+                vectors = [self._part(read, prefix, part).to(device, dtype) for part in parts if part in self._names]
                 fields[field] = torch.cat(vectors) if vectors else None
         return LayerWeights(**fields)  # type: ignore[arg-type]
+
+    def _part(self, read: Any, prefix: str, part: str) -> Tensor:
+        """A part of a layer out of the tensor that it lies in, heads in our order; not to be written to."""
+        tensor: Tensor = read(prefix + self._names[part])[self._rows[part]]
+        if self._order is None or part not in _ROTATED:
+            return tensor
+        return tensor.unflatten(0, (-1, len(self._order)))[:, self._order].flatten(0, 1)
 
     def _packed(
         self,
@@ -179,18 +193,9 @@ class Checkpoint:
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that will be read, with its shape as stored."""
         config = self.config
-        wide = config.traits.wide_head_norms
-        shapes: dict[str, tuple[int, ...]] = {
-            "q_norm": ((config.heads if wide else 1) * config.head_dim,),
-            "k_norm": ((config.kv_heads if wide else 1) * config.head_dim,),
-        }
         packed = {part for parts in SITE_PROJECTIONS.values() for part in parts} if self.quantization else set()
-        for site, projections in SITE_PROJECTIONS.items():
-            for part, width in zip(projections, config.segments(site), strict=True):
-                shapes[part] = (width, config.channels(site))
-                shapes[f"{part}_bias"] = (width,)
-        expected = {
-            f"{_layer(i)}{name}": shapes.get(part, (config.hidden,))  # what is left is a norm over the hidden size
+        expected = {  # parts of one name: the last of them ends where the tensor does
+            f"{_layer(i)}{name}": (self._rows[part].stop, *self._shapes[part][1:])
             for i in range(config.layers)
             for part, name in self._names.items()
             if part not in packed
@@ -301,6 +306,25 @@ def _transpose_into(columns: Tensor, tensor: Tensor) -> None:
     rows = _TURNED_ROWS if columns.device.type == "cpu" else len(tensor)
     for part, target in zip(tensor.split(rows), columns.split(rows, dim=1), strict=True):
         target.copy_(part.to(target.device, target.dtype).t().contiguous())
+
+
+def _parts(config: ModelConfig, names: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, slice]]:
+    """Of every part of a layer its shape, and which rows of its tensor it is."""
+    wide = config.traits.wide_head_norms
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (config.hidden,))  # but for these, a norm over all of it
+    shapes["q_norm"] = ((config.heads if wide else 1) * config.head_dim,)
+    shapes["k_norm"] = ((config.kv_heads if wide else 1) * config.head_dim,)
+    for site, projections in SITE_PROJECTIONS.items():
+        for part, width in zip(projections, config.segments(site), strict=True):
+            shapes[part] = (width, config.channels(site))
+            shapes[f"{part}_bias"] = (width,)
+    rows: dict[str, slice] = {}
+    ends: dict[str, int] = {}
+    for part, name in names.items():
+        start = ends.get(name, 0)
+        ends[name] = start + shapes[part][0]
+        rows[part] = slice(start, ends[name])
+    return shapes, rows
 
 
 def _layer(index: int) -> str:

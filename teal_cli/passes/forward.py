@@ -243,6 +243,13 @@ def check_tokens(config: ModelConfig, tokens: Sequence[NDArray[np.int64]] | NDAr
             f"sequences of {max(lengths)} tokens are longer than the model's context of {config.context}",
             hint=f"use at most {config.context} tokens a sequence",
         )
+    switch = config.rope_switch
+    if switch is not None and min(lengths) <= switch < max(lengths):
+        raise UsageError(
+            f"sequences of {min(lengths)} and of {max(lengths)} tokens cannot share a pass: above {switch} the model's "
+            "rotary embedding is another (longrope)",
+            hint="give sequences of one length",
+        )
     # On a GPU an index that is out of range ends the process without a word about it.
     highest = max(int(row.max()) for row in tokens)
     if highest >= config.vocab:

@@ -161,7 +161,7 @@ def compare(session: Session, request: CompareRequest) -> Iterator[Compared | Co
         raise UsageError("there is nothing to compare the dense model with", hint="give --sparsity 0.5 or --plan NAME")
     prompts = request.prompts.read(lambda text: session.encode(text, chat=request.chat), session.decode)
     for prompt in prompts:
-        check_room(prompt.token_ids, request.max_new_tokens, session.config.context)
+        check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     cache = session.cache(longest + request.max_new_tokens)
     plans = [dense_plan(session.config.layers), *(level.plan for level in levels)]

@@ -97,7 +97,7 @@ class Dump:
         _check_levels(self.levels)
         self._stop = () if request.ignore_eos else session.config.eos_ids
         for prompt in self.prompts:
-            check_room(prompt.token_ids, request.max_new_tokens, session.config.context)
+            check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
 
     def _read_prompts(self) -> list[Prompt]:
         """The prompts, with the tokens that follow them where the text gives these."""

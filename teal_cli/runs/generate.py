@@ -137,7 +137,7 @@ def check_request(session: Session, request: GenerateRequest) -> tuple[Prompt, L
         check_target(request.dump, force=request.force)
     (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
     prompt = Prompt(request.prompt, tuple(session.encode(request.prompt, chat=request.chat)))
-    check_room(prompt.token_ids, request.max_new_tokens, session.config.context)
+    check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
     if request.dump is not None:
         require_space(request.dump, round((request.max_new_tokens - 1) * row_bytes(session, level.plan)), hint=NO_ROOM)
     return prompt, level

@@ -111,6 +111,7 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
         "smollm3": (False, False, False),
         "olmo2": (False, False, True),
         "olmo3": (False, False, True),
+        "phi3": (False, False, False),
     }
     biased = read(tmp_path, attention_bias=True)
     assert (biased.qkv_bias, biased.o_bias) == (True, True)
@@ -119,6 +120,31 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
 def test_the_readme_lists_every_family() -> None:
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
     assert f"({', '.join(family.title for family in FAMILIES.values())})" in readme
+
+
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]}
+
+
+def test_a_partial_rotation_with_two_sets_of_factors(tmp_path: Path) -> None:
+    """As Phi-4-mini spells it."""
+    fields = {"rope_scaling": LONG, "partial_rotary_factor": 0.34, "original_max_position_embeddings": 64}
+    config = read(tmp_path, model_type="phi3", **fields)
+    assert (config.head_dim, config.rotary_dim, config.rope_switch) == (12, 4, 64)
+    plain = read(tmp_path, model_type="phi3", sliding_window=9)
+    assert (plain.rotary_dim, plain.rope_switch, plain.sliding_windows) == (12, None, (9,) * 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "phi3", "partial_rotary_factor": 0.25}, "3 of 12 channels"),
+        ({"rope_scaling": LONG}, "must be 6 numbers"),
+        ({"rope_scaling": LONG | {"short_factor": ["1"] * 6, "long_factor": [1.0] * 6}}, "must be 6 numbers"),
+    ],
+)
+def test_rotations_that_cannot_be(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(TealError, match=named):
+        read(tmp_path, **fields)
 
 
 def test_generation_config_names_the_end_tokens(tmp_path: Path) -> None:

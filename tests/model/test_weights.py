@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,6 +28,11 @@ def tensors_of(weights: LayerWeights) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def fused(part: dict[str, Tensor], parent: str, names: Sequence[str]) -> Tensor:
+    whole = part.get(f"{parent}.{'_'.join(names) if parent == 'mlp' else names}_proj.weight")
+    return torch.cat([part[f"{parent}.{p}_proj.weight"] for p in names]) if whole is None else whole
+
+
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
@@ -41,10 +46,14 @@ def test_matrices_are_fused_and_input_major(tiny_model: Path) -> None:
     for index in range(config.layers):
         weights = checkpoint.layer(index, torch.float32)
         part = {name.removeprefix(f"model.layers.{index}."): t for name, t in stored.items()}
-        qkv = torch.cat([part[f"self_attn.{p}_proj.weight"] for p in "qkv"])
+        qkv = fused(part, "self_attn", "qkv")
+        if config.rotary_dim != config.head_dim:
+            heads = qkv.view(-1, 12, 72)
+            rotated = config.heads + config.kv_heads
+            heads[:rotated] = heads[:rotated, [0, 1, 2, 3, 8, 9, 4, 5, 6, 7, 10, 11]]
         assert torch.equal(weights.qkv.tensor(), qkv.t())
         assert torch.equal(weights.attn_out.tensor(), part["self_attn.o_proj.weight"].t())
-        gate_up = torch.cat([part[f"mlp.{p}_proj.weight"] for p in ("gate", "up")])
+        gate_up = fused(part, "mlp", ("gate", "up"))
         assert torch.equal(weights.gate_up.tensor(), gate_up.t())
         assert torch.equal(weights.down.tensor(), part["mlp.down_proj.weight"].t())
         assert all(t.is_contiguous() for t in tensors_of(weights).values())
