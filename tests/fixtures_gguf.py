@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+ARCHITECTURE = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""What llama.cpp calls a family, where it does not call it as transformers does."""
+INTERLEAVED = ("llama", "granite", "smollm3")
+NORM_OFFSET = ("gemma2", "gemma3")
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -27,8 +30,10 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
-GEMMA3_NAMES = LAYER_NAMES | {
+POST_NORM_NAMES = LAYER_NAMES | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -76,23 +81,26 @@ def write_gguf(
     from safetensors.numpy import load_file
 
     config = json.loads((checkpoint / "config.json").read_text())
-    writer = gguf.GGUFWriter(target, ARCHITECTURE[config["model_type"]])
+    writer = gguf.GGUFWriter(target, ARCHITECTURE.get(config["model_type"], config["model_type"]))
     metadata = _hyperparameters(config, writer.arch) | _vocabulary(checkpoint, pre) | (extra or {})
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, weight in load_file(checkpoint / "model.safetensors").items():
-        out = gguf_name(name, GEMMA3_NAMES if writer.arch == "gemma3" else LAYER_NAMES)
+        out = gguf_name(name, POST_NORM_NAMES if writer.arch in (*NORM_OFFSET, "olmo2") else LAYER_NAMES)
         if out in drop or (out == "output.weight" and config["tie_word_embeddings"]):
             continue
-        if writer.arch == "llama" and ("q_proj" in name or "k_proj" in name):
+        if writer.arch in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             weight = interleaved(weight, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        if writer.arch == "gemma3" and name.endswith("norm.weight"):
+        if writer.arch in NORM_OFFSET and name.endswith("norm.weight"):
             weight = _bfloat16(weight) + 1  # as llama.cpp's converter does, of the bfloat16 that checkpoints hold
         kind = gguf.GGMLQuantizationType[quantisation if weight.ndim > 1 else "F32"]
         writer.add_tensor(out, gguf.quantize(weight, kind), raw_dtype=kind)
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
+    if rope.get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
     for name, weight in (tensors or {}).items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()
@@ -138,6 +146,25 @@ def _hyperparameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         own = {f"{arch}.attention.sliding_window": config["sliding_window"]}
         if rope["rope_type"] == "linear":
             own |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": float(rope["factor"])}
+    if arch == "gemma2":
+        own = {f"{arch}.{key}": config[key] for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+        own |= {f"{arch}.attention.sliding_window": config["sliding_window"]}
+    if arch == "granite":
+        scales = {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+                  "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}  # fmt: skip
+        own = {f"{arch}.{key}": config[name] for key, name in scales.items()}
+    if arch == "phi3":
+        original = config["original_max_position_embeddings"]
+        own = {
+            f"{arch}.rope.scaling.original_context_length": original,
+            f"{arch}.rope.dimension_count": int(rope["partial_rotary_factor"] * head_dim),
+            f"{arch}.attention.sliding_window": config["sliding_window"] or 0,
+        }
+        if rope["rope_type"] == "longrope":
+            ratio = config["max_position_embeddings"] / original
+            own |= {f"{arch}.rope.scaling.attn_factor": math.sqrt(1 + math.log(ratio) / math.log(original))}
+    else:
+        own |= {f"{arch}.attention.key_length": head_dim}
     return own | {
         f"{arch}.block_count": config["num_hidden_layers"],
         f"{arch}.context_length": config["max_position_embeddings"],
@@ -145,7 +172,6 @@ def _hyperparameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         f"{arch}.feed_forward_length": config["intermediate_size"],
         f"{arch}.attention.head_count": config["num_attention_heads"],
         f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
-        f"{arch}.attention.key_length": head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         f"{arch}.rope.freq_base": float(rope["rope_theta"]),
     }

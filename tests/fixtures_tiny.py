@@ -44,7 +44,7 @@ _YARN_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-_LONGROPE = {
+LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.7,  # 8 of 12 channels
@@ -153,14 +153,14 @@ TINY: dict[str, Tiny] = {
         "phi3",
         {
             "sliding_window": 8,
-            "rope_parameters": _LONGROPE,
+            "rope_parameters": LONGROPE,
             "original_max_position_embeddings": 128,
             "tie_word_embeddings": True,
             "pad_token_id": None,
         },
     ),
     "phi3-long": Tiny(
-        "phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 2, "pad_token_id": None}
+        "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 2, "pad_token_id": None}
     ),
     "phi3-4k": Tiny("phi3", {"tie_word_embeddings": False, "pad_token_id": None}),
 }

@@ -220,6 +220,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma2": Family(
         title="Gemma 2",
         architecture="Gemma2ForCausalLM",
+        gguf="gemma2",
+        gguf_norm_offset=1.0,
         layer=_LLAMA | _NORMS_ON_BOTH_SIDES | _BIASES,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
@@ -236,6 +238,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "granite": Family(
         title="Granite 3",
         architecture="GraniteForCausalLM",
+        gguf="granite",
+        gguf_interleaved=True,
         layer=_LLAMA | _BIASES,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
@@ -247,6 +251,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "smollm3": Family(
         title="SmolLM3",
         architecture="SmolLM3ForCausalLM",
+        gguf="smollm3",
+        gguf_interleaved=True,
         layer=_LLAMA | _BIASES,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
@@ -256,6 +262,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "olmo2": Family(
         title="OLMo 2",
         architecture="Olmo2ForCausalLM",
+        gguf="olmo2",
         layer=_NORMS_AFTER | _BIASES | _HEAD_NORMS,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
@@ -275,6 +282,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "phi3": Family(
         title="Phi-3/3.5/4",
         architecture="Phi3ForCausalLM",
+        gguf="phi3",
         layer=_FUSED,
         windows=_same_windows,
         rotary_share=lambda hf: float(hf.rope_parameters["partial_rotary_factor"]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_gguf import write_gguf
-from fixtures_tiny import make_tiny
+from fixtures_tiny import LONGROPE, make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
@@ -33,6 +33,12 @@ MODELS = {
     "qwen2.5": {},
     "qwen3": {"use_sliding_window": False},
     "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 20},  # the period is six layers
+    "gemma2": {"layer_types": None, "query_pre_attn_scalar": 20},
+    "granite": {},
+    "smollm3": {"num_hidden_layers": 5, "no_rope_layers": None, "use_sliding_window": False, "sliding_window": None},
+    "olmo2": {},
+    "phi3": {"rope_parameters": {key: value for key, value in LONGROPE.items() if key != "attention_factor"}},
+    "phi3-4k": {"original_max_position_embeddings": 256},
 }
 TEXT = "def keep(x, t): return abs(x) > t  # half of 12345 columns rest\n\n  «naïve» 漢字"
 
@@ -173,7 +179,8 @@ def test_gemma_vocabulary(tmp_path: Path, registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "match"),
     [
-        ({"extra": {"general.architecture": "phi3"}}, UsageError, "phi3"),
+        ({"extra": {"general.architecture": "mamba"}}, UsageError, "mamba"),
+        ({"tensors": {"rope_factors_long.weight": np.ones(6, np.float32)}}, UsageError, "rope_factors_long"),
         ({"extra": {"llama.expert_count": 8}}, UsageError, "mixture of experts"),
         ({"extra": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}}, UsageError, "longrope"),
         ({"extra": {"split.count": 3}}, UsageError, "one of 3 parts"),
@@ -208,6 +215,28 @@ def test_rope_scaling_is_kept(
     extra = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
     path = fetch(str(write_gguf(tiny_llama, tmp_path / "m.gguf", extra=extra)), registry=registry).path
     assert json.loads((path / "config.json").read_text())["rope_scaling"] == expected
+
+
+def test_olmo3_is_told_from_olmo2(tmp_path: Path, registry: Registry) -> None:
+    original = make_tiny(tmp_path / "m", "olmo2")
+    with pytest.raises(UsageError, match="OLMo 3"):
+        fetch(
+            str(write_gguf(original, tmp_path / "m.gguf", extra={"olmo2.attention.sliding_window": 8})),
+            registry=registry,
+        )
+
+
+@pytest.mark.parametrize(("extra", "expected"), [
+    ({"phi3.rope.scaling.attn_factor": 1.5}, {"attention_factor": 1.5}),
+    ({"phi3.rope.scaling.attn_factor": 1.0690449}, {}),
+])  # fmt: skip
+def test_factor_on_scores_of_longrope(tmp_path: Path, registry: Registry, extra: dict, expected: dict) -> None:
+    """sqrt(1 + log(256 / 128) / log(128)) is what the lengths imply, and is left to them."""
+    original = make_tiny(tmp_path / "m", "phi3")
+    path = fetch(str(write_gguf(original, tmp_path / "m.gguf", extra=extra)), registry=registry).path
+    scaling = json.loads((path / "config.json").read_text())["rope_scaling"]
+    wanted = {"type": "longrope"} | {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
+    assert scaling == wanted | expected
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path, registry: Registry) -> None:

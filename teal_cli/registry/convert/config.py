@@ -7,6 +7,7 @@ Written out by hand because transformers' own GGUF reader drops what decoding de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +20,8 @@ from teal_cli.registry.convert.reader import GgufFile, damaged
 # llama.cpp writes Mistral as "llama": the two compute the same where no sliding window is set.
 _FAMILIES: Final[dict[str, str]] = {row.gguf: family for family, row in FAMILIES.items() if row.gguf}
 _GEMMA3_PERIOD: Final = 6
-_GEMMA3_27B_LAYERS: Final = 62
+_GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
+_SMOLLM3_PERIOD: Final = 4
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192  # every released Llama 3.1, 3.2 and 3.3
 
 
@@ -63,29 +65,104 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
-    own = _gemma3(gguf, config) if family == "gemma3_text" else {"hidden_act": "silu"}
-    return config | own | _token_ids(gguf)
+    own = _OWN[family](gguf, config) if family in _OWN else {"hidden_act": "silu"}
+    # null where the file names none: otherwise transformers takes the ids of the first model of the family.
+    return config | own | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | _token_ids(gguf)
+
+
+def _gemma(gguf: GgufFile, config: dict[str, Any], period: int, widest: int) -> dict[str, Any]:
+    """What a GGUF of Gemma leaves to the architecture: every release has these, and llama.cpp has them in its code.
+
+    Args:
+        period: one layer in so many attends to everything; the others have a window.
+        widest: layers of the one size whose scores are not scaled by the size of a head.
+    """
+    layers, heads, head_dim = config["num_hidden_layers"], config["num_attention_heads"], config["head_dim"]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // heads if layers == widest else head_dim,
+        "sliding_window": int(gguf.require("attention.sliding_window")),
+        "layer_types": ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)],
+        "attention_bias": False,
+    }
+
+
+def _gemma2(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    return _gemma(gguf, config, 2, _GEMMA2_27B_LAYERS) | {
+        name: _plain(gguf.require(name)) for name in ("attn_logit_softcapping", "final_logit_softcapping")
+    }
 
 
 def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """What a GGUF of Gemma 3 leaves to the architecture: every release has these, and llama.cpp has them in its code.
-
-    One layer in six attends to everything; the others have a window, and a rotation that no scaling touches.
-    """
-    layers, heads, head_dim = config["num_hidden_layers"], config["num_attention_heads"], config["head_dim"]
-    widest = layers == _GEMMA3_27B_LAYERS  # the one size whose scores are not scaled by the size of a head
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config["hidden_size"] // heads if widest else head_dim,
-        "sliding_window": int(gguf.require("attention.sliding_window")),
-        "layer_types": [
-            "sliding_attention" if (layer + 1) % _GEMMA3_PERIOD else "full_attention" for layer in range(layers)
-        ],
+    """Layers with a window have a rotation that no scaling touches."""
+    return _gemma(gguf, config, _GEMMA3_PERIOD, _GEMMA3_27B_LAYERS) | {
         "rope_local_base_freq": _plain(gguf.get("rope.freq_base_swa", 10000.0)),
-        "attention_bias": False,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     }
+
+
+def _granite(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The converter leaves out a factor of 0; llama.cpp then takes 1, or 1 / sqrt(head size) for scores."""
+    return {
+        "hidden_act": "silu",
+        "attention_multiplier": _plain(gguf.get("attention.scale") or config["head_dim"] ** -0.5),
+        "embedding_multiplier": _plain(gguf.get("embedding_scale") or 1.0),
+        "residual_multiplier": _plain(gguf.get("residual_scale") or 1.0),
+        "logits_scaling": _plain(gguf.get("logit_scale") or 1.0),
+    }
+
+
+def _smollm3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Every fourth layer does not rotate: llama.cpp has this in its code."""
+    rotates = [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(config["num_hidden_layers"])]
+    return {"hidden_act": "silu", "no_rope_layers": rotates, "use_sliding_window": False}
+
+
+def _olmo2(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    if gguf.get("attention.sliding_window"):
+        raise unsupported("olmo2 with a sliding window (OLMo 3)", gguf.path.name)
+    return {"hidden_act": "silu"}
+
+
+def _phi3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Longrope's factors are tensors; a window of 0 is none."""
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    original = int(gguf.get("rope.scaling.original_context_length", config["max_position_embeddings"]))
+    own = {
+        "hidden_act": "silu",
+        "head_dim": head_dim,
+        "partial_rotary_factor": int(gguf.get("rope.dimension_count", head_dim)) / head_dim,
+        "original_max_position_embeddings": original,
+        "sliding_window": int(gguf.get("attention.sliding_window", 0)) or None,
+    }
+    if "rope_factors_long.weight" not in gguf.tensors:
+        return own
+    scaling: dict[str, Any] = {"type": "longrope"}
+    for name in ("short", "long"):
+        factors = gguf.tensors.get(f"rope_factors_{name}.weight")
+        if factors is None:
+            raise damaged(gguf.path, f"the tensor rope_factors_{name}.weight is missing")
+        scaling[f"{name}_factor"] = [_plain(factor) for factor in factors.data]
+    if original < 2:
+        raise damaged(gguf.path, f"rope.scaling.original_context_length is {original}")
+    ratio = config["max_position_embeddings"] / original
+    implied = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    stored = float(gguf.get("rope.scaling.attn_factor", implied))
+    if not math.isclose(stored, implied, rel_tol=1e-5):
+        scaling["attention_factor"] = _plain(stored)
+    return own | {"rope_scaling": scaling}
+
+
+_OWN: Final[dict[str, Callable[[GgufFile, dict[str, Any]], dict[str, Any]]]] = {
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "granite": _granite,
+    "smollm3": _smollm3,
+    "olmo2": _olmo2,
+    "phi3": _phi3,
+}
+"""What a family has in its config.json besides Llama's keys."""
 
 
 def generation_config(gguf: GgufFile) -> dict[str, Any]:

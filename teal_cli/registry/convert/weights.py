@@ -22,7 +22,9 @@ from teal_cli.registry.events import Progress
 
 _SLAB: Final = 64 << 20  # bytes of float32 dequantised at once
 
-_METADATA_TENSORS: Final = frozenset({"rope_freqs.weight"})  # became part of config.json
+# What became part of config.json, there and of one family.
+_METADATA_TENSORS: Final = frozenset({"rope_freqs.weight"})
+_FAMILY_TENSORS: Final = {"phi3": frozenset({"rope_factors_long.weight", "rope_factors_short.weight"})}
 
 
 def convert_weights(gguf: GgufFile, config: dict[str, Any], target: Path) -> Iterator[Progress]:
@@ -68,7 +70,8 @@ def _names(gguf: GgufFile, config: dict[str, Any]) -> dict[str, str]:
     missing = [name for name in wanted if name not in gguf.tensors]
     if missing:
         raise damaged(gguf.path, f"{len(missing)} tensors are missing, the first is {missing[0]}")
-    unknown = [name for name in gguf.tensors if name not in wanted and name not in _METADATA_TENSORS]
+    read = _METADATA_TENSORS | _FAMILY_TENSORS.get(config["model_type"], frozenset())
+    unknown = [name for name in gguf.tensors if name not in wanted and name not in read]
     if unknown:
         raise UsageError(
             f"{gguf.path.name} has {len(unknown)} tensors that {config['model_type']} has no place for, "
@@ -81,13 +84,15 @@ def _names(gguf: GgufFile, config: dict[str, Any]) -> dict[str, str]:
 def _check_shapes(gguf: GgufFile, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
     hidden, inter, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    wide = FAMILIES[config["model_type"]].wide_head_norms
     expected = {
         "embed_tokens.weight": [config["vocab_size"], hidden],
         "lm_head.weight": [config["vocab_size"], hidden],
         "q_proj.weight": [q, hidden], "k_proj.weight": [kv, hidden], "v_proj.weight": [kv, hidden],
         "o_proj.weight": [hidden, q], "gate_proj.weight": [inter, hidden], "up_proj.weight": [inter, hidden],
         "down_proj.weight": [hidden, inter], "q_proj.bias": [q], "k_proj.bias": [kv], "v_proj.bias": [kv],
-        "q_norm.weight": [head], "k_norm.weight": [head],
+        "q_norm.weight": [q if wide else head], "k_norm.weight": [kv if wide else head],
+        "qkv_proj.weight": [q + 2 * kv, hidden], "gate_up_proj.weight": [2 * inter, hidden],
     }  # fmt: skip
     for name, shape in shapes.items():
         last = ".".join(name.split(".")[-2:])
