@@ -42,7 +42,7 @@ def steps(out: Path) -> list[Step]:
     # The project's own options ask for plugins that a GPU machine need not have.
     options = ["-q", "-m", "gpu", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
     ignored = ["-W", "ignore::pytest.PytestConfigWarning"]
-    tests = [sys.executable, "-m", "pytest", *options, *ignored, "tests/kernels"]
+    tests = [sys.executable, "-m", "pytest", *options, *ignored, "tests/kernels", "tests/decoding"]
 
     def kernels(dtype: str) -> Step:
         target = out / f"kernels-{dtype}.json"

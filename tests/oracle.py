@@ -138,10 +138,17 @@ def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> 
 
 
 def make_dump(
-    model: str, path: Path, *, levels: tuple[float, ...], prompts: Path, max_new_tokens: int, backend: str
+    model: str,
+    path: Path,
+    *,
+    levels: tuple[float, ...],
+    prompts: Path,
+    max_new_tokens: int,
+    backend: str,
+    device: str = "cpu",
 ) -> Dump:
     """A greedy float32 dump of a registered, calibrated model through the library calls of `teal dump`."""
-    session = open_session(model, dtype="float32", device="cpu", backend=backend)
+    session = open_session(model, dtype="float32", device=device, backend=backend)
     request = DumpRequest(levels, PromptSource(file=prompts), max_new_tokens, Sampling(temperature=0), ignore_eos=True)
     dump = Dump(session, request)
     for _ in dump.run(path):

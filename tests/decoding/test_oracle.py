@@ -42,3 +42,18 @@ def test_tiny_models(name: str, backend: str, tiny: Callable[[str], Path], teal_
     prompts = prompt_file(tmp_path, "The quick brown fox", "def keep")
     dump = make_dump("tiny", tmp_path / "out.zarr", levels=LEVELS, prompts=prompts, max_new_tokens=20, backend=backend)
     assert_agrees(dump, tmp_path / "out.zarr")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["triton-graph", "triton"])
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_tiny_models_on_a_gpu(
+    name: str, backend: str, tiny: Callable[[str], Path], teal_home: Path, tmp_path: Path
+) -> None:
+    fetch(str(tiny(name)), name="tiny")
+    calibrated("tiny", 2, 64)
+    prompts = prompt_file(tmp_path, "The quick brown fox", "def keep")
+    out = tmp_path / "out.zarr"
+    dump = make_dump("tiny", out, levels=LEVELS, prompts=prompts, max_new_tokens=20, backend=backend, device="cuda")
+    assert_agrees(dump, out)
