@@ -6,7 +6,7 @@ Puts a subject, engines, checks and the clock together and yields rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,17 @@ from teal_cli.bench.subjects import Subject
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
 from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.traffic import step_bytes
-from teal_cli.errors import UsageError
+from teal_cli.errors import HardwareError, UsageError
 from teal_cli.model.transformer import dense
+from teal_cli.runs.plans import Level
+from teal_cli.sparsity.calibration import Calibration
+from teal_cli.sparsity.plan import uniform_plan
+from teal_kernels.backends import BackendError
 from teal_kernels.spec import PROJECTIONS
 
 _CHECKED_STEPS = 3
+_MATCH_STEPS = 12
+_MATCHED = 0.003
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,54 @@ def _dump(
     yield bench.row(dumped, seconds, [], bare.label)
 
 
+def bench_plan(
+    subject: Subject, level: Level, calibration: Calibration, request: DecodeRequest
+) -> Iterator[Progress | DecodeRow]:
+    """A plan in turn with the uniform plan that reads as many bytes in its steps: what thresholds of their own cost.
+
+    Args:
+        level: the plan. calibration: that the uniform plan is made of.
+
+    Raises:
+        HardwareError: the subject's backend cannot run the plan's criterion.
+        UsageError: the plan is dense, or the tokens do not fit the model's context.
+    """
+    target = level.plan.target
+    if not target:
+        raise UsageError(f"the plan {level.label} is dense", hint="teal bench decode measures dense steps anyway")
+    yield Progress(0, request.rounds, f"Checking the plan {level.label}")
+    bench = _Bench(replace(subject, thresholds={target: level.plan.applied()}), request.new_tokens)
+    try:
+        planned = bench.stepwise(target)
+    except BackendError as error:
+        raise HardwareError(str(error), hint="name one of these with --backend") from None
+    planned.label = level.label
+    planned.engine.seconds()
+    wanted, low, high = bench.weights_read(planned), 0.0, 1.0
+    for step in range(_MATCH_STEPS):
+        yield Progress(0, request.rounds, f"Looking for a uniform plan that reads as much, step {step + 1}")
+        share = (low + high) / 2
+        other = _Bench(
+            replace(subject, thresholds={share: uniform_plan(calibration, share).applied()}), request.new_tokens
+        )
+        uniform = other.stepwise(share)
+        uniform.engine.seconds()
+        read = bench.weights_read(uniform)
+        if abs(read / wanted - 1) < _MATCHED:
+            break
+        low, high = (share, high) if read > wanted else (low, share)
+    uniform.label = f"uniform for {level.label}"
+    bench.entries.append(uniform)
+    seconds: Seconds = {}
+    for done in bench.rounds(ReadProbe(subject.model.device, request.probe_bytes), request, seconds):
+        yield Progress(done, request.rounds, f"Decoding {subject.name} under {level.label}")
+    taken = {entry.label: seconds.get(entry.label) for entry in bench.entries}
+    plan_s, uniform_s = taken[planned.label], taken[uniform.label]
+    ratio = median_ratio(uniform_s, plan_s) if plan_s and uniform_s else None
+    yield replace(bench.row(planned, seconds, []), plan=level.label, to_uniform=ratio)
+    yield replace(bench.row(uniform, seconds, []), plan=uniform.label)
+
+
 class _Bench:
     """Engines over one cache: their checks, their rounds, their rows."""
 
@@ -188,6 +242,12 @@ class _Bench:
             wanted.append(logits)
         check = check_logits(torch.stack(got), torch.stack(wanted), model.dtype)
         return follower.check() if follower and check.passed and not follower.check().passed else check
+
+    def weights_read(self, entry: _Entry) -> float:
+        """Entries of all matrices that a mean step of a sparse engine reads."""
+        kept = entry.engine.kept()
+        assert kept is not None
+        return float((kept * self._subject.config.outputs()).sum())
 
     def rounds(self, probe: ReadProbe, request: DecodeRequest, seconds: Seconds) -> Iterator[int]:
         """Time what passed its check, into `seconds`."""

@@ -90,6 +90,8 @@ class DecodeRow:
         to_floor: median time over the floor's.
         faster_than: how many times faster than dense teal, and than each other engine; median over rounds.
         to_undumped: time with the dump over the time without it, median over rounds.
+        plan: name of the plan, or of the uniform plan beside it. to_uniform: how many times faster a plan is than the
+            uniform plan that reads as many bytes, median over rounds.
     """
 
     model: str
@@ -115,6 +117,8 @@ class DecodeRow:
     to_floor: float | None
     faster_than: dict[str, float] = field(default_factory=dict)
     to_undumped: float | None = None
+    plan: str | None = None
+    to_uniform: float | None = None
     kind: Literal["decode"] = "decode"
 
     @property
@@ -122,6 +126,8 @@ class DecodeRow:
         """What it is, in a few words: `teal 50% + dump`, `torch dense`, `transformers`."""
         if self.engine not in ("teal", "torch"):
             return self.engine
+        if self.plan is not None:
+            return f"{self.engine} {self.plan}"
         level = percent(self.sparsity) if self.sparsity else "dense"
         return f"{self.engine} {level}{' + dump' if self.dump else ''}"
 

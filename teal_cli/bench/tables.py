@@ -60,7 +60,7 @@ def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
 def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
     peers = list(dict.fromkeys(peer for row in rows for peer in row.faster_than))
     first = ("model", "engine", "backend", ">dropped", ">p20", ">tok/s", ">p80", ">GB/s", ">floor", ">/floor")
-    headings = (*first, *(f">x {peer}" for peer in peers), ">dump", "check")
+    headings = (*first, *(f">x {peer}" for peer in peers), ">dump", ">x uniform", "check")
     lines = (
         (
             row.model,
@@ -75,6 +75,7 @@ def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
             _figure(row.to_floor, 2),
             *(_figure(row.faster_than.get(peer), 2) for peer in peers),
             f"{row.to_undumped - 1:+.1%}" if row.to_undumped else "",
+            _figure(row.to_uniform, 3),
             row.check,
         )
         for row in rows

@@ -12,7 +12,7 @@ import typer
 from teal_cli import settings
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_file
-from teal_cli.ui import options
+from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from teal_cli.bench.rows import Progress, Row
     from teal_cli.bench.shapes import MatrixShape
     from teal_cli.bench.subjects import Subject
+    from teal_cli.runs.session import Session
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
@@ -155,6 +156,15 @@ def decode(
         ),
     ] = None,
     sparsity: LevelsOption = None,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plan",
+            metavar="NAME",
+            help="A plan of the model too, in turn with a uniform one that reads as many bytes; may be repeated.",
+            autocompletion=completion.plans,
+        ),
+    ] = None,
     dump: Annotated[bool, typer.Option("--dump/--no-dump", help="Also decode into a temporary store.")] = True,
     transformers: Annotated[
         bool, typer.Option("--transformers/--no-transformers", help="Also run transformers' generate.")
@@ -196,9 +206,10 @@ def decode(
         teal bench decode --quick -o decode.json
         teal bench decode --quick --no-transformers --no-dump -s 0.5
     """
-    from teal_cli.bench.decode import DecodeRequest, bench_decode
+    from teal_cli.bench.decode import DecodeRequest, bench_decode, bench_plan
     from teal_cli.bench.engines import check_gguf
     from teal_cli.bench.shapes import parse_stack
+    from teal_cli.bench.subjects import registered
     from teal_cli.runs.session import choose_device
 
     out = output(json, quiet)
@@ -207,6 +218,8 @@ def decode(
     named = options.on_command_line(context, "model")
     if stacks and not named and gguf:
         raise UsageError("a stack of random layers has no GGUF", hint="name a model with --model, or leave out --gguf")
+    if stacks and not named and plan:
+        raise UsageError("a stack of random layers has no plans", hint="name a model with --model, or leave out --plan")
     shapes = [parse_stack(text) for text in stacks or ()]
     levels = _levels(sparsity or (QUICK_LEVELS if quick else LEVELS), None)
     dumped = (0.5 if 0.5 in levels else levels[0],) if dump else ()
@@ -219,40 +232,40 @@ def decode(
 
     def measured() -> Iterator[Iterable[Progress | Row]]:
         if named or not shapes:
-            subject = _registered(out, model, str(where), calibration, levels, prompt_tokens, chosen, asked)
+            session = _session(out, model, str(where), calibration, chosen, asked)
+            planned = session.levels((), plan) if plan else ()
+            subject = registered(session, levels, prompt_tokens)
             yield bench_decode(subject, request)
+            for level in planned:
+                yield bench_plan(subject, level, session.calibration, request)
         for shape in shapes:
             subject = _stack(shape, where, levels, prompt_tokens, request.seed, chosen)
             yield bench_decode(subject, replace(request, gguf=[]))  # a GGUF is of the model
 
     asked = {"model": model, "calibration": calibration, "stacks": stacks or [], "sparsities": levels,
-             "dump": dump, "tokens": request.new_tokens,
+             "plans": plan or [], "dump": dump, "tokens": request.new_tokens,
              "prompt_tokens": prompt_tokens, "rounds": request.rounds, "seed": request.seed, **chosen,
              "gguf": [file.name for file in gguf or ()], "transformers": transformers, "quick": quick}  # fmt: skip
     _finish(out, "decode", where, asked, measured(), path, "rounds")
 
 
-def _registered(
+def _session(
     out: Output,
     model: str | None,
     device: str,
     calibration: str | None,
-    levels: tuple[float, ...],
-    prompt_tokens: int,
     chosen: dict[str, Any],
     asked: dict[str, Any],
-) -> Subject:
-    """The model under its calibration; both names go into `asked`, which the result records."""
-    from teal_cli.bench.subjects import registered
+) -> Session:
+    """The model with its calibration; both names go into `asked`, which the result records."""
     from teal_cli.runs.session import open_session
 
     session = open_session(model, device=device, calibration=calibration, **chosen, load=False)
-    subject = registered(session, levels, prompt_tokens)
     out.note(f"calibration {session.calibration.id} of {session.entry.name}")
     for note in session.notes:
         out.note(note)
     asked["model"], asked["calibration"] = session.entry.name, session.calibration.id
-    return subject
+    return session
 
 
 def _stack(
