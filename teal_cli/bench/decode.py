@@ -33,6 +33,7 @@ from teal_kernels.spec import PROJECTIONS
 _CHECKED_STEPS = 3
 _MATCH_STEPS = 12
 _MATCHED = 0.003
+_NARROW = 0.004
 
 
 @dataclass(frozen=True)
@@ -143,18 +144,22 @@ def bench_plan(
     planned.label = level.label
     planned.engine.seconds()
     wanted, low, high = bench.weights_read(planned), 0.0, 1.0
+    closest, uniform = float("inf"), planned
     for step in range(_MATCH_STEPS):
         yield Progress(0, request.rounds, f"Looking for a uniform plan that reads as much, step {step + 1}")
         share = (low + high) / 2
-        other = _Bench(
-            replace(subject, thresholds={share: uniform_plan(calibration, share).applied()}), request.new_tokens
-        )
-        uniform = other.stepwise(share)
-        uniform.engine.seconds()
-        read = bench.weights_read(uniform)
-        if abs(read / wanted - 1) < _MATCHED:
+        limits = uniform_plan(calibration, share).applied()
+        other = _Bench(replace(subject, thresholds={share: limits}), request.new_tokens)
+        found = other.stepwise(share)
+        found.engine.seconds()
+        read = bench.weights_read(found)
+        if abs(read / wanted - 1) < closest:
+            closest, uniform = abs(read / wanted - 1), found
+        if closest < _MATCHED:
             break
         low, high = (share, high) if read > wanted else (low, share)
+        if high - low < _NARROW:  # other tokens were decoded, which keep more or less: look around
+            low, high = low - _NARROW, high + 2 * _NARROW
     uniform.label = f"uniform for {level.label}"
     bench.entries.append(uniform)
     seconds: Seconds = {}

@@ -53,6 +53,11 @@ class Facts:
     sites: tuple[Measured, ...]
     rows: dict[tuple[str, int, str], dict[str, Any]]
 
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """The drawn levels that drop anything; all of them where none does."""
+        return tuple(name for name in self.levels if self.store.level(name).target) or self.levels
+
     def mean(self, level: str, projections: Sequence[str], *keys: str) -> float | None:
         """Mean of a statistic over all layers and these projections; None where it can be said of none."""
         found = []
@@ -103,20 +108,24 @@ class Kind:
 
 
 def _density(facts: Facts) -> list[Panel]:
-    layers = facts.store.header.layers
+    layers = range(facts.store.header.layers)
+    grids = {
+        level: np.array([[facts.rows[level, layer, p]["density"] for p in PROJECTIONS] for layer in layers])
+        for level in facts.sparse
+    }
+    top = max(float(grid.max()) for grid in grids.values())
 
     def panel(level: str) -> Panel:
-        grid = np.array([[facts.rows[level, layer, p]["density"] for p in PROJECTIONS] for layer in range(layers)])
 
         def draw(axes: Axes) -> None:
-            image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0)
+            image = axes.imshow(grids[level], aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=top)
             axes.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
             axes.set_ylabel("layer")
             axes.figure.colorbar(image, ax=axes, format=_percent, label="kept")
 
         return Panel(f"{level}: kept entries", draw)
 
-    return [panel(level) for level in facts.levels]
+    return [panel(level) for level in grids]
 
 
 def _thresholds(facts: Facts) -> list[Panel]:
@@ -155,7 +164,7 @@ def _few_ticks() -> Any:
 
 def _raster(facts: Facts) -> list[Panel]:
     store, layer = facts.store, facts.store.header.layers // 2
-    level = store.level(facts.levels[len(facts.levels) // 2])
+    level = store.level(facts.sparse[len(facts.sparse) // 2])
 
     def panel(site: str) -> Panel:
         kept = np.asarray(level.site(layer, site)[: min(_TOKENS, len(level))])[:, :_CHANNELS] != 0
@@ -179,7 +188,7 @@ def _curves(facts: Facts, key: str, chance: str, label: str, *, beside: str | No
         projections = SITE_PROJECTIONS[site][:1]
 
         def draw(axes: Axes) -> None:
-            for number, level in enumerate(facts.levels):
+            for number, level in enumerate(facts.sparse):
                 for name, style in ((key, "-"), *(((beside, "--"),) if beside else ())):
                     values = [facts.mean(level, projections, name, str(step)) for step in steps]
                     axes.plot(
@@ -221,9 +230,9 @@ def _union(facts: Facts) -> list[Panel]:
 
 def _bars(facts: Facts, groups: Sequence[str], value: Callable[[str, str], float | None], label: str) -> Panel:
     def draw(axes: Axes) -> None:
-        width = 0.8 / len(facts.levels)
-        for number, level in enumerate(facts.levels):
-            at = np.arange(len(groups)) + (number - (len(facts.levels) - 1) / 2) * width
+        width = 0.8 / len(facts.sparse)
+        for number, level in enumerate(facts.sparse):
+            at = np.arange(len(groups)) + (number - (len(facts.sparse) - 1) / 2) * width
             heights = _gaps([value(level, group) for group in groups])
             look: dict[str, Any] = {"color": _COLOURS[number], "hatch": _HATCHES[number], "edgecolor": "white"}
             axes.bar(at, heights, width, label=level, **look)
@@ -317,7 +326,7 @@ def draw_kind(facts: Facts, kind: Kind, out: Path) -> None:
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines + 0.4), layout="constrained")
     for number, panel in enumerate(panels, 1):
         _fill(figure, figure.add_subplot(lines, columns, number), panel)
-    figure.suptitle(f"{facts.store.header.model}, {facts.store.header.dtype}: {kind.name.lower()}", fontsize=11)
+    figure.suptitle(f"{facts.store.header.model}, {facts.store.header.dtype}: {kind.name}", fontsize=11)
     with disk_errors(out), new_file(out) as unfinished:
         figure.savefig(unfinished, dpi=150, format=out.suffix[1:].lower())
 
