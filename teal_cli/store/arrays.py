@@ -16,7 +16,7 @@ import numpy as np
 from teal_cli.errors import TealError
 from teal_cli.store import layout
 from teal_cli.store.header import StoreHeader
-from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array, read_array
+from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
 from teal_cli.store.packing import exceeds, magnitude_bits, per_value, row_thresholds, to_float, unpack, unpack_mask
 from teal_cli.store.remote import Place
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
@@ -196,20 +196,13 @@ class SiteReader(Blocks):
         Raises:
             TealError: one of them is not what the schema makes.
         """
-        values, mask, row_nnz = (open_array(self._path, name, spec, least=least) for name, spec, least in self._specs())
+        specs = layout.site_arrays(self._header, self._site, self._most)
+        values, mask, row_nnz = (
+            open_array(self._path, name, spec, least=self.blocks if blocked else self.tokens)
+            for blocked, (name, spec) in zip((True, False, False), specs.items(), strict=True)
+        )
         self._guard()
         return values, mask, row_nnz
-
-    def check_metadata(self) -> None:
-        """Raises TealError as `arrays`, without opening them."""
-        for name, spec, least in self._specs():
-            read_array(self._path, name, spec, least=least)
-
-    def _specs(self) -> Iterator[tuple[str, layout.ArraySpec, int]]:
-        """Name, what it must be, and least length of each array."""
-        specs = layout.site_arrays(self._header, self._site, self._most)
-        for least, (name, spec) in zip((self.blocks, self.tokens, self.tokens), specs.items(), strict=True):
-            yield name, spec, least
 
     @property
     def dtype(self) -> np.dtype:

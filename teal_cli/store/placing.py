@@ -16,7 +16,6 @@ from pathlib import Path
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import beside, occupied, put_folder, sync_files
 from teal_cli.store import layout
-from teal_cli.store.arrays import SiteReader
 from teal_cli.store.header import (
     LevelHeader,
     StoreHeader,
@@ -28,6 +27,7 @@ from teal_cli.store.levels import ActivationStore
 from teal_cli.store.metadata import (
     VERIFY_HINT,
     level_state,
+    read_array,
     read_constant,
     read_state,
     require_store,
@@ -221,8 +221,9 @@ def _check_level(store: ActivationStore, name: str) -> None:
     level.tokens  # noqa: B018
     most = len(level) if level.complete else layout.capacity(level.state.max_tokens, block)
     for site in SITES:
-        reader = SiteReader(store.path / name, site, header, len(level), most=most, guard=store.check_same)
-        reader.check_metadata()
+        for array, spec in layout.site_arrays(header, site, most).items():
+            least = blocks_of(len(level), block) if array.endswith("/values") else len(level)
+            read_array(store.path / name, array, spec, least=least)
         if not blocks:
             continue
         try:

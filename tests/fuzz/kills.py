@@ -207,8 +207,7 @@ def main() -> int:
             arguments.tokens,
         ]
         for result in end_runs([*options, "--ignore-eos", "--seed", 1], Path(name), arguments.runs, arguments.seed):
-            if sys.stderr.isatty():
-                sys.stderr.write(f"\r{result.ended.total()} runs, {len(result.wrong)} failures")
+            sys.stderr.write(f"\r{result.ended.total()} runs, {result.stores} stores, {len(result.wrong)} failures")
     ended = ", ".join(f"{name} {count}" for name, count in sorted(result.ended.items()))
     sys.stdout.write(f"{ended}; {result.stores} stores became whole; {len(result.wrong)} failures\n")
     sys.stdout.writelines(f"{text}\n" for text in result.wrong)

@@ -1,5 +1,5 @@
 """Fork after a generate, spawn, and multiprocessing with both: what the parent opened works in a child, and what it
-opens itself."""
+opens itself; and two threads decode where all but one core are taken."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ if __name__ == "__main__":
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.apply(text) == expected, method
     assert text(session) == expected, "the parent goes on"
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    assert text(session) == expected, "one core for all threads"
     sys.stdout.write("done")
 """
 
