@@ -209,12 +209,15 @@ def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
 
 def _consolidated(store: ActivationStore) -> Iterator[Problem]:
     """The copies of all metadata in the root of a finished store: both are written once and must agree."""
-    copies = read_node(store.path).get("consolidated_metadata")
-    copies = copies.get("metadata") if isinstance(copies, dict) else None
-    if not isinstance(copies, dict):
+    whole = read_node(store.path).get("consolidated_metadata")
+    copies = whole.get("metadata") if isinstance(whole, dict) else None
+    if not isinstance(whole, dict) or not isinstance(copies, dict):
         if store.complete or copies is not None:
             yield Problem("zarr.json", "it has no copies of the metadata, as a finished store does")
         return
+    around = {name: value for name, value in whole.items() if name != "metadata"}
+    if around != {"kind": "inline", "must_understand": False} or around["must_understand"] is not False:
+        yield Problem("zarr.json", "what stands around the copies of the metadata is not what Zarr writes")
     for name, copy in copies.items():
         try:
             own = read_node(store.path / name)

@@ -289,7 +289,7 @@ def _damage_wheel(folder: Path, chance: random.Random) -> str:
     data = bytearray(file.read_bytes())
     if chance.random() < 0.5:
         place = chance.choice([match.start() for match in re.finditer(rb"PK\x01\x02|PK\x03\x04|PK\x05\x06", data)])
-        at = place + chance.randrange(46)
+        at = min(place + chance.randrange(46), len(data) - 1)
         data[at] = chance.randrange(256)
         file.write_bytes(data)
         return f"{file.name}: byte {at} changed"

