@@ -278,7 +278,11 @@ def copy(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Bring a store here from a URL or folder, verified by its checksums; run it again to go on."""
+    """Bring a store here from a URL or folder, verified by its checksums; run it again to go on.
+
+    Examples:
+        teal store copy activations.zarr -o copied.zarr
+    """
     from teal_cli.store.copy import copy as bring
     from teal_cli.store.reader import open_store
     from teal_cli.store.remote import place_of
