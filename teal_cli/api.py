@@ -91,6 +91,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    stop: Sequence[str] = (),
 ) -> Generation:
     """Decode sparsely: the prompt densely, then one sparse step a token (TEAL, section 5.4).
 
@@ -101,13 +102,20 @@ def generate(
         max_new_tokens: at most so many; an end-of-sequence token ends it.
         temperature, top_k, top_p, seed: how tokens are drawn; temperature 0 takes the most likely one.
         chat: wrap the prompt in the model's chat template.
+        stop: texts that end it; none is part of the result.
 
     Raises:
         UsageError: an empty or too long prompt, a value out of range, a plan of another model.
         NotFoundError: no calibration or plan.
     """
     request = GenerateRequest(
-        prompt, sparsity, max_new_tokens, Sampling(temperature, top_k, top_p, seed), chat=chat, plan=plan
+        prompt,
+        sparsity,
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p, seed),
+        chat=chat,
+        plan=plan,
+        stop=tuple(stop),
     )
     for event in generating.generate(session, request):
         if isinstance(event, Generation):

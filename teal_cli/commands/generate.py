@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,7 @@ from teal_cli.errors import UsageError, counted
 from teal_cli.ui import options
 from teal_cli.ui.interrupts import deferred
 from teal_cli.ui.output import Output, output
-from teal_cli.ui.table import TIED, percent, show_text
+from teal_cli.ui.table import TIED, percent, show_table, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +33,20 @@ def generate(
     plan: options.PlanOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.", show_default="standard input")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or JSON lines with `prompt`."),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--num-sequences", "-n", min=1, metavar="N", help="Of --prompts, the first N.", show_default="all"
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before this text; may be given several times."),
     ] = None,
     max_new_tokens: Annotated[int, options.max_new_tokens("generate.max_new_tokens")],
     temperature: options.TemperatureOption,
@@ -70,17 +86,19 @@ def generate(
     """
     out = output(json, quiet)
     options.check_plan(context, plan, "sparsity")
-    text = _prompt(prompt)
+    _check(prompt, prompts, count, stop, dump)
 
+    from teal_cli.data.prompts import PromptSource
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.runs.generate import GenerateRequest, Stopped, check_request
     from teal_cli.runs.session import open_session
 
+    texts = [_prompt(prompt)] if prompts is None else PromptSource(file=prompts, count=count).texts()
     sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
     chosen = {"dtype": dtype, "device": device, "backend": backend, "calibration": calibration}
     session = open_session(model, **chosen, load=False)
     request = GenerateRequest(
-        text,
+        texts[0],
         sparsity,
         max_new_tokens,
         sampling,
@@ -89,7 +107,11 @@ def generate(
         dump,
         force,
         plan,
+        tuple(stop or ()),
     )
+    if prompts is not None:
+        _each(out, session, [replace(request, prompt=text, sequence=i) for i, text in enumerate(texts)])
+        return
     check_request(session, request)
     load(out, session)
     try:
@@ -120,6 +142,59 @@ def stream(out: Output, session: Session, request: GenerateRequest) -> Generatio
             event = events.throw(KeyboardInterrupt) if stopping() else next(events)
     assert isinstance(event, Generation), "a generation ends with its figures"
     return event
+
+
+def _check(
+    prompt: str | None, prompts: Path | None, count: int | None, stop: list[str] | None, dump: Path | None
+) -> None:
+    """Refuse options that exclude each other.
+
+    Raises:
+        UsageError: some do.
+    """
+    if prompt is not None and prompts is not None:
+        raise UsageError("--prompt and --prompts exclude each other", hint="give one of them")
+    if count is not None and prompts is None:
+        raise UsageError("--num-sequences counts the prompts of a file", hint="name it with --prompts FILE")
+    if dump is not None and prompts is not None:
+        raise UsageError("one prompt goes into a store", hint="`teal dump --prompts FILE -o STORE` takes many")
+    if dump is not None and stop:
+        raise UsageError("a store ends at a token, not within one", hint="give either --dump or --stop")
+
+
+def _each(out: Output, session: Session, requests: Sequence[GenerateRequest]) -> None:
+    """Every prompt of a file in turn, and the figures of all at the end."""
+    from teal_cli.runs.generate import Stopped, check_request
+
+    for request in requests:
+        check_request(session, request)
+    load(out, session)
+    results: list[Generation] = []
+    try:
+        for number, request in enumerate(requests, 1):
+            out.note(f"{number}/{len(requests)}  {' '.join(request.prompt.split())}")
+            results.append(stream(out, session, request))
+            out.write("\n")
+    except Stopped as stopped:
+        out.write("\n")
+        _show_all(out, session.notes, [*results, stopped.result])
+        raise
+    _show_all(out, session.notes, results)
+
+
+def _show_all(out: Output, notes: list[str], results: Sequence[Generation]) -> None:
+    for note in notes:
+        out.note(note)
+    if out.json:
+        out.result({"generations": [result.as_dict() for result in results]}, lambda console: None)
+    elif not out.quiet:
+        headings = (">prompt", ">tokens", ">tok/s", ">dropped", ">prefill s")
+        rows = [
+            (i, len(r.token_ids), f"{r.tokens_per_s:.1f}", f"{r.realised:.1%}", f"{r.prefill_s:.2f}")
+            for i, r in enumerate(results, 1)
+        ]
+        show_table(out.err, headings, rows)
+        out.note(made_with(results[-1].model, results[-1].calibration, results[-1].plan))
 
 
 def _prompt(given: str | None) -> str:

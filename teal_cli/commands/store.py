@@ -54,19 +54,47 @@ def info(
             "--prompt", metavar="TEXT", help="Find the tokens of prompts that contain this text.", show_default="none"
         ),
     ] = None,
+    sequence: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence",
+            min=0,
+            metavar="N",
+            help="List the tokens of this prompt's rows, with their text.",
+            show_default="none",
+        ),
+    ] = None,
+    level: LevelOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Where a store comes from, its levels and its size.
 
+    With --sequence, each token that a step was fed, as the model's tokenizer writes it; --level says whose, of the
+    lowest sparsity if not given.
+
     Examples:
         teal store info activations.zarr
+        teal store info activations.zarr --sequence 0 --level 0.5
     """
-    from teal_cli.store.reader import describe, open_store
+    from teal_cli.store.reader import describe, open_store, token_texts
 
+    if level is not None and sequence is None:
+        raise UsageError("--level says whose tokens are listed", hint="say of which prompt with --sequence N")
     out = output(json, quiet)
-    found = describe(open_store(store), prompt)
-    out.result({"store": found}, lambda console: _show_info(console, found, prompt))
+    opened = open_store(store)
+    found = describe(opened, prompt)
+    tokens = None if sequence is None else token_texts(opened, sequence, level or opened.levels[0])
+    payload = {"store": found, **({} if tokens is None else {"tokens": tokens})}
+
+    def render(console: Console) -> None:
+        _show_info(console, found, prompt)
+        if tokens is not None:
+            console.print()
+            rows = [(token.row, token.position, token.token_id, repr(token.text)) for token in tokens]
+            show_table(console, (">row", ">position", ">token", "text"), rows)
+
+    out.result(payload, render)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
+from teal_cli.errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -35,13 +37,18 @@ class StopTexts:
     """Lets text through up to the first of the texts that end it, wherever its pieces are cut.
 
     Args:
-        texts: none of them empty; without any, all text passes.
+        texts: without any, all text passes.
 
     Attributes:
         found: whether one has come; what follows it is dropped.
+
+    Raises:
+        UsageError: one of them is empty.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
+        if "" in texts:
+            raise UsageError("a stop text is empty", hint="leave it out: without one, the text ends by itself")
         self._texts, self._held = tuple(texts), ""
         self.found = False
 

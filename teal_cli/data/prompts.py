@@ -129,7 +129,7 @@ class PromptSource:
             UsageError: no prompts, fewer than `count`, an empty prompt, or a line that is not JSON.
         """
         if self.file is not None:
-            return [Prompt(text, _encoded(text, encode)) for text in self._from_file(self.file)]
+            return [Prompt(text, _encoded(text, encode)) for text in self.texts()]
         return [
             Prompt(
                 decode(ids[: self.prompt_tokens]), tuple(ids[: self.prompt_tokens]), tuple(ids[self.prompt_tokens :])
@@ -137,8 +137,10 @@ class PromptSource:
             for ids in self._from_dataset(str(self.dataset), encode)
         ]
 
-    def _from_file(self, file: Path) -> list[str]:
-        hint = "--prompts takes a text or .jsonl file"
+    def texts(self) -> list[str]:
+        """The prompts of the file, which it takes no tokenizer to read. Raises as `read`."""
+        assert self.file is not None, "a dataset has tokens"
+        file, hint = self.file, "--prompts takes a text or .jsonl file"
         try:
             text = file.read_text(encoding="utf-8-sig")
         except FileNotFoundError:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.data.detokenize import TextStream
+from teal_cli.data.detokenize import StopTexts, TextStream
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
+from teal_cli.errors import UsageError
 from teal_cli.files import require_space
 from teal_cli.runs.dump import NO_ROOM, open_writer, row_bytes, store_headers
 from teal_cli.runs.plans import Level
@@ -37,6 +38,8 @@ class GenerateRequest:
         dump: where to write a store of what flowed into each projection; None writes none.
         force: replace a store that is there.
         plan: name of a plan of the model, in place of a uniform one.
+        stop: texts that end it, wherever tokens are cut; none is part of the result. Not together with `dump`.
+        sequence: its index among several prompts; equal prompts are drawn apart by it, as in a dump.
     """
 
     prompt: str
@@ -48,13 +51,16 @@ class GenerateRequest:
     dump: Path | None = None
     force: bool = False
     plan: str | None = None
+    stop: tuple[str, ...] = ()
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One new token, and the text that is complete with it (often empty: a token may end inside a character)."""
+    """One new token, and the text that is certain with it (often empty: a token may end inside a character, and a stop
+    text may have begun). At the end, without a token, what was held back for nothing."""
 
-    token_id: int
+    token_id: int | None
     text: str
 
 
@@ -129,10 +135,13 @@ def check_request(session: Session, request: GenerateRequest) -> tuple[Prompt, L
     """Everything about a request that can be known before weights are read: its prompt, and the level it asks for.
 
     Raises:
-        UsageError: an empty or too long prompt, or a store that is there already without `force`.
+        UsageError: an empty or too long prompt, an empty stop text, a dump with stop texts, or a store that is there already without `force`.
         NotFoundError: a sparsity above 0 and no calibration.
         TealError: the disk has no room for the store.
     """
+    StopTexts(request.stop)
+    if request.dump is not None and request.stop:
+        raise UsageError("a store ends at a token, not within one", hint="give either a dump or stop texts")
     if request.dump is not None:
         check_target(request.dump, force=request.force)
     (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
@@ -164,7 +173,7 @@ def generate(session: Session, request: GenerateRequest) -> Generator[Piece | Ge
             session, [prompt], [level], request.max_new_tokens, request.sampling, source=source, stop=stop
         )
         writer = open_writer(request.dump, header, levels, str(session.device), force=request.force)
-    token_ids, pieces, text = [], TextStream(session.tokenizer), []
+    token_ids, pieces, stops, text = [], TextStream(session.tokenizer), StopTexts(request.stop), []
     try:
         with writer or nullcontext():
             capture = None if writer is None else writer.level(plan.target)
@@ -172,19 +181,26 @@ def generate(session: Session, request: GenerateRequest) -> Generator[Piece | Ge
                 prompt.token_ids,
                 max_new_tokens=request.max_new_tokens,
                 sampling=request.sampling,
+                sequence=request.sequence,
                 stop=stop,
                 capture=capture,
             ):
                 token_ids.append(token)
-                text.append(pieces.push(token))
+                text.append(stops.push(pieces.push(token)))
                 yield Piece(token, text[-1])
+                if stops.found:
+                    break
             if writer is not None and capture is not None:
                 capture.finish()
                 writer.complete()
     except KeyboardInterrupt:
         if not token_ids:
             raise
-        raise Stopped(_result(session, request, level, decoder, prompt, token_ids, "".join(text))) from None
+        said = "".join(text) + stops.rest()
+        raise Stopped(_result(session, request, level, decoder, prompt, token_ids, said)) from None
+    if rest := stops.rest():
+        text.append(rest)
+        yield Piece(None, rest)
     yield _result(session, request, level, decoder, prompt, token_ids, "".join(text))
 
 

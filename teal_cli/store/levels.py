@@ -131,6 +131,23 @@ class ActivationStore:
         """Sequences (indices of prompts) whose prompt contains the text; none if the store keeps no prompts."""
         return [index for index, prompt in enumerate(self.header.prompts.get("texts", ())) if text in prompt]
 
+    def text(self, sequence: int, level: str | float | None = None) -> list[str]:
+        """The text of each token of a sequence, in the order of its rows; one after the other they are its text.
+
+        A token that ends inside a character has an empty text, the one that completes it the whole character.
+
+        Args:
+            level: whose tokens; None takes the lowest sparsity.
+
+        Raises:
+            NotFoundError: no such level or sequence, or the model is not in the registry.
+            UsageError, TealError: as `store.text.texts`.
+        """
+        from teal_cli.store.text import texts
+
+        found = self.level(self.levels[0] if level is None else level)
+        return texts(self.header, sequence, found.tokens.token_id[found.rows(sequence)].tolist())
+
     def __repr__(self) -> str:
         levels = self.levels if len(self.levels) <= 4 else (*self.levels[:2], "...", self.levels[-1])
         name, header = type(self).__name__, self.header

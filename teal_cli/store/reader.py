@@ -19,7 +19,17 @@ from teal_cli.store.metadata import schema_of
 from teal_cli.store.remote import place_of, sizes_of
 from teal_cli.store.schema import COLLECTION
 
-__all__ = ["ActivationStore", "Level", "LevelInfo", "Match", "StoreInfo", "describe", "open_store"]
+__all__ = [
+    "ActivationStore",
+    "Level",
+    "LevelInfo",
+    "Match",
+    "StoreInfo",
+    "TokenText",
+    "describe",
+    "open_store",
+    "token_texts",
+]
 
 
 def open_store(path: str | os.PathLike[str]) -> ActivationStore:
@@ -60,6 +70,16 @@ class Match:
     rows: dict[str, tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A row: its index in the level, its place in the sequence, its token, and the text that is complete with it."""
+
+    row: int
+    position: int
+    token_id: int
+    text: str
+
+
 @dataclass(frozen=True)
 class StoreInfo:
     """A store: attributes but for the prompts, size on disk, levels, the prompts that were asked for; of a collection
@@ -94,6 +114,14 @@ def describe(store: ActivationStore, find: str | None = None) -> StoreInfo:
         matches=[] if find is None else [_match(store, sequence) for sequence in store.find(find)],
         parts=store.state.parts,
     )
+
+
+def token_texts(store: ActivationStore, sequence: int, level: str | float) -> list[TokenText]:
+    """The rows of a sequence of a level, in order. Raises as `ActivationStore.text`."""
+    found = store.level(level)
+    rows, texts = found.rows(sequence), store.text(sequence, level)
+    positions, ids = found.tokens.position[rows].tolist(), found.tokens.token_id[rows].tolist()
+    return [TokenText(*row) for row in zip(range(rows.start, rows.stop), positions, ids, texts, strict=True)]
 
 
 def _describe_level(store: ActivationStore, name: str) -> LevelInfo:

@@ -72,6 +72,59 @@ def test_the_prompt_may_come_from_standard_input(teal: Teal, monkeypatch: pytest
     assert teal("generate", *GREEDY, "--json").json["token_ids"] == given
 
 
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_a_stop_text_ends_the_text_before_itself(teal: Teal, length: int) -> None:
+    """Cut out of the free text across the boundaries of tokens."""
+    options = ("generate", "-p", "The quick", "--temperature", 0, "--ignore-eos", "--max-new-tokens", 40)
+    free = teal(*options, "--json").json
+    stop = free["text"][10 : 10 + length]
+    end = free["text"].index(stop)
+    stopped = teal(*options, "--stop", "never there", "--stop", stop, "--json").json
+    assert stopped["text"] == free["text"][:end]
+    assert stopped["token_ids"] == free["token_ids"][: len(stopped["token_ids"])]
+    assert len(stopped["token_ids"]) < 40
+    assert teal(*options, "--stop", stop).out == free["text"][:end] + "\n"
+    assert teal(*options, "--stop", free["text"][-1] + "!").out == free["text"] + "\n"
+
+
+def test_the_first_prompts_of_a_file(teal: Teal, tmp_path: Path) -> None:
+    """Drawn as a dump of the same file draws them."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("The quick\ndef keep\nDecoding one\n")
+    sampled = ("--temperature", 1.5, "--seed", 3, "--ignore-eos", "--max-new-tokens", 9)
+    found = teal("generate", "--prompts", prompts, "-n", 2, *sampled, "--json").json["generations"]
+    assert [one["prompt"] for one in found] == ["The quick", "def keep"]
+    assert teal("dump", "--prompts", prompts, "-n", 2, "-s", 0.5, "-o", tmp_path / "out.zarr", *sampled).code == 0
+    level = open_store(tmp_path / "out.zarr").level(0.5)
+    for index, one in enumerate(found):
+        assert one["token_ids"][:-1] == level.tokens.token_id[level.rows(index)].tolist()
+    run = teal("generate", "--prompts", prompts, *sampled)
+    assert run.out.startswith(f"{found[0]['text']}\n{found[1]['text']}\n")
+    assert "3/3  Decoding one" in run.err
+    assert re.search(r"tok/s\s+dropped", run.err)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("-p", "x", "--prompts", "p.txt"), 2, "exclude each other"),
+        (("-p", "x", "-n", 2), 2, "--prompts FILE"),
+        (("--prompts", "p.txt"), 3, "no file p.txt"),
+        (("--prompts", "p.txt", "--dump", "o.zarr"), 2, "teal dump --prompts FILE"),
+        (("-p", "x", "--dump", "o.zarr", "--stop", "x"), 2, "either --dump or --stop"),
+        (("-p", "x", "--stop", ""), 2, "stop text is empty"),
+    ],
+)
+def test_what_does_not_go_together(
+    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], code: int, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = teal("generate", *options)
+    assert (run.code, run.out) == (code, "")
+    assert says in run.err
+    assert not (tmp_path / "o.zarr").exists()
+
+
 def test_a_seed_repeats_itself_and_none_is_a_new_one(teal: Teal) -> None:
     sampled = ("-p", "The quick", "--temperature", 1.5, "--top-k", 0, "--ignore-eos", "--json")
     first, again = (teal("generate", *sampled, "--seed", 5).json for _ in range(2))
