@@ -117,6 +117,7 @@ def _dump(
     seconds: Seconds = {}
     for done in bench.rounds(probe, request, seconds):
         yield Progress(done, request.rounds, f"Dumping {subject.name} at {sparsity:.2f}")
+    yield bench.row(bare, seconds, [])
     yield bench.row(dumped, seconds, [], bare.label)
 
 
@@ -267,7 +268,8 @@ class _Bench:
             undumped: for a dump, the label of the same decoder without it.
         """
         engine, config = entry.engine, self._subject.config
-        read = 1 / Spread.of(seconds[READ]).p50
+        reading = Spread.of([1 / s for s in seconds[READ]])
+        read = reading.p50
         taken = seconds.get(entry.label)
         speed = Spread.of([1 / s for s in taken]) if taken else None
         kept = engine.kept() if taken else None
@@ -286,6 +288,7 @@ class _Bench:
             to_floor=read / size / speed.p50 if speed else None,
             faster_than={p: median_ratio(seconds[p], taken) for p in peers if taken and p != entry.label},
             to_undumped=median_ratio(taken, seconds[undumped]) if taken and undumped else None,
+            read_p20=reading.p20 / 1e9, read_p80=reading.p80 / 1e9,
         )  # fmt: skip
 
     def _step_bytes(self, engine: Engine, kept: NDArray[np.float64] | None) -> float:

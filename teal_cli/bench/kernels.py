@@ -155,7 +155,8 @@ def _vectors(request: KernelRequest, matrix: MatrixShape, sparsity: float, dtype
 
 def _row(entry: _Entry, seconds: Seconds, dense: str | None, dtype: torch.dtype, rounds: int) -> KernelRow:
     matrix, vectors = entry.operands.matrix, entry.operands.vectors
-    read = 1 / Spread.of(seconds[READ]).p50
+    reading = Spread.of([1 / s for s in seconds[READ]])
+    read = reading.p50
     weight_bytes = round(vectors.kept * matrix.outputs * dtype.itemsize)
     floor = weight_bytes / read
     timed = Spread.of(seconds[entry.name]) if entry.batch else None
@@ -171,6 +172,7 @@ def _row(entry: _Entry, seconds: Seconds, dense: str | None, dtype: torch.dtype,
         to_floor=timed.p50 / floor if timed and floor else None,
         dense=dense and dense.partition("@")[0],
         to_dense=median_ratio(seconds[dense], seconds[entry.name]) if timed and dense else None,
+        read_p20=reading.p20 / 1e9, read_p80=reading.p80 / 1e9,
     )  # fmt: skip
 
 

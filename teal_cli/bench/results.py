@@ -17,6 +17,9 @@ from teal_cli.files import disk_errors, read_json, write_json
 
 SCHEMA: Final = "teal-bench/1"
 
+STEADY: Final = 0.15
+"""The bandwidth reading may move by so much within a run; beyond it floors are told to be uncertain."""
+
 _ROWS: Final = {"kernel": KernelRow, "decode": DecodeRow}
 
 
@@ -38,6 +41,20 @@ class Result:
     def failed(self) -> list[Row]:
         """Rows whose check failed."""
         return [row for row in self.rows if not row.passed]
+
+    @property
+    def reading_moved(self) -> float:
+        """How far the memory's read bandwidth moved within the run: the highest reading over the lowest, less 1.
+
+        Readings are the medians of the rows and, where a result has them, their 20% and 80% quantiles.
+        """
+        readings = [r for row in self.rows for r in (row.read_gbps, row.read_p20, row.read_p80) if r is not None]
+        return max(readings) / min(readings) - 1 if readings else 0.0
+
+    @property
+    def firm(self) -> bool:
+        """Whether floors, which are computed from these readings, can be believed."""
+        return self.reading_moved <= STEADY
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

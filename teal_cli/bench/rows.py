@@ -32,7 +32,8 @@ class KernelRow:
         rounds, calls, copies: rounds; products per round; copies of the matrix that were used in turn.
         p20_us, p50_us, p80_us: microseconds per product, quantiles over the rounds.
         bytes: weight bytes that the kept entries need. gbps: bytes over the median time.
-        read_gbps: the memory's read bandwidth in the same rounds, median.
+        read_gbps: the memory's read bandwidth in the same rounds, median. read_p20, read_p80: its quantiles; None in
+            results that were written without.
         floor_us: bytes over that bandwidth. to_floor: median time over the floor.
         dense: the fastest dense product of this matrix. to_dense: how many times faster than it, median over rounds.
     """
@@ -62,6 +63,8 @@ class KernelRow:
     to_floor: float | None
     dense: str | None
     to_dense: float | None
+    read_p20: float | None = None
+    read_p80: float | None = None
     kind: Literal["kernel"] = "kernel"
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class DecodeRow:
         rounds, prompt_tokens, tokens: rounds; tokens of the prompt, and new ones per round.
         p20, p50, p80: decode steps per second, quantiles over the rounds; prefill is not in them.
         bytes: that a step has to read: kept weights, head, key-value cache. gbps: bytes over the median time.
-        read_gbps: the memory's read bandwidth in the same rounds, median. floor: steps per second at that bandwidth.
+        read_gbps, read_p20, read_p80: as of a kernel's row. floor: steps per second at that bandwidth.
         to_floor: median time over the floor's.
         faster_than: how many times faster than dense teal, and than each other engine; median over rounds.
         to_undumped: time with the dump over the time without it, median over rounds.
@@ -119,6 +122,8 @@ class DecodeRow:
     to_undumped: float | None = None
     plan: str | None = None
     to_uniform: float | None = None
+    read_p20: float | None = None
+    read_p80: float | None = None
     kind: Literal["decode"] = "decode"
 
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from teal_cli.bench.compare import compare
 from teal_cli.bench.results import Result
 from teal_cli.bench.rows import DecodeRow, KernelRow
 from teal_cli.errors import counted
@@ -21,19 +23,18 @@ def show(console: Console, result: Result) -> None:
     console.print(about, style="bold", markup=False)
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     console.print(versions, style="dim", markup=False, soft_wrap=True)
-    read = [row.read_gbps for row in result.rows]
-    console.print(f"memory reads at {min(read):.1f} to {max(read):.1f} GB/s", markup=False)
+    _show_reading(console, result)
     kernels = [row for row in result.rows if isinstance(row, KernelRow)]
     if kernels:
         console.print()
-        _show_kernels(console, kernels)
+        _show_kernels(console, kernels, "" if result.firm else "~")
     decodes = [row for row in result.rows if isinstance(row, DecodeRow)]
     if decodes:
         console.print()
-        _show_decodes(console, decodes)
+        _show_decodes(console, decodes, "" if result.firm else "~")
 
 
-def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
+def _show_kernels(console: Console, rows: list[KernelRow], about: str) -> None:
     first = ("matrix", "dtype", ">sparsity", "product", ">size", ">p20 us", ">p50 us", ">p80 us")
     headings = (*first, ">GB/s", ">floor us", ">/floor", ">x dense", "check")
     lines = (
@@ -47,8 +48,8 @@ def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
             _figure(row.p50_us, 1),
             _figure(row.p80_us, 1),
             _figure(row.gbps, 1),
-            _figure(row.floor_us, 1),
-            _figure(row.to_floor, 2),
+            _figure(row.floor_us, 1, about),
+            _figure(row.to_floor, 2, about),
             _figure(row.to_dense, 2),
             row.check,
         )
@@ -57,7 +58,7 @@ def _show_kernels(console: Console, rows: list[KernelRow]) -> None:
     show_table(console, headings, lines, keys=4)
 
 
-def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
+def _show_decodes(console: Console, rows: list[DecodeRow], about: str) -> None:
     peers = list(dict.fromkeys(peer for row in rows for peer in row.faster_than))
     first = ("model", "engine", "backend", ">dropped", ">p20", ">tok/s", ">p80", ">GB/s", ">floor", ">/floor")
     headings = (*first, *(f">x {peer}" for peer in peers), ">dump", ">x uniform", "check")
@@ -71,8 +72,8 @@ def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
             _figure(row.p50, 1),
             _figure(row.p80, 1),
             _figure(row.gbps, 1),
-            _figure(row.floor, 1),
-            _figure(row.to_floor, 2),
+            _figure(row.floor, 1, about),
+            _figure(row.to_floor, 2, about),
             *(_figure(row.faster_than.get(peer), 2) for peer in peers),
             f"{row.to_undumped - 1:+.1%}" if row.to_undumped else "",
             _figure(row.to_uniform, 3),
@@ -83,5 +84,47 @@ def _show_decodes(console: Console, rows: list[DecodeRow]) -> None:
     show_table(console, headings, lines, keys=2)
 
 
-def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _show_reading(console: Console, result: Result) -> None:
+    """How fast memory was, and whether floors can be believed."""
+    read = [row.read_gbps for row in result.rows]
+    if not read:
+        console.print("no rows", markup=False)
+        return
+    console.print(f"memory reads at {min(read):.1f} to {max(read):.1f} GB/s", markup=False)
+    if not result.firm:
+        text = f"the reading moved by {result.reading_moved:.0%} within the run: floors (~) are no firm limits"
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+
+def show_side_by_side(console: Console, names: Sequence[str], results: Sequence[Result]) -> None:
+    """Print what results have in common in a table, each beside the first, with how many times as fast it is."""
+    for name, result in zip(names, results, strict=True):
+        machine = result.machine
+        console.print(f"{name}: {machine.device}, {machine.at[:10]}", style="bold", markup=False, soft_wrap=True)
+        _show_reading(console, result)
+    rows = compare(results)
+    for kind, unit, digits in (("kernel", "us", 1), ("decode", "tok/s", 1)):
+        mine = [row for row in rows if row.kind == kind]
+        if not mine:
+            continue
+        console.print()
+        headings = [*mine[0].identity, *(f">{name} {unit}" for name in names), *(f">x {n}" for n in names[1:]), "note"]
+        lines = [
+            [
+                *row.identity.values(),
+                *(_figure(value, digits) for value in row.values),
+                *(_figure(ratio, 2) for ratio in row.ratios),
+                row.note,
+            ]
+            for row in mine
+        ]
+        show_table(console, headings, lines, keys=len(mine[0].identity))
+    console.print(
+        f"\nMedians. x: how many times as fast as {names[0]}, the ratio of the medians of two runs; only contenders of "
+        "one run were measured in turn.",
+        style="dim", markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _figure(value: float | None, digits: int, about: str = "") -> str:
+    return "" if value is None else f"{about}{value:.{digits}f}"

@@ -249,6 +249,39 @@ def decode(
     _finish(out, "decode", where, asked, measured(), path, "rounds")
 
 
+@app.command()
+def show(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Results that `teal bench -o FILE` wrote.")],
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """A saved result as a table; several side by side, with how many times as fast each is as the first.
+
+    Floors are computed from readings of the memory's bandwidth: where these moved by more than 15% within a run, the
+    table says so and marks the floors.
+    """
+    from teal_cli.bench.compare import compare
+    from teal_cli.bench.results import load
+    from teal_cli.bench.tables import show as show_result
+    from teal_cli.bench.tables import show_side_by_side
+
+    out = output(json, quiet)
+    results = [load(file) for file in files]
+    payload = {
+        "results": [
+            {"file": file, **result.as_dict(), "reading_moved": result.reading_moved, "firm": result.firm}
+            for file, result in zip(files, results, strict=True)
+        ],
+        "comparison": compare(results) if len(results) > 1 else [],
+    }
+    if len(results) == 1:
+        out.result(payload, lambda console: show_result(console, results[0]))
+    else:
+        names = [file.stem for file in files]
+        names = names if len(set(names)) == len(names) else [str(file) for file in files]
+        out.result(payload, lambda console: show_side_by_side(console, names, results))
+
+
 def _session(
     out: Output,
     model: str | None,
