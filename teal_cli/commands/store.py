@@ -370,8 +370,8 @@ def report(
     Examples:
         teal store report activations.zarr -o report.html
     """
-    from teal_cli.plots.bench import check_picture
     from teal_cli.plots.report import report_page
+    from teal_cli.plots.style import check_picture
     from teal_cli.store.reader import open_store
 
     out = output(json, quiet)

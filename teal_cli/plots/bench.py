@@ -1,7 +1,4 @@
-"""Pictures of results: time and bandwidth against sparsity for products, bars of tokens per second for decoding.
-
-Colours are told apart by everyone (Okabe and Ito); the floor is always black and dotted, dense always grey and dashed.
-"""
+"""Pictures of `teal bench`: bars of decode steps per second; products are drawn by `plots.kernels`."""
 
 from __future__ import annotations
 
@@ -11,166 +8,134 @@ from typing import TYPE_CHECKING, Any, Final
 
 from teal_cli.bench.results import Result
 from teal_cli.bench.rows import DecodeRow, KernelRow
-from teal_cli.errors import TealError, UsageError
-from teal_cli.files import disk_errors, new_file
+from teal_cli.errors import UsageError, counted
+from teal_cli.plots.kernels import draw_kernels
+from teal_cli.plots.style import BLUE, GREEN, GREY, WIDTH, check_picture, missing, plain, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS: Final = (".png", ".svg", ".pdf")
-
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DENSE: Final = "#777777"
-_COLUMNS: Final = 4
-_TALLEST: Final = 2.5
-_DPI: Final = 150
+_BAR: Final = 0.34
+"""Inches of height for each bar."""
 
 
-def check_picture(path: Path) -> None:
-    """Refuse what cannot be drawn.
+def pictures(result: Result, path: Path) -> list[Path]:
+    """The files that `draw` writes: one for each dtype of products, named after it where there are several.
 
-    Raises:
-        UsageError: a file format that is none of `FORMATS`.
-        TealError: matplotlib is not installed.
+    Raises: as `draw`.
     """
-    import importlib.util
+    check_picture(path)
+    dtypes = list(dict.fromkeys(row.dtype for row in result.rows if isinstance(row, KernelRow) and row.passed))
+    if not dtypes and not any(row.passed for row in result.rows):
+        raise UsageError("there is nothing to draw: no row of the result passed its check")
+    return [path.with_stem(f"{path.stem}-{dtype}") for dtype in dtypes] if len(dtypes) > 1 else [path]
 
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path.name} is no picture that can be written", hint=f"end it in {', '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TealError("drawing needs matplotlib, which is not installed", hint="pip install 'teal-cli[plot]'")
 
-
-def draw(result: Result, path: Path) -> None:
-    """Draw a result into a file, which appears when it is whole.
+def draw(result: Result, path: Path) -> list[Path]:
+    """Draw a result into the files of `pictures`; each appears when it is whole.
 
     Raises:
         UsageError: nothing in the result was measured, or another format.
         TealError: matplotlib is not installed, or the disk refuses.
     """
-    check_picture(path)
-    kernels = [row for row in result.rows if isinstance(row, KernelRow) and row.passed]
-    decodes = [row for row in result.rows if isinstance(row, DecodeRow) and row.passed]
-    if not kernels and not decodes:
-        raise UsageError("there is nothing to draw: no row of the result passed its check")
-    figure = _draw_kernels(kernels) if kernels else _draw_decodes(decodes)
+    files = pictures(result, path)
+    kernels = [row for row in result.rows if isinstance(row, KernelRow)]
+    if any(row.passed for row in kernels):
+        dtypes = list(dict.fromkeys(row.dtype for row in kernels if row.passed))
+        for file, dtype in zip(files, dtypes, strict=True):
+            figure = draw_kernels([row for row in kernels if row.dtype == dtype], firm=result.firm)
+            figure.suptitle(f"{_about(result)}, {dtype}", fontsize=10)
+            save(figure, file)
+        return files
+    figure = _draw_decodes([row for row in result.rows if isinstance(row, DecodeRow)], firm=result.firm)
+    figure.suptitle(_about(result), fontsize=10)
+    save(figure, path)
+    return files
+
+
+def _about(result: Result) -> str:
     machine = result.machine
-    threads = f", {machine.threads} threads" if machine.device_type == "cpu" else ""
-    figure.suptitle(f"teal bench {result.command}, {machine.device}{threads}, {machine.at[:10]}", fontsize=11)
-    with disk_errors(path), new_file(path) as partial:
-        figure.savefig(partial, dpi=_DPI, format=path.suffix[1:].lower())
+    threads = f", {counted(machine.threads, 'thread')}" if machine.device_type == "cpu" else ""
+    return f"teal bench {result.command}, {machine.device}{threads}, {machine.at[:10]}"
 
 
-def _draw_kernels(rows: Sequence[KernelRow]) -> Figure:
-    """One panel per matrix and dtype: time above, bandwidth below."""
+def _draw_decodes(rows: Sequence[DecodeRow], *, firm: bool) -> Figure:
+    """One panel for all that decoded the same model over as many tokens, plans apart; panels of one model share their axis."""
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[object, ...], list[KernelRow]] = {}
+    panels: dict[tuple[str, int, bool], list[DecodeRow]] = {}
     for row in rows:
-        panels.setdefault((row.dtype, row.inputs, row.outputs, row.matrix), []).append(row)
-    names = list(dict.fromkeys(row.product for row in rows if row.sparsity > 0))
-    colours = dict(zip(names, _COLOURS * len(names), strict=False))
-    columns = min(_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(3.6 * columns, 6.4), 4.6 * lines + 1.0), layout="constrained")
-    grid = figure.add_gridspec(2 * lines, columns, height_ratios=[3, 2] * lines)
-    for number, panel in enumerate(panels.values()):
-        line, column = divmod(number, columns)
-        time = figure.add_subplot(grid[2 * line, column])
-        speed = figure.add_subplot(grid[2 * line + 1, column], sharex=time)
-        _draw_panel(time, speed, panel, colours, labelled=column == 0)
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4 * columns),
-                  frameon=False, fontsize=9)  # fmt: skip
-    return figure
-
-
-def _draw_panel(time: Axes, speed: Axes, rows: list[KernelRow], colours: dict[str, str], *, labelled: bool) -> None:
-    first = rows[0]
-    models = ", ".join(first.models)
-    title = f"{first.matrix}  {first.inputs} × {first.outputs}  {first.dtype}\n{models}"
-    time.set_title(title.strip(), fontsize=8)
-    dense = [row for row in rows if row.sparsity == 0]
-    sparse = sorted((row for row in rows if row.sparsity > 0), key=lambda row: row.sparsity)
-    read = first.read_gbps
-    if dense:
-        fastest = min(dense, key=lambda row: row.p50_us or 0.0)
-        time.axhline(fastest.p50_us or 0.0, color=_DENSE, linestyle="--", linewidth=1.3, label="fastest dense")
-        speed.axhline(fastest.gbps or 0.0, color=_DENSE, linestyle="--", linewidth=1.3)
-        kept = [0.0, 100.0]
-        time.plot(kept, [fastest.floor_us, 0.0], color="black", linestyle=":", linewidth=1.3, label="floor")
-    speed.axhline(read, color="black", linestyle=":", linewidth=1.3)
-    for product in dict.fromkeys(row.product for row in sparse):
-        mine = [row for row in sparse if row.product == product]
-        x = [100 * row.sparsity for row in mine]
-        style: dict[str, Any] = {"color": colours[product], "marker": "o", "markersize": 3.5, "linewidth": 1.5}
-        time.plot(x, _values(mine, "p50_us"), label=product, **style)
-        band = _values(mine, "p20_us"), _values(mine, "p80_us")
-        time.fill_between(x, *band, color=colours[product], alpha=0.15, linewidth=0)
-        speed.plot(x, _values(mine, "gbps"), **style)
-    at = sorted({100 * row.sparsity for row in sparse})
-    if dense:  # what is several times slower than dense would squeeze the rest to a line
-        slowest = max(row.p80_us or 0.0 for row in [*sparse, fastest])
-        time.set_ylim(top=min(1.05 * slowest, _TALLEST * (fastest.p50_us or 0.0)))
-    margin = 4.0
-    time.set_xlim((at[0] if at else 0) - margin, (at[-1] if at else 100) + margin)
-    time.set_ylim(bottom=0)
-    speed.set_ylim(0, 1.1 * max(read, *_values(rows, "gbps")))
-    speed.set_xticks(at)
-    time.tick_params(labelbottom=False)
-    speed.set_xlabel("sparsity, %", fontsize=8)
-    if labelled:
-        time.set_ylabel("time, µs", fontsize=8)
-        speed.set_ylabel("GB/s", fontsize=8)
-    for axes in (time, speed):
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-
-
-def _values(rows: Sequence[KernelRow], name: str) -> list[float]:
-    """A figure of each row; rows that passed have them all."""
-    return [float(getattr(row, name)) for row in rows]
-
-
-def _draw_decodes(rows: Sequence[DecodeRow]) -> Figure:
-    """One panel per model: a bar per engine, its floor as a mark."""
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(row.model for row in rows))
-    counts = [sum(row.model == model for row in rows) for model in models]
-    figure = Figure(figsize=(8.5, 0.36 * sum(counts) + 1.0 * len(models) + 0.6), layout="constrained")
-    all_axes = figure.subplots(len(models), 1, squeeze=False, height_ratios=counts)[:, 0]
-    for axes, model in zip(all_axes, models, strict=True):
-        mine = sorted((row for row in rows if row.model == model), key=lambda row: (row.engine != "teal", row.sparsity))
-        _draw_bars(axes, mine)
-        axes.set_title(f"{model}, {mine[0].layers} layers, {mine[0].dtype}", fontsize=9, loc="left")
-    all_axes[-1].set_xlabel("decode steps per second (bar: median, whisker: p20 to p80; mark: at the memory's read "
-                            "bandwidth)", fontsize=8)  # fmt: skip
+        panels.setdefault((row.model, row.tokens, row.plan is not None), []).append(row)
+    counts = [max(len(panel), 2) for panel in panels.values()]
+    figure = Figure(figsize=(WIDTH, _BAR * sum(counts) + 0.65 * len(counts) + 0.95), layout="constrained")
+    all_axes = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)[:, 0]
+    longest: dict[str, float] = {}
+    for row in rows:
+        longest[row.model] = max(longest.get(row.model, 0.0), row.p80 or 0.0, row.floor if row.passed else 0.0)
+    for axes, ((model, tokens, planned), mine) in zip(all_axes, panels.items(), strict=True):
+        _draw_bars(axes, sorted(mine, key=lambda row: (row.engine != "teal", row.sparsity, row.dump)))
+        axes.set_xlim(0, 1.04 * longest[model])
+        layers, dtype = mine[0].layers, mine[0].dtype
+        axes.set_title(
+            f"{model}, {counted(layers, 'layer')}, {dtype}: {counted(tokens, 'new token')} after a prompt of "
+            f"{mine[0].prompt_tokens}{'; uniform plans read as much' if planned else ''}", fontsize=8.5, loc="left",
+        )  # fmt: skip
+    limit = "dotted: what memory allows" if firm else "dotted: about what memory allows; its reading moved"
+    all_axes[-1].set_xlabel(f"decode steps per second (bar: median, whisker: p20 to p80, {limit})", fontsize=8)
     return figure
 
 
 def _draw_bars(axes: Axes, rows: list[DecodeRow]) -> None:
-    longest = max(max(row.p80 or 0.0, row.floor) for row in rows)
+    """A bar a row; figures stand in columns at the right, where no mark can cross them."""
     for place, row in enumerate(rows):
-        median = row.p50 or 0.0
-        colour = _COLOURS[0] if row.sparsity > 0 else _COLOURS[2] if row.engine == "teal" else _DENSE
-        whisker = [[median - (row.p20 or 0.0)], [(row.p80 or 0.0) - median]]
-        axes.barh(place, median, height=0.66, color=colour, alpha=0.55 if row.dump else 0.9, xerr=whisker,
-                  error_kw={"linewidth": 1, "ecolor": "#333333"})  # fmt: skip
-        axes.plot([row.floor] * 2, [place - 0.38, place + 0.38], color="black", linewidth=1.6, linestyle=":")
-        ratio = row.faster_than.get("dense")
-        text = f"{median:.1f}" + (f", {ratio:.2f}x dense" if ratio and row.engine == "teal" else "")
-        text += f", dump {row.to_undumped - 1:+.0%}" if row.to_undumped else ""
-        axes.text(max(row.p80 or 0.0, median) + 0.012 * longest, place, text, va="center", fontsize=7.5,
-                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * longest)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+        if row.passed and row.p50 is not None:
+            median = row.p50
+            whisker = [[median - (row.p20 or median)], [(row.p80 or median) - median]]
+            axes.barh(place, median, height=0.64, xerr=whisker, error_kw={"linewidth": 1, "ecolor": "#222222"},
+                      edgecolor="white", linewidth=0, **_bar(row))  # fmt: skip
+            axes.plot([row.floor] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.6, linestyle=":")
+        _figures(axes, place, row)
+    axes.text(1.02, -0.72, "steps/s", transform=axes.get_yaxis_transform(), fontsize=7, color="#444444", va="center")
+    if any("dense" in row.faster_than for row in rows):
+        axes.text(1.11, -0.72, "x dense*", transform=axes.get_yaxis_transform(), fontsize=7, color="#444444",
+                  va="center")  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(max(len(rows), 2) - 0.4, -0.6)
+    plain(axes)
+    axes.grid(visible=False, axis="y")
+    _remarks(axes, rows)
+
+
+def _bar(row: DecodeRow) -> dict[str, Any]:
+    """Colour and hatch: sparse plain, dense dotted, others hatched, a dump crossed."""
+    if row.engine != "teal":
+        return {"color": GREY, "hatch": "////"}
+    if row.dump:
+        return {"color": BLUE, "hatch": "xx", "alpha": 0.6}
+    return {"color": BLUE, "hatch": ""} if row.sparsity else {"color": GREEN, "hatch": ".."}
+
+
+def _figures(axes: Axes, place: int, row: DecodeRow) -> None:
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+    if not row.passed or row.p50 is None:
+        axes.text(1.02, place, "failed its check", style="italic", **beside)
+        return
+    axes.text(1.02, place, f"{row.p50:.1f}", **beside)
+    ratio = row.faster_than.get("dense")
+    if ratio:
+        axes.text(1.11, place, f"{ratio:.2f}x", **beside)
+    elif row.to_uniform:
+        axes.text(1.11, place, f"{row.to_uniform:.2f}x unif.*", **beside)
+    elif row.to_undumped:
+        axes.text(1.11, place, f"{row.to_undumped - 1:+.0%} time*", **beside)
+
+
+def _remarks(axes: Axes, rows: list[DecodeRow]) -> None:
+    """What the starred figures are, and what a panel lacks."""
+    if any(row.faster_than or row.to_undumped or row.to_uniform for row in rows):
+        axes.text(1.02, max(len(rows), 2) - 0.45, "* paired median", transform=axes.get_yaxis_transform(), fontsize=6.5,
+                  color="#444444", va="top")  # fmt: skip
+    dumped = [row for row in rows if row.dump]
+    if dumped and all(row.dump for row in rows):
+        missing(axes, "the same without a dump is not in this result")

@@ -20,7 +20,7 @@ import numpy as np
 from teal_cli.checks import did_you_mean
 from teal_cli.errors import UsageError
 from teal_cli.files import disk_errors, new_file
-from teal_cli.plots.bench import check_picture
+from teal_cli.plots.style import check_picture
 from teal_cli.store.reader import ActivationStore
 from teal_cli.store.stats import Measured, measure
 from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES

@@ -5,71 +5,121 @@ Draws with matplotlib on arrays from the reader; knows nothing of commands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teal_cli.errors import UsageError
+from teal_cli.plots.style import check_picture, missing, plain, save, series
 from teal_cli.store.reader import ActivationStore, Level
 from teal_kernels.spec import PROJECTION_INDEX, SITE_PROJECTIONS, SITES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST_LEVELS = 4
-_COLOURS = {"attn_in": "#1f77b4", "attn_out": "#ff7f0e", "mlp_in": "#2ca02c", "mlp_mid": "#d62728"}
+_COLUMNS: Final = 4
+_LEAST_SPAN: Final = 5.0
+"""Percentage points about the target that the lower panels show at least."""
 
 
-def draw(store: ActivationStore, out: Path, *, layer: int, site: str, tokens: int = 64, channels: int = 288) -> None:
+def draw(
+    store: ActivationStore,
+    out: Path,
+    *,
+    layer: int,
+    site: str,
+    levels: Sequence[str | float] = (),
+    tokens: int = 64,
+    channels: int = 288,
+) -> None:
     """Write a PNG, SVG or PDF, by the ending of `out`.
 
-    Above, a panel for each level (at most four, spread over those there are): |x| of the first tokens and channels of
-    the site, dropped entries white. Below, per level, the realised sparsity of every layer and site.
+    For each level a panel with |x| of the first tokens and channels of the site, dropped entries white, and below it
+    how far the realised sparsity of every layer and site is from its target. Panels of one kind share their axes.
 
     Args:
-        layer, site: which vectors to show.
+        layer, site: which vectors to show; -1 is the last layer.
+        levels: names or targets; all of the store if none is given.
         tokens, channels: how many at most.
 
     Raises:
-        UsageError: no such layer or site, nothing committed yet, or matplotlib is not installed.
+        UsageError: no such layer or site, nothing committed yet, or another format.
+        NotFoundError: no such level. TealError: matplotlib is not installed, or the disk refuses.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib", hint="pip install 'teal-cli[plot]'") from None
-    names = list(store.levels)
-    if len(names) > _MOST_LEVELS:
-        names = [names[round(i)] for i in np.linspace(0, len(names) - 1, _MOST_LEVELS)]
-    levels = [level for level in map(store.level, names) if len(level)]
-    if not levels:
+    check_picture(out)
+    from matplotlib.figure import Figure
+
+    chosen = [store.level(name) for name in levels or store.levels]
+    if not any(len(level) for level in chosen):
         raise UsageError(f"{store.path} holds no rows yet", hint="resume the dump that makes it")
-    figure = Figure(figsize=(1.6 + 4.2 * len(levels), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(levels), squeeze=False, height_ratios=(3, 2))
-    rows = [np.abs(np.asarray(level.site(layer, site)[:tokens])[:, :channels]) for level in levels]
-    top = max(float(np.quantile(values[values > 0], 0.95)) if values.any() else 1.0 for values in rows)
-    for level, values, (above, below) in zip(levels, rows, axes.T, strict=True):
-        image = above.imshow(
-            np.ma.masked_equal(values, 0), aspect="auto", interpolation="nearest", cmap="viridis_r", vmin=0, vmax=top
-        )
-        above.set_title(f"{level.name}: layer {layer}, {site}, {np.mean(values == 0):.0%} dropped", fontsize=10)
-        above.set_xlabel("channel")
-        _realised(below, level)
-    axes[0, 0].set_ylabel("token")
-    axes[1, 0].set_ylabel("dropped")
-    axes[1, -1].legend(fontsize=8, frameon=False, ncols=2)
-    figure.colorbar(image, ax=list(axes[0]), label="|x|, dropped is white", extend="max", shrink=0.9)
-    figure.suptitle(f"{store.header.model}, {store.header.dtype}: what flowed into the projections", fontsize=11)
-    figure.savefig(out, dpi=150)
+    columns = min(_COLUMNS, len(chosen))
+    lines = -(-len(chosen) // columns)
+    figure = Figure(figsize=(1.6 + 3.4 * columns, 5.4 * lines + 0.5), layout="constrained")
+    grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=(3, 2) * lines)
+    above, below = grid[::2].ravel(), grid[1::2].ravel()
+    rows = [np.abs(np.asarray(level.site(layer, site)[:tokens])[:, :channels]) for level in chosen]
+    top = max((float(np.quantile(x[x > 0], 0.95)) for x in rows if x.any()), default=1.0)
+    shown = layer % store.header.layers
+    images = [_values(*panel, top) for panel in zip(above, chosen, rows, strict=False)]
+    differences = [_differences(level) for level in chosen]
+    limit = _limit(differences)
+    for axes, level, difference in zip(below, chosen, differences, strict=False):
+        _realised(axes, level, difference, limit)
+    for axes in (*above[len(chosen) :], *below[len(chosen) :]):
+        axes.set_visible(False)
+    for line in grid[::2]:
+        line[0].set_ylabel("token")
+    for line in grid[1::2]:
+        line[0].set_ylabel("dropped less target, points")
+    image = next(image for image in images if image is not None)
+    figure.colorbar(image, ax=list(above), label="|x|, dropped is white", extend="max", shrink=0.9)
+    handles, labels = next(axes for axes in below if axes.lines).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(SITES), frameon=False, fontsize=8)
+    figure.suptitle(f"{store.header.model}, {store.header.dtype}: layer {shown}, {site}", fontsize=11)
+    save(figure, out)
 
 
-def _realised(axes: Axes, level: Level) -> None:
+def _values(axes: Axes, level: Level, values: NDArray[Any], top: float) -> Any:
+    """The picture of a level's vectors; None where it has none."""
+    if not len(values):
+        axes.set_title(f"{level.name}", fontsize=9)
+        missing(axes, "no rows yet")
+        return None
+    axes.set_title(f"{level.name}: {np.mean(values == 0):.0%} of these dropped", fontsize=9)
+    axes.set_xlabel("channel", fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    return axes.imshow(
+        np.ma.masked_equal(values, 0), aspect="auto", interpolation="nearest", cmap="viridis_r", vmin=0, vmax=top
+    )
+
+
+def _differences(level: Level) -> dict[str, NDArray[np.float64]]:
+    """Site -> realised sparsity less the target of each layer, in percentage points; NaN where there are no rows."""
     realised = level.realised()
-    for site in SITES:
-        first = SITE_PROJECTIONS[site][0]
-        axes.plot(realised[:, PROJECTION_INDEX[first]], color=_COLOURS[site], label=site, linewidth=1.4)
-    axes.axhline(level.target, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("layer")
-    axes.set_ylim(max(0.0, level.target - 0.25), min(1.0, level.target + 0.25))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.spines[["top", "right"]].set_visible(False)
+    return {site: 100 * (realised[:, PROJECTION_INDEX[SITE_PROJECTIONS[site][0]]] - level.target) for site in SITES}
+
+
+def _limit(differences: Sequence[dict[str, NDArray[np.float64]]]) -> float:
+    """How far the common axis reaches: nearly all points; the few beyond are told."""
+    every = np.abs(np.concatenate([points for difference in differences for points in difference.values()]))
+    return max(_LEAST_SPAN, 1.1 * float(np.nanquantile(every, 0.98)))
+
+
+def _realised(axes: Axes, level: Level, difference: dict[str, NDArray[np.float64]], limit: float) -> None:
+    beyond = 0
+    for site, style in series(SITES).items():
+        points = difference[site]
+        outside = np.abs(points) > limit
+        beyond += int(outside.sum())
+        axes.plot(np.clip(points, -limit, limit), label=site, **{**style, "markersize": 2.5, "linewidth": 1.1})
+    axes.axhline(0, color="0.4", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("layer", fontsize=8)
+    axes.set_ylim(-1.05 * limit, 1.05 * limit)
+    plain(axes)
+    if not len(level):
+        missing(axes, "no rows yet")
+    elif beyond:
+        missing(axes, f"{beyond} beyond the axis, drawn at its edge")

@@ -20,16 +20,8 @@ from teal_cli.store.remote import place_of, sizes_of
 from teal_cli.store.schema import COLLECTION
 
 __all__ = [
-    "ActivationStore",
-    "Level",
-    "LevelInfo",
-    "Match",
-    "StoreInfo",
-    "TokenText",
-    "describe",
-    "open_store",
-    "token_texts",
-]
+    "ActivationStore", "Level", "LevelInfo", "Match", "StoreInfo", "TokenText", "describe", "open_store", "token_texts",
+]  # fmt: skip
 
 
 def open_store(path: str | os.PathLike[str]) -> ActivationStore:
