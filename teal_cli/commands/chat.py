@@ -13,7 +13,7 @@ import typer
 
 from teal_cli import settings
 from teal_cli.checks import did_you_mean
-from teal_cli.commands.opening import made_with, opened
+from teal_cli.commands.opening import load, made_with
 from teal_cli.errors import TealError, UsageError
 from teal_cli.ui import completion, options
 from teal_cli.ui.output import Output, output
@@ -70,16 +70,15 @@ def chat(
     out = output(json, quiet)
     options.check_plan(context, plan, "sparsity")
 
-    from teal_cli.data.tokenizer import load_tokenizer
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.registry.registry import Registry
     from teal_cli.runs.chat import Chat, ChatRequest
-    from teal_cli.runs.session import check_template
+    from teal_cli.runs.session import check_template, open_session
 
     sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
-    entry = Registry().get(model)
-    check_template(entry.name, load_tokenizer(entry.path))
-    session = opened(out, model=entry.name, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    session = open_session(model, dtype=dtype, device=device, backend=backend, calibration=calibration, load=False)
+    check_template(session.entry.name, session.tokenizer)
+    session.levels(*((), (plan,)) if plan else ((sparsity,),))
+    load(out, session)
     talk = Chat(session, ChatRequest(sparsity, plan, sampling, max_new_tokens, room, system))
     _greet(out, talk)
     _converse(out, talk)

@@ -135,7 +135,8 @@ def check_request(session: Session, request: GenerateRequest) -> tuple[Prompt, L
     """Everything about a request that can be known before weights are read: its prompt, and the level it asks for.
 
     Raises:
-        UsageError: an empty or too long prompt, an empty stop text, a dump with stop texts, or a store that is there already without `force`.
+        UsageError: an empty or too long prompt, an empty stop text, a dump with stop texts, or a store that is there
+            already without `force`.
         NotFoundError: a sparsity above 0 and no calibration.
         TealError: the disk has no room for the store.
     """

@@ -123,7 +123,7 @@ def test_a_full_context_is_a_clear_sentence(say) -> None:
 
 @pytest.mark.usefixtures("ready")
 def test_a_model_without_a_template_is_refused_before_it_is_loaded(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teal_cli.runs.session.open_session", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("teal_cli.commands.chat.load", lambda *_: pytest.fail("it was loaded"))
     run = teal("chat", "-m", "tiny")
     assert run.code == 2
     assert "tiny has no chat template" in run.err
