@@ -78,6 +78,21 @@ def test_a_sequence_comes_out_the_same_whatever_went_before(tiny):
     assert decode(model, Sampling(temperature=1.5, top_k=50, seed=4), (0,)) != [first]
 
 
+def test_a_history_in_the_cache_is_that_of_a_whole_prefill(tiny):
+    model = Transformer.from_checkpoint(tiny("llama3"), torch.float32)
+    more, answers = (9, 41, 250), []
+    for keep in (True, False):
+        cache = model.cache(40)
+        decoder = Decoder(model, cache, open_step(model, cache, None, TRITON_GRAPH, 0.0))
+        ids = list(PROMPT)
+        ids += decoder.generate(PROMPT, max_new_tokens=5, sampling=Sampling(temperature=0))
+        ids += more
+        cached = cache.length if keep else 0
+        answers.append(list(decoder.generate(ids, max_new_tokens=5, sampling=Sampling(temperature=0), cached=cached)))
+        assert decoder.tally.prompt_tokens == len(PROMPT) + (1 + len(more) if keep else len(ids))
+    assert answers[0] == answers[1]
+
+
 def test_greedy_takes_what_the_logits_say(tiny):
     model = Transformer.from_checkpoint(tiny("llama3"), torch.float32)
     cache = model.cache(40)
