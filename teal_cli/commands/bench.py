@@ -259,6 +259,10 @@ def show(
 
     Floors are computed from readings of the memory's bandwidth: where these moved by more than 15% within a run, the
     table says so and marks the floors.
+
+    Examples:
+        teal bench show decode.json
+        teal bench show kernels.json decode.json
     """
     from teal_cli.bench.compare import compare
     from teal_cli.bench.results import load

@@ -36,7 +36,12 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts from a file: one a line, or JSON lines with `prompt`."),
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Prompts from a file: one a line, or JSON lines with `prompt`.",
+            show_default="none",
+        ),
     ] = None,
     count: Annotated[
         int | None,
@@ -46,7 +51,9 @@ def generate(
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End before this text; may be given several times."),
+        typer.Option(
+            "--stop", metavar="TEXT", help="End before this text; may be given several times.", show_default="none"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, options.max_new_tokens("generate.max_new_tokens")],
     temperature: options.TemperatureOption,

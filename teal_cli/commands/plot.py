@@ -39,7 +39,7 @@ def bench(
     decode` bars per model. Several pages are named after their dtypes: kernels-bfloat16.png.
 
     Examples:
-        teal plot bench kernels.json -o kernels.png
+        teal plot bench decode.json -o decode.png
         teal plot bench decode.json -o decode.svg
     """
     from teal_cli.bench.results import load
@@ -119,13 +119,23 @@ def evaluation(
     picture: PictureOption,
     bench: Annotated[
         Path | None,
-        typer.Option("--bench", metavar="FILE", help="A result of `teal bench decode` of the model: also draw speed."),
+        typer.Option(
+            "--bench",
+            metavar="FILE",
+            help="A result of `teal bench decode` of the model: also draw speed.",
+            show_default="none",
+        ),
     ] = None,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Perplexity and KL against the share that was dropped, and with --bench against decode speed."""
+    """Perplexity and KL against the share that was dropped, and with --bench against decode speed.
+
+    Examples:
+        teal plot eval eval.json -o eval.png
+        teal plot eval eval.json --bench decode.json -o eval.svg
+    """
     from teal_cli.bench.results import load
     from teal_cli.plots.eval import draw, load_evaluation
     from teal_cli.plots.style import check_picture

@@ -113,6 +113,7 @@ NEEDS = {
     "activations.zarr": ("dump", "-d", "python-docs", "-n", 2, "-s", "0.5,0.9", "--max-new-tokens", 6, "-o",
                          "activations.zarr"),
     "fisher-0.5": ("plan", "make", "--allocation", "uniform", "--name", "fisher-0.5"),
+    "plot eval": ("eval", "-s", "0,0.5", "-d", "python-docs", "-n", 1, "--window", 96, "-o", "eval.json"),
     "plan rm even": ("plan", "make", "--allocation", "uniform", "--name", "even"),
 }  # fmt: skip
 """What an example goes on with -> the command that makes it, unless the example does."""
