@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,16 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     every = {key: row for table in reversed(tables) for key, row in table.items()}
     order = dict.fromkeys(key for table in tables for key in table)
     return [_compared(every[key], [table.get(key) for table in tables]) for key in order]
+
+
+def as_dict(results: Mapping[str, Result]) -> dict[str, Any]:
+    """Results by the names of their files, whether their floors are firm, and, of several, the comparison."""
+    every = list(results.values())
+    shown = [
+        {"file": name, **result.as_dict(), "reading_moved": result.reading_moved, "firm": result.firm}
+        for name, result in results.items()
+    ]
+    return {"results": shown, "comparison": compare(every) if len(every) > 1 else []}
 
 
 def _compared(sample: Row, rows: Sequence[Row | None]) -> Compared:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teal_cli.bench.compare import compare
@@ -96,13 +97,15 @@ def _show_reading(console: Console, result: Result) -> None:
         console.print(text, style="yellow", markup=False, soft_wrap=True)
 
 
-def show_side_by_side(console: Console, names: Sequence[str], results: Sequence[Result]) -> None:
-    """Print what results have in common in a table, each beside the first, with how many times as fast it is."""
-    for name, result in zip(names, results, strict=True):
+def show_side_by_side(console: Console, results: Mapping[str, Result]) -> None:
+    """Print what results, by the names of their files, have in common, with how many times as fast as the first."""
+    stems = [Path(name).stem for name in results]
+    names = stems if len(set(stems)) == len(stems) else list(results)
+    for name, result in zip(names, results.values(), strict=True):
         machine = result.machine
         console.print(f"{name}: {machine.device}, {machine.at[:10]}", style="bold", markup=False, soft_wrap=True)
         _show_reading(console, result)
-    rows = compare(results)
+    rows = compare(list(results.values()))
     for kind, unit, digits in (("kernel", "us", 1), ("decode", "tok/s", 1)):
         mine = [row for row in rows if row.kind == kind]
         if not mine:

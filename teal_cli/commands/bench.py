@@ -264,26 +264,17 @@ def show(
         teal bench show decode.json
         teal bench show kernels.json decode.json
     """
-    from teal_cli.bench.compare import compare
+    from teal_cli.bench.compare import as_dict
     from teal_cli.bench.results import load
     from teal_cli.bench.tables import show as show_result
     from teal_cli.bench.tables import show_side_by_side
 
     out = output(json, quiet)
-    results = [load(file) for file in files]
-    payload = {
-        "results": [
-            {"file": file, **result.as_dict(), "reading_moved": result.reading_moved, "firm": result.firm}
-            for file, result in zip(files, results, strict=True)
-        ],
-        "comparison": compare(results) if len(results) > 1 else [],
-    }
+    results = {str(file): load(file) for file in files}
     if len(results) == 1:
-        out.result(payload, lambda console: show_result(console, results[0]))
+        out.result(as_dict(results), lambda console: show_result(console, *results.values()))
     else:
-        names = [file.stem for file in files]
-        names = names if len(set(names)) == len(names) else [str(file) for file in files]
-        out.result(payload, lambda console: show_side_by_side(console, names, results))
+        out.result(as_dict(results), lambda console: show_side_by_side(console, results))
 
 
 def _session(
