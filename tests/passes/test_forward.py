@@ -91,12 +91,26 @@ def test_it_equals_the_decoder_token_by_token(tiny_family: Path) -> None:
         torch.testing.assert_close(logits[position - START], stepped, rtol=1e-4, atol=1e-4)
 
 
+def judged(path: Path, plan: Plan, tokens: NDArray[np.int64], start: int) -> list[Tensor] | None:
+    """transformers' logits; None if an entry lies so near its threshold that a rounding decides whether it is kept."""
+    keep, nearest = kept_by(plan), [1.0]
+
+    def measured(row: int, layer: int, projection: str, x: Tensor) -> Tensor:
+        t = float(plan.thresholds[layer, PROJECTION_INDEX[projection]])
+        nearest.append(float((x.abs() - t).abs().min()) / t)
+        return keep(row, layer, projection, x)
+
+    logits = masked_logits(path, list(tokens), measured, start)
+    return logits if min(nearest) > 3e-6 else None
+
+
 @pytest.mark.parametrize("start", [0, 1, START, COUNT])
 def test_it_equals_transformers_with_masking_hooks(tiny_family: Path, start: int) -> None:
-    plan, tokens = some_plan(tiny_family), blocks()
+    tokens = blocks()
+    plans = (some_plan(tiny_family, seed) for seed in range(8))
+    plan, expected = next((p, e) for p in plans if (e := judged(tiny_family, p, tokens, start)) is not None)
     layers = ResidentLayers(Transformer.from_checkpoint(tiny_family, torch.float32))
     seen = Seen().run(layers, tokens, [Sparse(plan, start)])
-    expected = masked_logits(tiny_family, list(tokens), kept_by(plan), start)
     for sequence, states in seen.states.items():
         ours = layers.open_head()(torch.cat((states.dense[:start], states.sparse[0])))
         torch.testing.assert_close(ours, expected[sequence], rtol=1e-4, atol=1e-3)
