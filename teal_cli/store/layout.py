@@ -312,9 +312,9 @@ def consolidate(path: Path, *, sync: bool = False) -> None:
         warnings.simplefilter("ignore")
         try:
             zarr.consolidate_metadata(_writable(path, sync))
-        except OSError:
-            raise
-        except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes
+        except Exception as error:  # on metadata of the wrong type Zarr raises whatever comes, its own OSErrors too
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise TealError(
                 f"a zarr.json in {path} is damaged: {error}", hint="`teal store verify` says where"
             ) from error

@@ -256,6 +256,16 @@ def test_a_truncated_file(tiny_llama: Path, tmp_path: Path, registry: Registry, 
     assert registry.names() == ()
 
 
+def test_a_tensor_beyond_all_files(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "m.gguf")
+    data, name = bytearray(file.read_bytes()), b"blk.1.attn_norm.weight"
+    offset = data.index(name) + len(name) + 4 + 8 + 4  # after its number of axes, its one axis and its type
+    data[offset : offset + 8] = b"\xff" * 8
+    file.write_bytes(data)
+    with pytest.raises(TealError, match="damaged"):
+        fetch(str(file), registry=registry)
+
+
 def test_weights_that_are_not_finite(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
     file = write_gguf(tiny_llama, tmp_path / "m.gguf", drop=("blk.1.attn_norm.weight",),
                       tensors={"blk.1.attn_norm.weight": np.full(72, np.nan, np.float32)})  # fmt: skip

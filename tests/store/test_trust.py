@@ -166,6 +166,21 @@ def test_resume_notices_damage_in_the_last_block(tmp_path: Path, part: str, dama
     assert digest(path) == before, "what is refused is left as it was"
 
 
+def test_a_root_that_is_no_group_is_not_declared_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    with StoreWriter.create(path, header(), levels()) as writer:
+        feed(writer.level(0.5), 35)
+    change(path, lambda node: node.__setitem__("node_type", False))
+    with (
+        pytest.raises(TealError, match=r"a zarr\.json in .* is damaged"),
+        StoreWriter.resume(path, header(), levels()) as writer,
+    ):
+        for target in (0.5, 0.9):
+            feed(writer.level(target), 100)
+            writer.level(target).finish()
+        writer.complete()
+
+
 # ------------------------------------------------------------------------------------------------ bounds, links
 @pytest.mark.parametrize("text", ["0:0.99:1e-9", "0:1e999999:1", "0:1:1e-999999", "1e-300"])
 def test_levels_are_bounded(text: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFReader, ReaderTensor
 
 from teal_cli.errors import UsageError
@@ -71,9 +72,10 @@ def open_gguf(path: Path) -> GgufFile:
     """
     check_magic(path)
     try:
-        reader = GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        with np.errstate(over="raise"):
+            reader = GGUFReader(path)
+            metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, ArithmeticError, UnicodeDecodeError) as error:
         # the reader slices a memory map: an end that is not there shows as a failed reshape or index
         raise damaged(path, f"it is truncated or malformed ({error})") from error
     if metadata.get("split.count", 0) > 1:
