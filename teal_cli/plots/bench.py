@@ -61,7 +61,7 @@ def _about(result: Result) -> str:
 
 
 def _draw_decodes(rows: Sequence[DecodeRow], *, firm: bool) -> Figure:
-    """One panel for all that decoded the same model over as many tokens, plans apart; those of a model share an axis."""
+    """One panel for all that decoded the same model over as many tokens, plans apart; those of a model share axes."""
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int, bool], list[DecodeRow]] = {}
