@@ -20,10 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from teal_cli.data.prompts import PromptSource
 from teal_cli.decoding.sampling import Sampling
+from teal_cli.model.weights import Checkpoint
 from teal_cli.runs.dump import Dump, DumpRequest
 from teal_cli.runs.session import open_session
 from teal_cli.store.reader import Level, open_store
-from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
+from teal_kernels.packed import PackedMatrix
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS
+from teal_kernels.steps.spec import MATRICES
 
 _MODULES = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in PROJECTIONS}
 
@@ -48,6 +51,23 @@ class Verdict:
 def reference_model(path: Path) -> PreTrainedModel:
     """transformers' own float32 model of a checkpoint folder."""
     return unfused(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval())
+
+
+def dequantised(parent: Path, quantised: Path) -> PreTrainedModel:
+    """transformers' own float32 model of the parent, with the weights that the packed rows stand for."""
+    model, checkpoint = reference_model(parent), Checkpoint(quantised)
+    for index, layer in enumerate(model.model.layers):
+        weights = checkpoint.layer(index, torch.float32)
+        for name, site in MATRICES.items():
+            matrix = getattr(weights, name)
+            assert isinstance(matrix, PackedMatrix)
+            for part, columns in zip(SITE_PROJECTIONS[site], matrix.tensor().split(matrix.segments, 1), strict=True):
+                owner = layer.self_attn if part in "qkvo" else layer.mlp
+                owner.get_submodule(f"{part}_proj").weight.data.copy_(columns.t())
+    model.get_input_embeddings().weight.data.copy_(checkpoint.embedding(torch.float32).tensor())
+    if not checkpoint.tied():
+        model.get_output_embeddings().weight.data.copy_(checkpoint.lm_head(torch.float32).tensor())
+    return model
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 _WIDENED_ROWS: Final = 256
 
@@ -18,7 +19,8 @@ FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Matrix(ABC):
-    """A matrix [K, N] of the projections that read one site, side by side.
+    """A matrix [K, N] of the projections that read one site, side by side; or a table of tokens: the embedding and the
+    output head are [vocab, hidden].
 
     Attributes:
         data: [K, ...] contiguous: row k is all that one kept entry k of the input reads.
@@ -56,8 +58,16 @@ class Matrix(ABC):
         """[K, N] in `dtype`; for a kind of floats its own memory, for others new memory."""
 
     @abstractmethod
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Rows [n, N] in `dtype`, by their numbers."""
+
+    @abstractmethod
     def dense(self, x: Tensor, projection: int | None = None) -> Tensor:
         """x [S, K] @ matrix -> [S, N], or the columns of one projection, by its number; new memory."""
+
+    @abstractmethod
+    def dense_transposed(self, x: Tensor) -> Tensor:
+        """x [S, N] @ transposed matrix -> [S, K], as an output head does whose rows are tokens; new memory."""
 
 
 class FloatMatrix(Matrix):
@@ -86,6 +96,12 @@ class FloatMatrix(Matrix):
 
     def tensor(self) -> Tensor:
         return self.data
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.data[index]
+
+    def dense_transposed(self, x: Tensor) -> Tensor:
+        return linear(x, self.data)
 
     def dense(self, x: Tensor, projection: int | None = None) -> Tensor:
         weight = self.data if projection is None else self.data.split(self.segments, dim=1)[projection]

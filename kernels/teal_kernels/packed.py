@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 
 from teal_kernels.matrix import FLOATS, Matrix
 from teal_kernels.packing import UNIT, RowLayout, check, dequantize
@@ -55,8 +56,24 @@ class PackedMatrix(Matrix):
         return self.rows(slice(None))
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        """Rows [n, N] in `dtype`, by their numbers; new memory."""
         return dequantize(self.data[index], self.layout, self.dtype)
+
+    def dense_transposed(self, x: Tensor) -> Tensor:
+        if not _compiled(x):
+            return linear(x, self.tensor())
+        layout = self.layout
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        padded, first = x.new_zeros(len(x), layout.padded, dtype=dtype), 0
+        for width, unit in zip(layout.widths, layout.units, strict=False):
+            padded[:, unit * UNIT : unit * UNIT + width] = x[:, first : first + width]
+            first += width
+        out, step = x.new_empty(len(x), len(self.data)), max(1, _TILE // layout.padded)
+        with _SCRATCH_LOCK:
+            for start in range(0, len(self.data), step):
+                count = min(step, len(self.data) - start)
+                tile = self._unpacked(start, count, 0, layout.units[-1], dtype)
+                out[:, start : start + count] = padded @ tile.t()
+        return out
 
     def dense(self, x: Tensor, projection: int | None = None) -> Tensor:
         layout = self.layout
@@ -71,7 +88,7 @@ class PackedMatrix(Matrix):
 
     def _multiply(self, x: Tensor, unit: int, out: Tensor) -> None:
         """out [S, n] = x @ the columns from a unit on."""
-        if not x.is_cuda and _compiler_problem() is None:
+        if _compiled(x):
             # PyTorch has no fast product of fp16 for an input-major matrix on a CPU.
             dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
             wide, done = x.to(dtype), 0
@@ -87,22 +104,30 @@ class PackedMatrix(Matrix):
 
     def _tiles(self, unit: int, width: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Columns from a unit on, unpacked [K, n] with padding; each tile overwrites the one before."""
-        layout, rows = self.layout, len(self.data)
-        step = max(1, layout.group // UNIT)
+        rows, step = len(self.data), max(1, self.layout.group // UNIT)
         most = max(step, _TILE // (rows * UNIT) // step * step)
         last = unit + -(-width // (UNIT * step)) * step
-        scratch = _scratch(dtype, min(most, last - unit) * rows * UNIT)
         for start in range(unit, last, most):
-            units = min(most, last - start)
-            tile = scratch[: rows * units * UNIT].view(rows, units * UNIT)
-            base = self.data.data_ptr()
-            _unpack()(
-                _CODES[layout.bits], base + start * layout.unit_bytes,
-                base + layout.scales_at + 2 * (UNIT * start // layout.group), layout.stride,
-                layout.group.bit_length() - 1, rows, units, _dtype_code(dtype), tile.data_ptr(),
-                tile.stride(0) * tile.itemsize,
-            )  # fmt: skip
-            yield tile
+            yield self._unpacked(0, rows, start, min(most, last - start), dtype)
+
+    def _unpacked(self, row: int, rows: int, unit: int, units: int, dtype: torch.dtype) -> Tensor:
+        """Some rows and units as [rows, UNIT * units] in the scratch, with padding."""
+        layout = self.layout
+        tile = _scratch(dtype, rows * units * UNIT)[: rows * units * UNIT].view(rows, units * UNIT)
+        base = self.data.data_ptr() + row * layout.stride
+        _unpack()(
+            _CODES[layout.bits], base + unit * layout.unit_bytes,
+            base + layout.scales_at + 2 * (UNIT * unit // layout.group), layout.stride,
+            layout.group.bit_length() - 1, rows, units, _dtype_code(dtype), tile.data_ptr(),
+            tile.stride(0) * tile.itemsize,
+        )  # fmt: skip
+        return tile
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether a product with x may unpack into the scratch: a gradient would need what the next tile overwrites."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    return not x.is_cuda and not needs_gradient and _compiler_problem() is None
 
 
 _SCRATCH_LOCK = Lock()

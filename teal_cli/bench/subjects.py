@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,17 @@ from teal_cli.bench.inputs import fill_random
 from teal_cli.bench.shapes import ModelShape
 from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.steps import PlainStep, choose_step
-from teal_cli.errors import HardwareError, UsageError
+from teal_cli.errors import HardwareError, NotFoundError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
+from teal_cli.model.quantized import WIDTHS
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import LayerWeights
-from teal_cli.runs.session import Session
+from teal_cli.registry.registry import Registry
+from teal_cli.runs.session import Session, open_session
 from teal_kernels.backends import BackendError
-from teal_kernels.matrix import FloatMatrix
+from teal_kernels.matrix import FloatMatrix, Matrix
+from teal_kernels.packed import PackedMatrix
+from teal_kernels.packing import RowLayout, quantize
 from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.thresholds import Thresholds
 
@@ -49,7 +54,7 @@ class Subject:
         model, backend: its weights, and what runs a step.
         prompt: token ids.
         thresholds: per sparsity; 0 is there and dense.
-        checkpoint: the folder that transformers loads; None for a stack.
+        checkpoint: the folder that transformers loads; None for a stack or packed weights.
     """
 
     name: str
@@ -67,6 +72,11 @@ class Subject:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def weights(self) -> str:
+        """The kind of its matrices: bfloat16, int8 and so on."""
+        return self.model.layers[0].down.kind
+
 
 def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int) -> Subject:
     """A model of the registry, under its calibration.
@@ -83,7 +93,8 @@ def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int
     once = session.encode(_TEXT)
     prompt = (once * -(-prompt_tokens // len(once)))[:prompt_tokens]
     thresholds = {s: session.thresholds(session.plan(s)) for s in (0.0, *sparsities)}
-    return Subject(session.entry.name, session.model, session.backend, tuple(prompt), thresholds, session.entry.path)
+    checkpoint = None if session.entry.parent else session.entry.path
+    return Subject(session.entry.name, session.model, session.backend, tuple(prompt), thresholds, checkpoint)
 
 
 def stack(
@@ -108,6 +119,58 @@ def stack(
     thresholds: dict[float, Thresholds | None] = {0.0: None}
     thresholds |= _quantiles(model, [s for s in sparsities if s > 0], generator)
     return Subject(f"{name}:{layers}", model, chosen, tuple(prompt), thresholds, None)
+
+
+def parse_widths(text: str | None) -> list[str]:
+    """`int8,int4` as a list.
+
+    Raises:
+        UsageError: something else is in it.
+    """
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if name not in WIDTHS:
+            raise UsageError(f"--weights takes {' and '.join(WIDTHS)}, not {name}", hint="e.g. --weights int8,int4")
+    return names
+
+
+def children(parent: Subject, widths: Iterable[str], sparsities: Iterable[float], **opening: Any) -> list[Subject]:
+    """What `teal quantize` made of a model, under the names that it gives by itself; same prompt.
+
+    Args:
+        opening: as `open_session` takes it.
+
+    Raises:
+        NotFoundError: one is not there.
+    """
+    found = []
+    for width in widths:
+        name = f"{parent.name}-{width}"
+        if name not in Registry().names():
+            hint = f"make it with `teal quantize {parent.name} --to {width}`"
+            raise NotFoundError(f"there is no model {name}", hint=hint)
+        found.append(registered(open_session(name, **opening), tuple(sparsities), len(parent.prompt)))
+    return found
+
+
+def packed(subject: Subject, weights: str) -> Subject:
+    """A stack whose matrices, embedding and head are rounded to int8 or int4, in groups of 64, under the same
+    thresholds."""
+    bits = WIDTHS[weights]
+
+    def pack(matrix: Matrix) -> PackedMatrix:
+        layout = RowLayout(bits, 64, matrix.segments)
+        return PackedMatrix(quantize(matrix.tensor(), layout), layout, matrix.dtype)
+
+    model = subject.model
+    layers = [
+        replace(w, qkv=pack(w.qkv), attn_out=pack(w.attn_out), gate_up=pack(w.gate_up), down=pack(w.down))
+        for w in model.layers
+    ]
+    embedding = pack(model.embedding)
+    head = embedding if model.lm_head is model.embedding else pack(model.lm_head)
+    made = Transformer(model.config, layers, embedding, model.final_norm, head)
+    return replace(subject, name=f"{subject.name} {weights}", model=made)
 
 
 def _config(shape: ModelShape, layers: int) -> ModelConfig:
@@ -139,8 +202,8 @@ def _random_model(
             down=sites["mlp_mid"],
         )  # fmt: skip
 
-    embedding = matrix(config.vocab, config.hidden)
-    head = embedding if config.tied else matrix(config.vocab, config.hidden)
+    embedding = FloatMatrix(matrix(config.vocab, config.hidden))
+    head = embedding if config.tied else FloatMatrix(matrix(config.vocab, config.hidden))
     return Transformer(config, [layer() for _ in range(config.layers)], embedding, norm(config.hidden), head)
 
 

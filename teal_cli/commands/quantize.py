@@ -33,6 +33,10 @@ def quantize(
     group: Annotated[
         int, typer.Option("--group", metavar="N", help="Outputs that share a scale: a power of two from 32 up.")
     ] = 64,
+    head: Annotated[
+        bool,
+        typer.Option("--head/--no-head", help="Quantise embedding and output head, too, or leave them as they are."),
+    ] = True,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call it.", show_default="MODEL-int4 and so on")
     ] = None,
@@ -42,9 +46,9 @@ def quantize(
 ) -> None:
     """Make an int8 or int4 model of one that is here.
 
-    The matrices of every layer are rounded to the nearest codes, with a scale for each group of outputs; embedding and
-    head stay as they are. Calibrations and plans of the model serve the new one. Interrupted, the same command goes on
-    where it stopped.
+    The matrices of every layer, the embedding and the head are rounded to the nearest codes, with a scale for each
+    group of outputs. Calibrations and plans of the model serve the new one. Interrupted, the same command goes on where
+    it stopped.
 
     Examples:
         teal quantize --to int4
@@ -56,7 +60,7 @@ def quantize(
     out = output(json, quiet)
     made: Made | None = None
     with (
-        closing(quantize_model(Registry(), model, to, group=group, name=name, force=force)) as events,
+        closing(quantize_model(Registry(), model, to, group=group, head=head, name=name, force=force)) as events,
         progress(out) as bars,
     ):
         task = None

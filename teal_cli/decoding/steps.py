@@ -257,7 +257,7 @@ def compile_step(model: Transformer) -> None:
 def _packed_bits(model: Transformer) -> frozenset[int]:
     from teal_kernels.steps.cpu.op import step_bits
 
-    return step_bits(model.layers)
+    return step_bits(model.layers, model.embedding, model.lm_head)
 
 
 class KeptCounter:

@@ -27,4 +27,5 @@ def step_bytes(
     rows = np.array([[size for name in MATRICES for size in getattr(w, name).row_bytes] for w in model.layers])
     weights = float(np.sum(rows * (config.inputs() if kept is None else kept)))
     attended = sum(min(context, window or context) for window in config.sliding_windows)
-    return weights + model.lm_head.nbytes + 2 * config.kv_width * model.dtype.itemsize * attended
+    head = len(model.lm_head.data) * sum(model.lm_head.row_bytes)
+    return weights + head + 2 * config.kv_width * model.dtype.itemsize * attended

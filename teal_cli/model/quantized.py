@@ -1,8 +1,9 @@
 """What a quantised checkpoint says of itself: the section `teal_quantization` of its config.json, and its tensors.
 
 The matrices of a layer lie in safetensors as packed rows (`teal_kernels.packing`), uint8 [K, stride], one per site,
-named `model.layers.0.qkv.packed` and so on; every other tensor is as in the parent. Calibrations and plans of
-the parent serve.
+named `model.layers.0.qkv.packed` and so on; embedding and head, where they are packed too, as
+`model.embed_tokens.packed` and `lm_head.packed`, a row per token. Every other tensor is as in the parent. Calibrations
+and plans of the parent serve.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Quantization:
         bits, group: of `RowLayout`.
         parent, parent_revision: name and revision of the model that it was made of.
         parent_config_sha256: of the parent's config.json; calibrations and plans are made for it.
+        head: whether embedding and head are packed, too.
     """
 
     layout: int
@@ -37,6 +39,7 @@ class Quantization:
     parent: str
     parent_revision: str
     parent_config_sha256: str
+    head: bool = False
 
     def rows(self, widths: tuple[int, ...]) -> RowLayout:
         """The layout of the rows of a matrix with projections of these widths."""
@@ -67,6 +70,11 @@ def quantization_of(config: Mapping[str, Any], file: Path) -> Quantization | Non
             f"{file}: weights are packed in layout {found.layout}, and this teal reads {VERSION}", hint=hint
         )
     return found
+
+
+def packed_table(name: str) -> str:
+    """The tensor that holds an embedding or a head; `name`: what it is called where it is not packed."""
+    return name.removesuffix(".weight") + ".packed"
 
 
 def packed_name(index: int, field: str) -> str:

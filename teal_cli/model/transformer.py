@@ -44,17 +44,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, traits: Traits = LLAMA) -> T
     return normed.to(x.dtype) * weight
 
 
-def embed(config: ModelConfig, embedding: Tensor, tokens: Tensor) -> Tensor:
+def embed(config: ModelConfig, embedding: Matrix, tokens: Tensor) -> Tensor:
     """Token ids int64 [S], embedding [vocab, hidden] -> the hidden states [S, hidden] before the first layer."""
-    hidden = F.embedding(tokens, embedding)
+    hidden = embedding.rows(tokens)
     scale = config.traits.embedding_scale
     return hidden if scale == 1.0 else hidden * torch.tensor(scale, dtype=hidden.dtype)
 
 
-def logits_of(config: ModelConfig, states: Tensor, norm: Tensor, head: Tensor) -> Tensor:
+def logits_of(config: ModelConfig, states: Tensor, norm: Tensor, head: Matrix) -> Tensor:
     """Final norm and head: hidden states [S, hidden] after the last layer -> float32 [S, vocab]."""
     traits = config.traits
-    logits = F.linear(rms_norm(states, norm, config.norm_eps, traits), head).float()
+    logits = head.dense_transposed(rms_norm(states, norm, config.norm_eps, traits)).float()
     if traits.logit_scale != 1.0:
         logits *= traits.logit_scale
     return logits if traits.logit_cap is None else capped(logits, traits.logit_cap)
@@ -208,9 +208,9 @@ class Transformer:
         self,
         config: ModelConfig,
         layers: Sequence[LayerWeights],
-        embedding: Tensor,
+        embedding: Matrix,
         final_norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Matrix,
     ) -> None:
         self.config = config
         self.layers = tuple(layers)

@@ -22,7 +22,7 @@ from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import read_json
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
-from teal_cli.model.quantized import Quantization, packed_name, quantization_of
+from teal_cli.model.quantized import Quantization, packed_name, packed_table, quantization_of
 from teal_cli.model.rope import head_order
 from teal_kernels.matrix import FloatMatrix, Matrix
 from teal_kernels.packed import PackedMatrix
@@ -159,17 +159,19 @@ class Checkpoint:
         except ValueError as error:
             raise TealError(f"{self._files[name]}: {name} is damaged ({error})", hint=_HINT) from error
 
-    def embedding(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+    def embedding(self, dtype: torch.dtype, device: Device = "cpu") -> Matrix:
         """Token embedding [vocab, hidden]."""
-        return self._copy(_EMBEDDING, dtype, device)
+        return self._table(_EMBEDDING, dtype, device)
 
     def final_norm(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
         """Weight of the RMSNorm before the head, [hidden]."""
-        return self._copy(_NORM, dtype, device)
+        with self._reading() as read:
+            norm: Tensor = read(_NORM).to(device, dtype, copy=True)
+        return norm
 
-    def lm_head(self, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
+    def lm_head(self, dtype: torch.dtype, device: Device = "cpu") -> Matrix:
         """Output head [vocab, hidden] of a model where it is not `tied`."""
-        return self._copy(_HEAD, dtype, device)
+        return self._table(_HEAD, dtype, device)
 
     def stored(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors by their names in the files, as they are stored; new memory."""
@@ -181,14 +183,24 @@ class Checkpoint:
 
         The config says so; but as in transformers, a head that lies in the files and differs from the embedding wins.
         """
-        if not self.config.tied or _HEAD not in self._files:
+        head = self._stored_name(_HEAD)
+        if not self.config.tied or head not in self._files:
             return self.config.tied
         with self._reading() as read:
-            return torch.equal(read(_HEAD), read(_EMBEDDING))
+            return torch.equal(read(head), read(self._stored_name(_EMBEDDING)))
 
-    def _copy(self, name: str, dtype: torch.dtype, device: Device) -> Tensor:
+    def _table(self, name: str, dtype: torch.dtype, device: Device) -> Matrix:
         with self._reading() as read:
-            return read(name).to(device, dtype, copy=True)
+            if self._packs_head:
+                return self._packed(read, packed_table(name), (self.config.hidden,), dtype, device, torch.empty)
+            return FloatMatrix(read(name).to(device, dtype, copy=True))
+
+    @property
+    def _packs_head(self) -> bool:
+        return self.quantization is not None and self.quantization.head
+
+    def _stored_name(self, table: str) -> str:
+        return packed_table(table) if self._packs_head else table
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that will be read, with its shape as stored."""
@@ -200,9 +212,14 @@ class Checkpoint:
             for part, name in self._names.items()
             if part not in packed
         }
-        expected |= {_EMBEDDING: (config.vocab, config.hidden), _NORM: (config.hidden,)}
-        if not config.tied or _HEAD in self._files:
-            expected[_HEAD] = (config.vocab, config.hidden)
+        expected[_NORM] = (config.hidden,)
+        embedding, head = self._stored_name(_EMBEDDING), self._stored_name(_HEAD)
+        width = config.hidden
+        if self.quantization is not None and self.quantization.head:
+            width = self.quantization.rows((config.hidden,)).stride
+        expected[embedding] = (config.vocab, width)
+        if not config.tied or head in self._files:
+            expected[head] = (config.vocab, width)
         if self.quantization is not None:
             for field, site in MATRICES.items():
                 rows = config.channels(site), self.quantization.rows(config.segments(site)).stride

@@ -17,6 +17,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RopeTable
 from teal_cli.model.transformer import Transformer, embed, logits_of
 from teal_cli.model.weights import Checkpoint, LayerWeights
+from teal_kernels.matrix import Matrix
 
 
 class Layers(Protocol):
@@ -54,7 +55,7 @@ class Head:
         norm: [hidden]; weight: [vocab, hidden].
     """
 
-    def __init__(self, config: ModelConfig, norm: Tensor, weight: Tensor) -> None:
+    def __init__(self, config: ModelConfig, norm: Tensor, weight: Matrix) -> None:
         self._config, self._norm, self._weight = config, norm, weight
 
     @torch.inference_mode()

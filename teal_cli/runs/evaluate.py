@@ -247,7 +247,8 @@ class Evaluate:
         return {
             "schema": SCHEMA,
             "model": self.entry.name,
-            "config_sha256": config_sha256(self.entry.path),
+            "config_sha256": config_sha256(self.entry.path),  # of a quantised model that of its parent
+            "quantised": self.entry.revision if self.entry.parent else None,
             "fingerprint": self.windows.fingerprint,
             "convention": self.request.convention,
             "window": self.request.text.seq_len,

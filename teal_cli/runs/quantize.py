@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from teal_cli.errors import TealError, UsageError
 from teal_cli.files import disk_errors, new_file, require_space, sha256_of, write_json
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
-from teal_cli.model.quantized import SECTION, WIDTHS, Quantization, packed_name
+from teal_cli.model.quantized import SECTION, WIDTHS, Quantization, packed_name, packed_table
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.registry.catalog import check_name
 from teal_cli.registry.checkpoint import CONFIG, INDEX, read_json
@@ -51,7 +52,14 @@ class Made:
 
 
 def quantize_model(
-    registry: Registry, model: str | None, width: str, *, group: int = 64, name: str | None = None, force: bool = False
+    registry: Registry,
+    model: str | None,
+    width: str,
+    *,
+    group: int = 64,
+    head: bool = True,
+    name: str | None = None,
+    force: bool = False,
 ) -> Generator[Quantized | Made, None, None]:
     """Make an int8 or int4 model of one that is here.
 
@@ -59,7 +67,8 @@ def quantize_model(
         model: as `Registry.get` takes it.
         width: "int8" or "int4".
         group: columns that share a scale.
-        name: what to call it; None for the parent's name with the width after it.
+        head: quantise embedding and head, too.
+        name: what to call it; None for the parent's name with what is special of it.
         force: make it again, in place of a model of that name.
 
     Yields:
@@ -78,12 +87,15 @@ def quantize_model(
         )
     if width not in WIDTHS:
         raise UsageError(f"weights are quantised to {' or '.join(WIDTHS)}, not to {width}")
-    quantization = Quantization(VERSION, WIDTHS[width], group, entry.name, entry.revision, config_sha256(entry.path))
+    quantization = Quantization(
+        VERSION, WIDTHS[width], group, entry.name, entry.revision, config_sha256(entry.path), head
+    )
     try:
         quantization.rows((1,))
     except ValueError as error:
         raise UsageError(str(error), hint="64 is the usual group") from None
-    name = name or f"{entry.name}-{width}" + (f"-g{group}" if group != 64 else "")
+    special = (f"-g{group}" if group != 64 else "") + ("" if head else "-float-head")
+    name = name or f"{entry.name}-{width}{special}"
     check_name(name)
     with registry.lock(name), disk_errors(registry.home):
         if name in registry.names() and not force:
@@ -113,19 +125,23 @@ def _size(config: ModelConfig, quantization: Quantization, entry: ModelEntry) ->
     rows = sum(config.channels(site) * quantization.rows(config.segments(site)).stride for site in MATRICES.values())
     floats = sum(config.channels(site) * sum(config.segments(site)) for site in MATRICES.values())
     kept = entry.parameters - config.layers * floats
+    if quantization.head:
+        tables = 1 if config.tied else 2
+        kept -= tables * config.vocab * config.hidden
+        rows += tables * config.vocab * quantization.rows((config.hidden,)).stride // config.layers
     return config.layers * rows + 4 * max(0, kept) + (1 << 20)
 
 
 def _write(checkpoint: Checkpoint, quantization: Quantization, staging: Path) -> Iterator[Quantized]:
     """Every weight file, then the index and the small files; whole files that are there stay."""
     config = checkpoint.config
-    count = config.layers + 1
+    files = config.layers + 1
     weight_map: dict[str, str] = {}
-    for number in range(count):
-        file = staging / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    for number in range(files):
+        file = staging / f"model-{number + 1:05d}-of-{files:05d}.safetensors"
         if not _is_whole(file):
             last = number == config.layers
-            tensors = _ends(checkpoint) if last else _layer(checkpoint, quantization, number)
+            tensors = _ends(checkpoint, quantization) if last else _layer(checkpoint, quantization, number)
             with new_file(file) as partial:
                 save_file(tensors, partial, metadata={"teal_layout": str(VERSION)})
         with safe_open(file, framework="pt") as opened:
@@ -151,19 +167,23 @@ def _layer(checkpoint: Checkpoint, quantization: Quantization, index: int) -> di
         try:
             tensors[packed_name(index, field)] = quantize(matrix, quantization.rows(checkpoint.config.segments(site)))
         except ValueError as error:
-            raise _not_finite(checkpoint, index, site, matrix) from error
+            raise _not_finite(_damaged(checkpoint, index, site, matrix)) from error
     family = FAMILIES[checkpoint.config.family]
     projections = {part for parts in SITE_PROJECTIONS.values() for part in parts}
     others = [family.layer[part][0] for part in family.parts(checkpoint.config.hf) if part not in projections]
     return tensors | checkpoint.stored([f"model.layers.{index}.{name}" for name in others])
 
 
-def _not_finite(checkpoint: Checkpoint, index: int, site: str, matrix: Tensor) -> TealError:
+def _damaged(checkpoint: Checkpoint, index: int, site: str, matrix: Tensor) -> str:
+    """The tensor whose weights cannot be quantised."""
     widths = checkpoint.config.segments(site)
     wrong = [p for p, part in zip(SITE_PROJECTIONS[site], matrix.split(widths, 1), strict=True) if not _fits(part)]
-    name = FAMILIES[checkpoint.config.family].layer[wrong[0]][0]
+    return f"model.layers.{index}.{FAMILIES[checkpoint.config.family].layer[wrong[0]][0]}"
+
+
+def _not_finite(name: str) -> TealError:
     return TealError(
-        f"model.layers.{index}.{name} has weights that are not finite, or beyond 8e37, and cannot be quantised",
+        f"{name} has weights that are not finite, or beyond 8e37, and cannot be quantised",
         hint="check the model's files with `teal models verify`",
     )
 
@@ -172,10 +192,19 @@ def _fits(part: Tensor) -> bool:
     return bool((part.abs() <= 2.0**126).all())
 
 
-def _ends(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _ends(checkpoint: Checkpoint, quantization: Quantization) -> dict[str, Tensor]:
     """Embedding, final norm, and the head where it is not the embedding."""
-    parts = ["embedding", "final_norm"] + ([] if checkpoint.tied() else ["lm_head"])
-    return checkpoint.stored([TOP[part][0] for part in parts])
+    tables = ["embedding"] + ([] if checkpoint.tied() else ["lm_head"])
+    tensors = checkpoint.stored([TOP[part][0] for part in ("final_norm", *tables)])
+    if not quantization.head:
+        return tensors
+    layout = quantization.rows((checkpoint.config.hidden,))
+    for name in [TOP[part][0] for part in tables]:
+        try:
+            tensors[packed_table(name)] = quantize(tensors.pop(name), layout)
+        except ValueError as error:
+            raise _not_finite(name) from error
+    return tensors
 
 
 def _register(
@@ -194,9 +223,10 @@ def _register(
     revision = "sha256:" + hashlib.sha256("".join(f"{r.path} {r.sha256}\n" for r in records).encode()).hexdigest()
     home = registry.model_home(name)
     home.mkdir(parents=True, exist_ok=True)
-    path = home / f"weights-{revision.removeprefix('sha256:')[:12]}"
-    if path.exists():
-        shutil.rmtree(path)
+    short = f"weights-{revision.removeprefix('sha256:')[:12]}"
+    # Never the folder that may be registered: until `add`, the registry goes on naming the files it named.
+    names = chain([short], (f"{short}-{n}" for n in count(2)))
+    path = next(home / name for name in names if not (home / name).exists())
     staging.rename(path)
     weights = sum(record.size for record in records if record.path.endswith(".safetensors"))
     made = replace(

@@ -18,7 +18,7 @@ import torch
 from teal_cli.data.prompts import is_text
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
-from teal_cli.decoding.steps import TRITON_GRAPH, choose_step, open_step
+from teal_cli.decoding.steps import choose_step, open_step
 from teal_cli.errors import HardwareError, TealError, UsageError, counted
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig, load_config
@@ -30,7 +30,7 @@ from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.plans import Level, levels_of
 from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.plan import Plan, dense_plan, uniform_plan
-from teal_kernels.backends import TRITON, BackendError
+from teal_kernels.backends import BackendError
 from teal_kernels.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -254,11 +254,6 @@ def open_session(
     except BackendError as error:
         hint = "`teal doctor` shows what this machine can run; --backend auto takes what works"
         raise HardwareError(str(error), hint=hint) from None
-    if entry.parent is not None and chosen in (TRITON, TRITON_GRAPH):
-        raise HardwareError(
-            f"the {chosen} backend cannot multiply by the quantised matrices of {entry.name}",
-            hint=f"--device cpu can (numba, cpu), --backend reference anywhere, and {entry.parent} runs on {chosen}",
-        )
     notes = [f"decoding with the {chosen} backend, which is slower: {slower}"] if slower else []
     config = load_config(entry.path)
     session = Session(entry, config, dtype or config.torch_dtype, where, chosen, calibration, notes)

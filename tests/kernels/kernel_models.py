@@ -39,7 +39,7 @@ class Model:
 
     spec: StepSpec
     layers: list[Layer]
-    ends: tuple[Tensor, Tensor, Tensor]
+    ends: tuple[FloatMatrix, Tensor, FloatMatrix]
     rope: tuple[Tensor, Tensor]
     keys: Tensor
     values: Tensor
@@ -104,7 +104,7 @@ def tiny_model(
         )
         for _ in windows
     ]
-    embedding, final_norm = random(67, hidden), norm(hidden)
+    embedding, final_norm = FloatMatrix(random(67, hidden)), norm(hidden)
     cache = random(2, len(windows), kv_heads, max_tokens, head_dim)
     bases = (10000.0, 100.0)[: 1 + max(ropes, default=0)]
     tables = [rope_table(max_tokens, head_dim, dtype, base) for base in bases]

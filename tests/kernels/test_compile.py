@@ -18,8 +18,11 @@ from kernel_aot import POINTER_TYPES, Compiled, compile_kernel, wide_loads
 from teal_kernels.configs import default_gemv_config
 from teal_kernels.ops.kept.kernel import compact_kernel
 from teal_kernels.ops.kept.op import chunk_for, chunk_warps
+from teal_kernels.ops.packed.kernel import packed_dot_kernel, packed_gather_kernel, unpack_row_kernel
+from teal_kernels.ops.packed.op import packed_gemv_config
 from teal_kernels.ops.sparse_gemv.kernel import gather_gemv_kernel, reduce_kernel
 from teal_kernels.ops.threshold.kernel import threshold_kernel
+from teal_kernels.packing import RowLayout
 from teal_kernels.parts.attention.kernel import attention_kernel, join_kernel
 from teal_kernels.parts.attention.op import BLOCK_T
 from teal_kernels.parts.norm.kernel import rms_norm_kernel
@@ -90,6 +93,51 @@ def test_gather_with_a_threshold_for_every_channel_streams_as_well(inputs, segme
     assert len(wide_loads(loop)) >= config.rows * config.block_n * ITEMSIZE[dtype] // (16 * 32 * config.warps)
     assert "bar." not in loop
     built.assert_no_spills()
+
+
+@capabilities
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 32), (4, 64), (4, 32), (4, 128)])
+@pytest.mark.parametrize(
+    ("inputs", "segments"),
+    [(4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (1536, (576,))],
+    ids=["qkv", "gate-up", "small-down"],
+)
+def test_packed_gather_streams_16_bytes_at_a_time(inputs, segments, bits, group, capability):
+    layout = RowLayout(bits, group, segments)
+    config, pointer = packed_gemv_config(inputs, layout), POINTER_TYPES["bfloat16"]
+    edges = (0, *accumulate(segments))
+    tiles = (0, *accumulate(-(-n // config.block_n) for n in segments))
+    built = compile_kernel(
+        packed_gather_kernel,
+        {"words_ptr": "*i32", "scales_ptr": "*bf16", "index_ptr": "*i32", "value_ptr": pointer, "count_ptr": "*i32",
+         "thresholds_ptr": "*fp32", "partial_ptr": "*fp32"},
+        {"K": inputs, "N": edges[-1], "STRIDE": layout.stride, "GROUP": group, "BITS": bits, "EDGES": edges,
+         "TILES": tiles[:-1], "UNITS": layout.units, "CHUNKS": -(-inputs // 2048), "CHUNK": 2048,
+         "SPLITS": config.splits, "ROWS": config.rows, "BLOCK_N": config.block_n, "PER_CHANNEL": False},
+        capability, config.warps,
+    )  # fmt: skip
+    (loop,) = built.loops()
+    per_thread = config.rows * config.block_n * bits // 8 // (16 * 32 * config.warps)
+    assert len(wide_loads(loop)) == max(1, per_thread), "every code is loaded in the loop, 16 bytes at a time"
+    assert "bar." not in loop, "warps of a program must not wait for each other while weights stream"
+    built.assert_no_spills()
+    assert built.registers <= 128, "fewer than four programs of four warps would fit a multiprocessor"
+
+
+@capabilities
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_tables_build(bits, capability):
+    layout, pointer = RowLayout(bits, 64, (4096,)), POINTER_TYPES["bfloat16"]
+    types = {"words_ptr": "*i32", "scales_ptr": "*bf16", "out_ptr": pointer}
+    form = {"N": 4096, "STRIDE": layout.stride, "GROUP": 64, "BITS": bits}
+    dot = compile_kernel(
+        packed_dot_kernel, types | {"x_ptr": pointer, "K": "i32"},
+        form | {"UNITS": layout.units[-1], "ROWS": 8, "WORDS": 64}, capability,
+    )  # fmt: skip
+    dot.assert_no_spills()
+    assert dot.vector_loads()
+    unpack = compile_kernel(unpack_row_kernel, types | {"row_ptr": "*i64"}, form | {"BLOCK": 256}, capability, 2)
+    unpack.assert_no_spills()
 
 
 @capabilities

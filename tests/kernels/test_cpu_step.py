@@ -80,7 +80,8 @@ class Model:
         return torch.cat((cos, cos)).to(dtype), torch.cat((-sin, sin)).to(dtype)
 
     def compiled(self, thresholds: Any = None, **options: Any) -> CpuStep:
-        tensors = self.embedding, self.final_norm, self.lm_head
+        embedding, lm_head = FloatMatrix(self.embedding), FloatMatrix(self.lm_head)
+        tensors = embedding, self.final_norm, lm_head
         tables, room = range(1 + max(self.spec.rope_of_layer)), range(self.kv.shape[3])
         halves = [zip(*(self.rope(position, table) for position in room), strict=True) for table in tables]
         cos, sin = (torch.stack([torch.stack(half) for half in table]) for table in zip(*halves, strict=True))

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from fixtures_cli import Teal
-from fixtures_tiny import make_tiny
-from oracle import assert_agrees, make_dump, reference_model
+from fixtures_tiny import TINY_FAMILIES, make_tiny
+from oracle import assert_agrees, dequantised, make_dump
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
-from teal_cli.errors import HardwareError, TealError, UsageError
+from teal_cli.errors import TealError, UsageError
 from teal_cli.model.weights import Checkpoint
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
 from teal_cli.runs import quantize as library
 from teal_cli.runs.calibrate import Text, calibrate
 from teal_cli.runs.quantize import Made, quantize_model
-from teal_cli.runs.session import open_session
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import RowLayout, quantize
-from teal_kernels.spec import SITE_PROJECTIONS
-from teal_kernels.steps.spec import MATRICES
 
 LEVELS = (0.0, 0.5, 0.9)
 CPU = torch.device("cpu")
@@ -38,44 +38,54 @@ def made(model: str = "tiny", width: str = "int4", **options: object) -> Made:
     return last
 
 
-def dequantised(parent: Path, quantised: Path) -> PreTrainedModel:
-    """transformers' own float32 model of the parent, with the weights that the packed rows stand for."""
-    model, checkpoint = reference_model(parent), Checkpoint(quantised)
-    for index, layer in enumerate(model.model.layers):
-        weights = checkpoint.layer(index, torch.float32)
-        for field, site in MATRICES.items():
-            matrix = getattr(weights, field)
-            assert isinstance(matrix, PackedMatrix)
-            for part, columns in zip(SITE_PROJECTIONS[site], matrix.tensor().split(matrix.segments, 1), strict=True):
-                owner = layer.self_attn if part in "qkvo" else layer.mlp
-                owner.get_submodule(f"{part}_proj").weight.data.copy_(columns.t())
-    return model
-
-
 @pytest.mark.parametrize(
-    ("name", "width", "group", "backend"),
+    ("name", "width", "group", "head", "backend"),
     [
-        ("llama3", "int8", 64, "auto"),
-        ("llama3", "int4", 32, "auto"),
-        ("qwen3", "int4", 64, "auto"),
-        ("gemma3", "int8", 128, "auto"),
-        ("gemma3", "int4", 64, "cpu"),
-        ("llama3", "int4", 64, "reference"),
+        *((name, "int4" if i % 2 else "int8", 64, True, "auto") for i, name in enumerate(TINY_FAMILIES)),
+        ("llama3", "int4", 32, True, "auto"),
+        ("llama2", "int4", 128, True, "auto"),
+        ("llama3", "int4", 64, False, "auto"),
+        ("qwen3", "int8", 64, False, "auto"),
+        ("gemma3", "int4", 128, True, "auto"),
+        ("gemma3", "int4", 64, True, "cpu"),
+        ("llama2", "int8", 64, True, "cpu"),
+        ("llama3", "int4", 64, True, "reference"),
     ],
 )
 def test_transformers_with_the_dequantised_weights_agrees(
-    name: str, width: str, group: int, backend: str, tiny: Callable[[str], Path], teal_home: Path, tmp_path: Path
+    name: str,
+    width: str,
+    group: int,
+    head: bool,
+    backend: str,
+    tiny: Callable[[str], Path],
+    teal_home: Path,
+    tmp_path: Path,
 ) -> None:
     fetch(str(tiny(name)), name="tiny")
     text = Text("python-docs", num_sequences=2, seq_len=64)
     for _ in calibrate(Registry(), "tiny", text, dtype="float32", device=CPU):
         pass
-    entry = made(width=width, group=group).entry
+    entry = made(width=width, group=group, head=head).entry
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The quick brown fox\ndef keep")
     out = tmp_path / "out.zarr"
     dump = make_dump(entry.name, out, levels=LEVELS, prompts=prompts, max_new_tokens=12, backend=backend)
     assert_agrees(dump, out, dequantised(tiny(name), entry.path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_smollm2_agrees_with_transformers(width: str, smollm2_home: Path, tmp_path: Path) -> None:
+    registry, name = Registry(smollm2_home), "smollm2-135m"
+    for _ in calibrate(registry, name, Text("python-docs", num_sequences=4, seq_len=512), device=CPU):
+        pass
+    entry = made(name, width).entry
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The capital of France is")
+    out = tmp_path / "out.zarr"
+    dump = make_dump(entry.name, out, levels=(0.0, 0.5), prompts=prompts, max_new_tokens=32, backend="auto")
+    assert_agrees(dump, out, dequantised(registry.get(name).path, entry.path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -89,6 +99,25 @@ def test_dense_products(dtype: torch.dtype, bits: int, group: int, widths: tuple
     assert (matrix.dense(x) - wanted).norm() <= limit * wanted.norm()
     for number, part in enumerate(wanted.split(widths, 1)):
         assert (matrix.dense(x, number) - part).norm() <= limit * part.norm()
+    y = torch.randn(5, sum(widths)).to(dtype)
+    turned = y.double() @ matrix.tensor().double().t()
+    assert (matrix.dense_transposed(y) - turned).norm() <= limit * turned.norm()
+
+
+def test_gradients_flow_through_packed_matrices() -> None:
+    """Columns are unpacked into memory that the next tile overwrites, which a gradient must not see."""
+    layout = RowLayout(4, 64, (130, 40))
+    matrix, other = (PackedMatrix(quantize(torch.randn(90, 170), layout), layout, torch.float32) for _ in range(2))
+    for product, width, weight in (
+        (PackedMatrix.dense, 90, matrix.tensor()),
+        (PackedMatrix.dense_transposed, 170, matrix.tensor().t()),
+    ):
+        x = torch.randn(3, width, requires_grad=True)
+        result = product(matrix, x)
+        product(other, torch.randn(3, width))
+        error = torch.randn_like(result)
+        result.backward(error)
+        torch.testing.assert_close(x.grad, error @ weight.t())
 
 
 def test_the_command_line(ready: Path, teal: Teal) -> None:
@@ -119,14 +148,6 @@ def test_refusals(ready: Path, teal: Teal) -> None:
     assert "no download" in teal("download", "tiny-int4").err
 
 
-def test_a_backend_that_cannot_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made()
-    monkeypatch.setattr("teal_cli.runs.session.choose_step", lambda device, backend: ("triton-graph", None))
-    with pytest.raises(HardwareError, match="triton-graph backend cannot multiply by the quantised") as error:
-        open_session("tiny-int4", device="cpu")
-    assert "--device cpu" in str(error.value.hint)
-
-
 def test_no_space(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teal_cli.files.free_space", lambda path: 10)
     with pytest.raises(TealError, match="are needed"):
@@ -135,13 +156,14 @@ def test_no_space(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_named(value: float, teal_home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_named(value: float, name: str, teal_home: Path, tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+    tensors[name][3, 2] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fetch(str(folder), name="tiny")
-    with pytest.raises(TealError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has weights that are not finite"):
+    with pytest.raises(TealError, match=f"{re.escape(name)} has weights that are not finite"):
         made()
     assert Registry().names() == ("tiny",)
 
@@ -158,6 +180,82 @@ def test_a_run_that_is_cut_off_is_finished_by_the_next(ready: Path, monkeypatch:
     entry = made(name="cut").entry
     assert packed == list(range(1, Checkpoint(entry.path).config.layers))
     assert entry.revision == whole.revision
+
+
+KILLED = """
+import os, signal, sys
+from teal_cli.registry.registry import Registry
+from teal_cli.runs import quantize as library
+
+owner, name, call = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = {"library": library, "registry": Registry, "path": library.Path}[owner]
+original, calls = getattr(owner, name), 0
+
+def killed(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, killed)
+list(library.quantize_model(Registry(), "tiny", "int4", force=True))
+"""
+
+
+@pytest.mark.parametrize(
+    "at",
+    [("library", "save_file", "2"), ("library", "sha256_of", "3"), ("path", "rename", "1"), ("registry", "add", "1")],
+    ids=lambda at: at[1],
+)
+def test_killed_at_any_moment_the_registry_is_as_it_was(at: tuple[str, str, str], ready: Path, teal: Teal) -> None:
+    before = made().entry
+    done = subprocess.run([sys.executable, "-c", KILLED, *at], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert Registry().get("tiny-int4") == before
+    assert teal("models", "verify", "tiny-int4").code == 0
+    after = made(force=True).entry
+    assert after.revision == before.revision
+    assert teal("models", "verify", "tiny-int4").code == 0
+    assert len(list(after.home.glob("weights-*"))) == 1, "what the killed run left is gone"
+
+
+def test_plans_of_the_parent_serve(ready: Path, teal: Teal, tmp_path: Path) -> None:
+    assert teal("plan", "make", "-m", "tiny", "-s", 0.5, "--allocation", "uniform").code == 0
+    made()
+    said = ("--prompt", "The", "--max-new-tokens", 4, "--temperature", 0, "--plan", "uniform-0.5", "--json")
+    assert teal("generate", "-m", "tiny-int4", *said).json["plan"] == teal("generate", "-m", "tiny", *said).json["plan"]
+    scored = ("--plan", "uniform-0.5", "-d", "python-docs", "--num-sequences", 1, "--window", 32, "--json")
+    assert teal("eval", "-m", "tiny-int4", *scored).json["levels"][0]["plan"] == "uniform-0.5"
+
+
+def test_an_evaluation_of_other_weights_is_not_resumed(ready: Path, teal: Teal, tmp_path: Path) -> None:
+    """Parent and child have one config and one tokenizer, and a child may be made again in another width."""
+    made(width="int8", name="child")
+    scored = ("-s", 0, "-d", "python-docs", "--num-sequences", 1, "--window", 32, "-o", tmp_path / "e.json")
+    assert teal("eval", "-m", "child", *scored).code == 0
+    assert teal("eval", "-m", "child", *scored, "--resume").code == 0
+    assert "what differs: model, quantised" in teal("eval", "-m", "tiny", *scored, "--resume").err
+    made(width="int4", name="child", force=True)
+    refused = teal("eval", "-m", "child", *scored, "--resume")
+    assert refused.code == 2
+    assert "what differs: quantised" in refused.err
+
+
+def test_damaged_tables_are_refused(ready: Path, tmp_path: Path) -> None:
+    entry = made().entry
+    folder = tmp_path / "damaged"
+    shutil.copytree(entry.path, folder)
+    file = sorted(folder.glob("model-*.safetensors"))[-1]
+    tensors = load_file(file)
+    name = "model.embed_tokens.packed"
+    assert set(tensors) == {name, "model.norm.weight"}, "a tied head is stored once"
+    save_file({**tensors, name: tensors[name][:, :-64].contiguous()}, file)
+    with pytest.raises(TealError, match=r"model\.embed_tokens\.packed has the shape"):
+        Checkpoint(folder)
+    save_file({**tensors, name: torch.full_like(tensors[name], 255)}, file)
+    with pytest.raises(TealError, match="a scale is not finite"):
+        Checkpoint(folder).embedding(torch.float32)
 
 
 def test_damage_is_refused(ready: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from fixtures_tiny import TINY_FAMILIES
-from oracle import assert_agrees, make_dump
+from oracle import assert_agrees, dequantised, make_dump
 
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.calibrate import Text, calibrate
+from teal_cli.runs.quantize import quantize_model
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,20 @@ def test_tiny_models(name, backend, levels, tiny, teal_home, tmp_path):
     path = tmp_path / "out.zarr"
     dump = make_dump("tiny", path, levels=levels, prompts=prompts, max_new_tokens=5, backend=backend)
     assert_agrees(dump, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "backend"),
+    [("llama2", "int4", "triton-graph"), ("gemma3", "int8", "triton-graph"), ("llama3", "int4", "triton")],
+)
+def test_quantised_tiny_models(name, width, backend, tiny, teal_home, tmp_path):
+    fetch(str(tiny(name)), name="tiny")
+    text = Text("python-docs", num_sequences=2, seq_len=64)
+    for _ in calibrate(Registry(), "tiny", text, dtype="float32", device=torch.device("cpu")):
+        pass
+    *_, made = quantize_model(Registry(), "tiny", width)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The quick brown fox")
+    path = tmp_path / "out.zarr"
+    dump = make_dump(made.entry.name, path, levels=(0.0, 0.5), prompts=prompts, max_new_tokens=5, backend=backend)
+    assert_agrees(dump, path, dequantised(tiny(name), made.entry.path))

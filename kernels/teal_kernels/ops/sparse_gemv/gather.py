@@ -10,6 +10,8 @@ from torch import Tensor
 
 from teal_kernels.configs import EXACT, GemvConfig
 from teal_kernels.ops.kept.op import CHUNK, KeptList, launch_compact
+from teal_kernels.ops.packed.op import launch_packed_gather
+from teal_kernels.packed import PackedMatrix
 
 _REDUCE_BLOCK = 256
 
@@ -80,9 +82,12 @@ class GatherGemv:
         """List the entries of x [K] that any projection keeps. Thresholds: float32 [P] or [P, K], on the device."""
         launch_compact(x, thresholds, self.kept)
 
-    def gather(self, weight: Tensor, thresholds: Tensor, kept: KeptList | None = None) -> Tensor:
-        """Multiply what is listed, in `self.kept` or another list, by weight [K, N]: `partial`, overwritten by the next
-        call."""
+    def gather(self, weight: Tensor | PackedMatrix, thresholds: Tensor, kept: KeptList | None = None) -> Tensor:
+        """Multiply what is listed, in `self.kept` or another list, by weight [K, N], numbers or packed rows: `partial`,
+        overwritten by the next call."""
+        if isinstance(weight, PackedMatrix):
+            launch_packed_gather(kept or self.kept, weight, thresholds, self.partial, self.config)
+            return self.partial
         launch_gather(kept or self.kept, weight, thresholds, self.segments, self.partial, self.config)
         return self.partial
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from teal_kernels.backends import CPU, NUMBA, REFERENCE, TRITON, choose_backend
 from teal_kernels.configs import gemv_config
 from teal_kernels.matrix import FLOATS, FloatMatrix, Matrix, floats
+from teal_kernels.ops.packed.op import packed_gemv_config
 from teal_kernels.ops.sparse_gemv.compiled import sparse_gemv_compiled
 from teal_kernels.ops.sparse_gemv.cpu import sparse_gemv_cpu
 from teal_kernels.ops.sparse_gemv.gather import GatherGemv
@@ -32,6 +33,26 @@ def _sparse_gemv_numba(x: Tensor, weight: Tensor, thresholds: Tensor, segments: 
     return sparse_gemv_compiled(x, FloatMatrix(weight, segments), thresholds)
 
 
+def _unpacked_rows(x: Tensor, matrix: PackedMatrix, thresholds: Tensor) -> Tensor:
+    """The CPU backend's product with a packed matrix: the rows that any projection keeps are unpacked."""
+    index = (x.float().abs() > thresholds.amin(dim=0)).nonzero()[:, 0]
+    if not len(index):
+        return x.new_zeros(sum(matrix.segments))
+    limits = thresholds if thresholds.ndim == 1 else thresholds[:, index].contiguous()
+    return torch.ops.teal.sparse_gemv(x[index], matrix.rows(index), limits, matrix.segments, CPU)
+
+
+def _sparse_gemv_packed(x: Tensor, matrix: PackedMatrix, thresholds: Tensor) -> Tensor:
+    inputs, outputs = matrix.shape
+    product = GatherGemv(inputs, matrix.segments, x.dtype, x.device, packed_gemv_config(inputs, matrix.layout))
+    out = torch.empty(outputs, dtype=x.dtype, device=x.device)
+    product.compact(x, thresholds)
+    product.gather(matrix, thresholds)
+    product.reduce(out)
+    return out
+
+
+_PACKED = {CPU: _unpacked_rows, NUMBA: sparse_gemv_compiled, TRITON: _sparse_gemv_packed}
 _IMPLEMENTATIONS = {CPU: sparse_gemv_cpu, NUMBA: _sparse_gemv_numba, TRITON: _sparse_gemv_triton}
 
 
@@ -68,15 +89,6 @@ def _check(x: Tensor, matrix: Matrix, thresholds: Tensor) -> None:
         )
 
 
-def _unpacked_rows(x: Tensor, matrix: PackedMatrix, thresholds: Tensor) -> Tensor:
-    """The CPU backend's product with a packed matrix: the rows that any projection keeps are unpacked."""
-    index = (x.float().abs() > thresholds.amin(dim=0)).nonzero()[:, 0]
-    if not len(index):
-        return x.new_zeros(sum(matrix.segments))
-    limits = thresholds if thresholds.ndim == 1 else thresholds[:, index].contiguous()
-    return torch.ops.teal.sparse_gemv(x[index], matrix.rows(index), limits, matrix.segments, CPU)
-
-
 def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str | None = None) -> Tensor:
     """A vector times a matrix, reading only the rows whose input entry is kept (TEAL, section 4).
 
@@ -87,8 +99,8 @@ def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str |
     Args:
         x: [K], bfloat16, float16 or float32; thresholded already or not, both give the same.
         matrix: [K, N] of the dtype of `x`, with P projections: row i holds what input i contributes to every output.
-            The reference takes every kind of matrix, "cpu" floats and packed rows, of which it unpacks those that are
-            kept, "numba" both as they are, and Triton floats.
+            Every backend takes every kind: of packed rows the reference unpacks all and "cpu" those that are kept,
+            "numba" and "triton" multiply them as they are.
         thresholds: [P] or [P, K] float32, not negative, on the device of `x`; compared with |x| in float32.
         backend: "reference", "cpu", "numba" or "triton"; by default see `choose_backend`.
 
@@ -102,8 +114,7 @@ def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str |
     """
     name = choose_backend(x.device.type, backend)
     _check(x, matrix, thresholds)
-    if isinstance(matrix, PackedMatrix) and name in (CPU, NUMBA):
-        packed = _unpacked_rows if name == CPU else sparse_gemv_compiled
-        return packed(x, matrix, thresholds)
+    if isinstance(matrix, PackedMatrix) and name in _PACKED:
+        return _PACKED[name](x, matrix, thresholds)
     weight = matrix.tensor() if name == REFERENCE else floats(matrix, f"the {name} backend")
     return torch.ops.teal.sparse_gemv(x, weight, thresholds, matrix.segments, name)

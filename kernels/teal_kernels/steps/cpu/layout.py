@@ -35,6 +35,9 @@ FORM, STRIDE, SCALES_AT, GROUP, FIELDS = range(5)
 """Columns of `Weights.packed`: bits of a code, or PLAIN; bytes from row to row; byte of a row at which its scales
 begin; log2 of the columns that share a scale. And how many they are."""
 
+EMBEDDING, HEAD, TABLE_UNITS = 0, 1, FIELDS
+"""Rows of `Weights.tables`, and the column after those of `Weights.packed`: units of a row."""
+
 PLAIN = 0
 """The form of a matrix of the model's dtype."""
 
@@ -90,7 +93,8 @@ class Weights(NamedTuple):
     """tensors int64 [layers, 12], addresses or NONE; windows int64 [layers]; ropes int64 [layers], bytes from the first
     rotary table to the layer's; edges int64 [4, 4], see step.site_edges; packed int64 [layers, 4, 4], per site how its
     matrix is packed, see FORM; units int64 [layers, 4, 4], the first unit of each of its projections and the number of
-    all (`RowLayout.units`), where it is packed; codes: see `Codes`; norm, rules: how to compute; the rest addresses."""
+    all (`RowLayout.units`), where it is packed; tables int64 [2, 5], how embedding and head are packed, see EMBEDDING
+    and TABLE_UNITS; codes: see `Codes`; norm, rules: how to compute; the rest addresses."""
 
     tensors: Any
     windows: Any
@@ -98,6 +102,7 @@ class Weights(NamedTuple):
     edges: Any
     packed: Any
     units: Any
+    tables: Any
     codes: Codes
     norm: Norm
     rules: Rules

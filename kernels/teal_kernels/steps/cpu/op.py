@@ -16,11 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teal_kernels.matrix import Matrix
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import UNIT as PACKED_UNIT
 from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.compiled import KINDS, codes, load
-from teal_kernels.steps.cpu.layout import ALL, FIELDS, NONE, Cache, Codes, Shape, Shared, Token, Weights
+from teal_kernels.steps.cpu.layout import (
+    ALL,
+    EMBEDDING,
+    FIELDS,
+    HEAD,
+    NONE,
+    TABLE_UNITS,
+    Cache,
+    Codes,
+    Shape,
+    Shared,
+    Token,
+    Weights,
+)
 from teal_kernels.steps.cpu.matrices import address, limit_places, packed_bits, packed_fields
 from teal_kernels.steps.cpu.team import Team
 from teal_kernels.steps.spec import (
@@ -44,9 +58,10 @@ def default_threads() -> int:
     return max(1, min(allowed, torch.get_num_threads()))
 
 
-def step_bits(layers: Iterable[LayerTensors]) -> frozenset[int]:
-    """Bits of the codes of the packed matrices of a model's layers: what `compiled.load` compiles a step for."""
-    return packed_bits(getattr(layer, name) for layer in layers for name in MATRICES)
+def step_bits(layers: Iterable[LayerTensors], *tables: Matrix) -> frozenset[int]:
+    """Bits of the codes of the packed matrices of a model, its embedding and its head: what `compiled.load` compiles a
+    step for."""
+    return packed_bits((*(getattr(layer, name) for layer in layers for name in MATRICES), *tables))
 
 
 class CpuStep:
@@ -57,7 +72,7 @@ class CpuStep:
         layers: its layers, bfloat16, float16 or float32, contiguous, on the CPU. Each matrix may be of floats or
             packed (int8, int4). Nothing is copied.
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding
-            itself.
+            itself. Embedding and head may be packed, too.
         rope: cos and sin [tables, max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin:
             rotated = x * cos + swap_halves(x) * sin, rounded after each product and after the sum.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim], the last two axes contiguous; positions
@@ -75,9 +90,9 @@ class CpuStep:
         self,
         spec: StepSpec,
         layers: Sequence[LayerTensors],
-        embedding: Tensor,
+        embedding: Matrix,
         final_norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Matrix,
         rope: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
@@ -91,7 +106,7 @@ class CpuStep:
             raise ValueError(f"a compiled decode step works in bfloat16, float16 or float32, not {self.dtype}")
         if len(layers) != len(spec.windows):
             raise ValueError(f"{len(layers)} layers were given, {len(spec.windows)} are described")
-        bits = step_bits(layers)
+        bits = step_bits(layers, embedding, lm_head)
         step = load(self.dtype, bits)
         size = threads or default_threads()
         shape = Shape(len(layers), spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab)
@@ -99,7 +114,8 @@ class CpuStep:
         weights = self._addresses(layers, (embedding, final_norm, lm_head), step, codes(bits))
         row_bytes = [max(sum(getattr(layer, name).row_bytes) for layer in layers) for name in MATRICES]
         shared = self._with_thresholds(step.shared_buffers(kind, size, shape, row_bytes), thresholds)
-        own = [step.own_buffers(thread, size, shape, PACKED_UNIT * int(weights.units.max())) for thread in range(size)]
+        padded = PACKED_UNIT * max(int(weights.units.max()), int(weights.tables[:, TABLE_UNITS].max()))
+        own = [step.own_buffers(thread, size, shape, padded) for thread in range(size)]
         self._max_tokens = keys.shape[2] if keys.dim() == 4 else 0
         self._row_bytes = spec.head_dim * self.dtype.itemsize
         self._rope = self._rope_addresses(rope)
@@ -155,7 +171,7 @@ class CpuStep:
     def _addresses(
         self,
         layers: Sequence[LayerTensors],
-        ends: tuple[Tensor, Tensor, Tensor],
+        ends: tuple[Matrix, Tensor, Matrix],
         step: ModuleType,
         packed_codes: Codes,
     ) -> Weights:
@@ -176,9 +192,11 @@ class CpuStep:
                 if tensor is not None or name not in OPTIONAL:
                     self._check(f"layer {i}, {name}", tensor, shape)
                     table[i, j] = tensor.data_ptr()
-        end_shapes = (spec.vocab, spec.hidden), (spec.hidden,), (spec.vocab, spec.hidden)
-        for name, tensor, shape in zip(("embedding", "final_norm", "lm_head"), ends, end_shapes, strict=True):
-            self._check(name, tensor, shape)
+        embedding, final_norm, lm_head = ends
+        self._check("final_norm", final_norm, (spec.hidden,))
+        tables = step.no_tables()
+        tables[EMBEDDING] = self._table("embedding", embedding)
+        tables[HEAD] = self._table("lm_head", lm_head)
         return Weights(
             table,
             np.array([EVERYWHERE if window is None else window for window in spec.windows], np.int64),
@@ -186,10 +204,21 @@ class CpuStep:
             step.site_edges(spec),
             packed,
             units,
+            tables,
             packed_codes,
             *step.numbers(traits_in(spec.traits, self.dtype), spec.norm_eps, spec.head_dim),
-            *(tensor.data_ptr() for tensor in ends),
+            *(tensor.data_ptr() for tensor in (embedding.data, final_norm, lm_head.data)),
         )
+
+    def _table(self, name: str, table: Matrix) -> tuple[int, ...]:
+        """Check an embedding or a head; its row of `Weights.tables`."""
+        shape = self.spec.vocab, self.spec.hidden
+        if isinstance(table, PackedMatrix):
+            self._check_packed(name, table, shape, shape[1:])
+        else:
+            self._check(name, table.tensor(), shape)
+        fields, units = packed_fields(table)
+        return *fields, units[1]
 
     def _with_thresholds(self, shared: Shared, thresholds: Thresholds | None) -> Shared:
         if thresholds is None:

@@ -182,13 +182,34 @@ def add_packed(
     at = begin + first
     scales = weight + packed[SCALES_AT] + (PACKED_UNIT * at >> packed[GROUP]) * 2
     stride, group = packed[STRIDE], packed[GROUP]
-    if int8 is not None and packed[FORM] == 8:
-        add_packed_rows(int8, weight + at * 64, scales, stride, group, index, len(index), x, units, sums)
-    if int4 is not None and packed[FORM] == 4:
-        add_packed_rows(int4, weight + at * 32, scales, stride, group, index, len(index), x, units, sums)
+    add_picked(
+        int8, int4, packed[FORM], weight + at * PACKED_UNIT * packed[FORM] // 8, scales, stride, group, index, x, units,
+        sums,
+    )  # fmt: skip
     if padded:
         for i in range(len(out) - PACKED_UNIT * first):  # a slice would be copied first
             out[PACKED_UNIT * first + i] = sums[i]
+
+
+@compiled
+def add_picked(
+    int8: Any,
+    int4: Any,
+    bits: int,
+    base: int,
+    scales: int,
+    stride: int,
+    group: int,
+    index: Any,
+    x: Any,
+    units: int,
+    out: Any,
+) -> None:
+    """`add_packed_rows` of the rows of `index`, in codes of so many bits; int8, int4 as in `add_packed`."""
+    if int8 is not None and bits == 8:
+        add_packed_rows(int8, base, scales, stride, group, index, len(index), x, units, out)
+    if int4 is not None and bits == 4:
+        add_packed_rows(int4, base, scales, stride, group, index, len(index), x, units, out)
 
 
 @compiled

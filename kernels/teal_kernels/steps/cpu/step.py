@@ -22,15 +22,23 @@ from teal_kernels.steps.cpu.layout import (
     ATTN_NORM,
     ATTN_POST_NORM,
     DONE,
+    EMBEDDING,
     FIELDS,
+    FORM,
+    GROUP,
+    HEAD,
     MEMBERS,
     MLP_NORM,
     MLP_POST_NORM,
     NONE,
     O_BIAS,
     PLACES,
+    PLAIN,
     RELEASED,
+    SCALES_AT,
     SINGLE,
+    STRIDE,
+    TABLE_UNITS,
     TENSORS,
     Cache,
     Codes,
@@ -43,6 +51,7 @@ from teal_kernels.steps.cpu.layout import (
     Weights,
 )
 from teal_kernels.steps.cpu.matrices import edges_of, row_groups
+from teal_kernels.steps.cpu.packed_rows import dot_packed_rows
 from teal_kernels.steps.cpu.rows import STREAM, dot_rows
 from teal_kernels.steps.cpu.sites import (
     SITE_ATTN_IN,
@@ -51,6 +60,7 @@ from teal_kernels.steps.cpu.sites import (
     SITE_MLP_MID,
     ZERO,
     activate,
+    add_picked,
     add_product,
     multiply,
     share,
@@ -76,7 +86,7 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
         order = shared.order
         token, cache = Token(order[0], order[1], order[2], order[3]), Cache(order[4], order[5], order[6], order[7])
         rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
-        embed(kind, weights.embedding, token.token, shape.hidden, weights.rules.embedding_scale, own.hidden)
+        embed(kind, weights, token.token, shape.hidden, own)
         for layer in range(shape.layers):
             tensors, rope = weights.tensors[layer], weights.ropes[layer]
             turned = Token(token.token, token.position, token.cos + rope, token.sin + rope)
@@ -102,7 +112,7 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
             rounds = barrier(control, threads, rounds)
             add_product(kind, own.hidden, shape.hidden, shared.down, NONE, tensors[MLP_POST_NORM], weights, own)
         rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.norm, own.x)
-        head(kind, shape, weights.lm_head, weights.rules, own, shared.logits)
+        head(kind, shape, weights, own, shared.logits)
         control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
         barrier(control, threads, rounds)
         if own.thread == 0:
@@ -110,23 +120,55 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
 
 
 @compiled
-def embed(kind: Any, embedding: int, token: int, count: int, scale: Any, hidden: Any) -> None:
-    """hidden = the token's row, scaled."""
+def embed(kind: Any, weights: Any, token: int, count: int, own: Any) -> None:
+    """own.hidden = the token's row, rounded, scaled and rounded again."""
+    table, scale = weights.tables[EMBEDDING], weights.rules.embedding_scale
+    if table[FORM] == PLAIN:
+        for i in range(count):
+            put(own.hidden, i, narrow(kind, fetch(kind, weights.embedding, token * count + i) * scale))
+        return
+    row = weights.embedding + token * table[STRIDE]
+    own.room[:] = ZERO
+    own.x[0] = ONE  # the sum of one row, once
+    add_picked(
+        weights.codes.int8, weights.codes.int4, table[FORM], row, row + table[SCALES_AT], table[STRIDE], table[GROUP],
+        own.all[:1], own.x, table[TABLE_UNITS], own.room,
+    )  # fmt: skip
     for i in range(count):
-        put(hidden, i, narrow(kind, fetch(kind, embedding, token * count + i) * scale))
+        own.hidden[i] = narrow(kind, narrow(kind, own.room[i]) * scale)
 
 
 @compiled
-def head(kind: Any, shape: Any, lm_head: int, rules: Any, own: Any, logits: Any) -> None:
+def head(kind: Any, shape: Any, weights: Any, own: Any, logits: Any) -> None:
     """This thread's share of logits = lm_head @ own.x, not rounded."""
     first, last = share(shape.vocab, own.thread, own.threads)
-    row = shape.hidden * item_bytes(kind)
-    dot_rows(kind, lm_head + first * row, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
+    table, rules = weights.tables[HEAD], weights.rules
+    if table[FORM] == PLAIN:
+        row = shape.hidden * item_bytes(kind)
+        own_rows = weights.lm_head + first * row
+        dot_rows(kind, own_rows, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
+    else:
+        own.room[:] = ZERO
+        for i in range(shape.hidden):
+            own.room[i] = own.x[i]
+        codes = weights.codes
+        dot_packed(codes.int8, codes.int4, table, weights.lm_head + first * table[STRIDE], own.room, logits[first:last])
     if rules.logit_scale != ONE:
         for i in range(first, last):
             logits[i] *= rules.logit_scale
     if rules.logit_cap != ZERO:
         cap_all(logits[first:last], last - first, ONE, rules.logit_cap)
+
+
+@compiled
+def dot_packed(int8: Any, int4: Any, table: Any, base: int, x: Any, out: Any) -> None:
+    """out = x . each row of a packed table, from the row at `base` on; x is zero beyond the width of the rows.
+    int8, int4 as in `add_packed`."""
+    scales, stride, group, units = base + table[SCALES_AT], table[STRIDE], table[GROUP], table[TABLE_UNITS]
+    if int8 is not None and table[FORM] == 8:
+        dot_packed_rows(int8, base, scales, stride, group, len(out), x, units, out, STREAM)
+    if int4 is not None and table[FORM] == 4:
+        dot_packed_rows(int4, base, scales, stride, group, len(out), x, units, out, STREAM)
 
 
 def site_edges(geometry: Geometry) -> NDArray[np.int64]:
@@ -178,7 +220,7 @@ def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[in
 
 
 def own_buffers(thread: int, threads: int, shape: Shape, padded: int = 0) -> Own:
-    """One thread's record. `padded`: the most columns that a packed matrix has, with padding."""
+    """One thread's record. `padded`: the most columns that a packed matrix or table has, with padding."""
     longest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     return Own(
         thread,
@@ -199,6 +241,11 @@ def own_buffers(thread: int, threads: int, shape: Shape, padded: int = 0) -> Own
     )
 
 
+def no_tables() -> NDArray[np.int64]:
+    """`Weights.tables` of an embedding and a head that are not packed."""
+    return np.zeros((2, TABLE_UNITS + 1), np.int64)
+
+
 def nothing(kind: Any, codes: Codes) -> tuple[Any, ...]:
     """Arguments for `run` that make it do nothing: for a model without layers and without a vocabulary."""
     shape = Shape(0, 0, 0, 1, 1, 0, 0)
@@ -206,5 +253,7 @@ def nothing(kind: Any, codes: Codes) -> tuple[Any, ...]:
     norm, rules = numbers(LLAMA, 1.0, 1)
     edges = site_edges(Geometry(0, 0, 1, 1, 0))
     packed, units = np.empty((0, 4, FIELDS), np.int64), np.empty((0, 4, 4), np.int64)
-    weights = Weights(tensors, per_layer, per_layer, edges, packed, units, codes, norm, rules, NONE, NONE, NONE)
+    weights = Weights(
+        tensors, per_layer, per_layer, edges, packed, units, no_tables(), codes, norm, rules, NONE, NONE, NONE
+    )
     return kind, own_buffers(0, 1, shape), shape, weights, shared_buffers(kind, 1, shape)

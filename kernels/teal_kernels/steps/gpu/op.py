@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_kernels.configs import gemv_config
-from teal_kernels.matrix import floats
+from teal_kernels.matrix import Matrix, floats
 from teal_kernels.ops.kept.op import CHUNK, Capture, Sink, chunk_for
+from teal_kernels.ops.packed.op import (
+    launch_packed_dot,
+    launch_unpack_row,
+    packed_gemv_config,
+)
+from teal_kernels.packed import PackedMatrix
 from teal_kernels.parts.attention.op import AttentionShares, launch_attention
 from teal_kernels.parts.norm.op import launch_rms_norm
 from teal_kernels.parts.rope.op import launch_qkv
@@ -42,6 +48,12 @@ from teal_kernels.thresholds import Thresholds
 _HEADS_CHUNK: Final = 512
 """Entries per program that combines the shares of attention: each entry is read from up to 32 of them."""
 
+_KEEP_ALL: Final = -1.0
+"""A threshold that every number passes."""
+
+_FIELD: Final = {site: field for field, site in MATRICES.items()}
+"""Site -> the matrix of a layer that reads it."""
+
 _PROGRAMS: Final = 264
 """Programs among which attention is divided: two per multiprocessor of an H100."""
 
@@ -51,8 +63,10 @@ class GpuStep:
 
     Args:
         spec: the model's dimensions.
-        layers: its layers; bfloat16, float16 or float32, contiguous, all on one device. Nothing is copied.
+        layers: its layers; bfloat16, float16 or float32, contiguous, all on one device. Nothing is copied. The matrices
+            of a site may be packed (int8, int4), all of them in one layout.
         embedding, final_norm, lm_head: [vocab, hidden], [hidden], [vocab, hidden]; a tied head is the embedding.
+            Embedding and head may be packed, too.
         rope: cos and sin [tables, max_tokens, head_dim] in the model's dtype, the rotation's sign folded into sin.
         keys, values: the cache, [layers, kv_heads, max_tokens, head_dim]; the last two axes contiguous.
         thresholds: what entries are compared with; None for the dense step. A centre is not supported.
@@ -73,9 +87,9 @@ class GpuStep:
         self,
         spec: StepSpec,
         layers: Sequence[LayerTensors],
-        embedding: Tensor,
+        embedding: Matrix,
         final_norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Matrix,
         rope: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
@@ -86,7 +100,7 @@ class GpuStep:
     ) -> None:
         self.spec, self._layers = spec, tuple(layers)
         self.dtype, self.device = embedding.dtype, embedding.device
-        self._ends = (embedding, final_norm, lm_head)
+        self._ends = embedding, final_norm, lm_head
         self._traits = traits_in(spec.traits, self.dtype)
         self._rope, self._keys, self._values = rope, keys, values
         self._check()
@@ -94,10 +108,12 @@ class GpuStep:
         self.logits = self._buffer(spec.vocab)
         self.ring = {site: self._buffer(len(layers), ring_slots, spec.channels(site)) for site in SITES if ring_slots}
         self._chooser: Chooser | None = None
+        self._sparse = thresholds is not None
         self._products = self._make_products(thresholds, sparsity)
         self._streams = self._buffer(2, spec.hidden)
         self._q = self._buffer(spec.heads, spec.head_dim)
         self._last = self._buffer(spec.hidden)
+        self._unpacked, self._first = self._buffer(1, spec.hidden), torch.zeros_like(self.token)
         shares = max(1, min(32, _PROGRAMS // spec.kv_heads, -(-keys.shape[2] // 64)))
         self._attention = AttentionShares.empty(spec.heads, spec.head_dim, shares, self.device)
         self._ran = False
@@ -162,18 +178,24 @@ class GpuStep:
 
     def kept(self) -> NDArray[np.int64] | None:
         """Kept entries summed over all steps so far, int64 [layers, 7]; None for a dense step. Waits for the device."""
+        if not self._sparse:
+            return None
         tallies = [p.tally.sum(-1) for p in self._products.values() if isinstance(p, SparseProduct)]
-        return torch.cat(tallies, dim=1).cpu().numpy() if tallies else None
+        return torch.cat(tallies, dim=1).cpu().numpy()
 
     def _launch(self) -> None:
         """The whole step: ten launches per layer, and the head."""
         embedding, final_norm, lm_head = self._ends
         first, second = self._streams
         eps, position, products, traits = self.spec.norm_eps, self.position, self._products, self._traits
-        hidden, down, post_norm = embedding, None, None
+        hidden, row = embedding.data, self.token
+        if isinstance(embedding, PackedMatrix):
+            launch_unpack_row(embedding, self.token, self._unpacked[0])
+            hidden, row = self._unpacked, self._first
+        down, post_norm = None, None
         for i, w in enumerate(self._layers):
             sinks = {site: product.sink(i, self._capture(site, i)) for site, product in products.items()}
-            token = self.token if i == 0 else None
+            token = row if i == 0 else None
             launch_rms_norm(
                 hidden, first, w.attn_norm, eps, sinks["attn_in"],
                 partial=down, post_norm=post_norm, token=token, traits=traits,
@@ -195,7 +217,10 @@ class GpuStep:
             hidden = second
         end = Sink(chunk_for(self.spec.hidden), None, None, None, self._last, None)
         launch_rms_norm(hidden, first, final_norm, eps, end, partial=down, post_norm=post_norm, traits=traits)
-        torch.mv(lm_head, self._last, out=self.logits)
+        if isinstance(lm_head, PackedMatrix):
+            launch_packed_dot(lm_head, self._last, self.logits)
+        else:
+            torch.mv(lm_head.data, self._last, out=self.logits)
         if traits.logit_scale != 1.0:
             self.logits.mul_(traits.logit_scale)
         if traits.logit_cap is not None:
@@ -224,12 +249,20 @@ class GpuStep:
         for site in SITES:
             size, widths = spec.channels(site), spec.segments(site)
             chunk = _HEADS_CHUNK if site == "attn_out" else CHUNK
-            if thresholds is None:
+            matrix = getattr(self._layers[0], _FIELD[site])
+            packed = isinstance(matrix, PackedMatrix)
+            if thresholds is None and not packed:
                 products[site] = DenseProduct(size, sum(widths), chunk, self.dtype, self.device)
                 continue
-            limits = np.stack([thresholds.site(layer, site) for layer in range(len(self._layers))])
-            own = torch.from_numpy(limits).to(self.device)
-            config = gemv_config(size, sum(widths), self.dtype.itemsize, sparsity, self.device)
+            if thresholds is None:
+                own = torch.full((len(self._layers), len(widths)), _KEEP_ALL, device=self.device)
+            else:
+                limits = np.stack([thresholds.site(layer, site) for layer in range(len(self._layers))])
+                own = torch.from_numpy(limits).to(self.device)
+            if packed:
+                config = packed_gemv_config(size, matrix.layout)
+            else:
+                config = gemv_config(size, sum(widths), self.dtype.itemsize, sparsity, self.device)
             products[site] = SparseProduct(size, widths, own, config, chunk, self.dtype)
         return products
 
@@ -242,12 +275,20 @@ class GpuStep:
             for name, shape in layer_shapes(spec).items():
                 tensor = getattr(layer, name)
                 if name in MATRICES:
-                    tensor = floats(tensor, "the compiled step")
+                    first = getattr(self._layers[0], name)
+                    if isinstance(tensor, PackedMatrix) or isinstance(first, PackedMatrix):
+                        self._check_packed(f"layer {i}, {name}", tensor, first, shape)
+                        continue
+                    tensor = floats(tensor, "the graph step")
                 if tensor is not None or name not in OPTIONAL:
                     self._check_tensor(f"layer {i}, {name}", tensor, shape)
-        ends = ((spec.vocab, spec.hidden), (spec.hidden,), (spec.vocab, spec.hidden))
-        for name, tensor, shape in zip(("embedding", "final_norm", "lm_head"), self._ends, ends, strict=True):
-            self._check_tensor(name, tensor, shape)
+        embedding, final_norm, lm_head = self._ends
+        self._check_tensor("final_norm", final_norm, (spec.hidden,))
+        for name, table in (("embedding", embedding), ("lm_head", lm_head)):
+            if isinstance(table, PackedMatrix):
+                self._check_packed(name, table, table, (spec.vocab, spec.hidden))
+            else:
+                self._check_tensor(name, floats(table, "the graph step"), (spec.vocab, spec.hidden))
         room = self._keys.shape[2]
         for name, tensor in zip(("cos", "sin"), self._rope, strict=True):
             self._check_tensor(name, tensor, (1 + max(spec.rope_of_layer), room, spec.head_dim))
@@ -255,6 +296,15 @@ class GpuStep:
             self._check_tensor(name, tensor[0, 0], (room, spec.head_dim))
             if tensor.shape != (count, spec.kv_heads, room, spec.head_dim) or tensor.stride() != self._keys.stride():
                 raise ValueError(f"{name} must be [layers, kv_heads, max_tokens, head_dim], not {list(tensor.shape)}")
+
+    def _check_packed(self, name: str, matrix: Matrix, like: Matrix, shape: tuple[int, ...]) -> None:
+        """`like`: a matrix whose layout it must share, since both are multiplied by one product."""
+        layout, wanted = (m.layout if isinstance(m, PackedMatrix) else m.kind for m in (matrix, like))
+        if (matrix.shape, matrix.dtype, matrix.device, layout) != (shape, self.dtype, self.device, wanted):
+            raise ValueError(
+                f"{name} must multiply {self.dtype} by {list(shape)} in {wanted} on {self.device}, "
+                f"not {matrix.dtype} by {list(matrix.shape)} in {layout} on {matrix.device}"
+            )
 
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape or tensor.dtype != self.dtype or tensor.device != self.device:

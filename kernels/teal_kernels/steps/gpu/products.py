@@ -1,4 +1,5 @@
-"""The products of a step, one object per site: sparse over a kept list, or dense through the vendor's library.
+"""The products of a step, one object per site: sparse over a kept list, or dense through the vendor's library. A dense
+product with packed rows is a sparse one that keeps all entries.
 
 Both read what a fused kernel wrote to their sink, and leave partial sums [splits, N] for the next fused kernel; a dense
 product has one row, in the model's dtype. Neither allocates while a step runs.
@@ -15,6 +16,7 @@ from teal_kernels.configs import GemvConfig
 from teal_kernels.matrix import Matrix
 from teal_kernels.ops.kept.op import Capture, Sink, chunk_for
 from teal_kernels.ops.sparse_gemv.gather import GatherGemv
+from teal_kernels.packed import PackedMatrix
 
 
 class Product(Protocol):
@@ -64,7 +66,8 @@ class SparseProduct:
         return Sink(kept.chunk, kept, self.thresholds[layer], self.tally[layer], None, capture)
 
     def __call__(self, layer: int, matrix: Matrix) -> Tensor:
-        return self._gemv.gather(matrix.data, self.thresholds[layer])
+        weight = matrix if isinstance(matrix, PackedMatrix) else matrix.data
+        return self._gemv.gather(weight, self.thresholds[layer])
 
 
 class DenseProduct:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
@@ -23,7 +23,7 @@ from teal_kernels.thresholds import Thresholds
 def gpu_step_reference(
     spec: StepSpec,
     layers: Sequence[LayerTensors],
-    ends: tuple[Tensor, Tensor, Tensor],
+    ends: tuple[Matrix, Tensor, Matrix],
     rope: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
@@ -47,7 +47,7 @@ def gpu_step_reference(
         return sparse_gemv_reference(x, weight, own, spec.segments(site))[None]
 
     eps, traits = spec.norm_eps, traits_in(spec.traits, ends[0].dtype)
-    hidden = ends[0][token] * traits.embedding_scale
+    hidden = ends[0].rows(torch.tensor([token], device=ends[0].device))[0] * traits.embedding_scale
     for i, w in enumerate(layers):
         cos, sin = (table[spec.rope_of_layer[i], position] for table in rope)
         x = rms_norm_reference(hidden, w.attn_norm, eps, traits)
@@ -63,7 +63,7 @@ def gpu_step_reference(
         x = swiglu_reference(gate_up, hidden.dtype, traits.activation)
         out = product(i, "mlp_mid", x, w.down)
         hidden = add_partials_reference(hidden, out, None, w.mlp_post_norm, eps, traits)
-    logits = F.linear(rms_norm_reference(hidden, ends[1], eps, traits), ends[2]) * traits.logit_scale
+    logits = linear(rms_norm_reference(hidden, ends[1], eps, traits), ends[2].tensor()) * traits.logit_scale
     if traits.logit_cap is not None:
         logits = torch.tanh(logits / traits.logit_cap) * traits.logit_cap
     return logits, {site: torch.stack(vectors) for site, vectors in rows.items()}

@@ -1,0 +1,1 @@
+"""Products with packed rows in Triton; `teal_kernels.packing` is the reference."""
