@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from teal_cli.data.prompts import PromptSource
 from teal_cli.decoding.sampling import Sampling
+from teal_cli.model.rope import head_order
 from teal_cli.model.weights import Checkpoint
 from teal_cli.runs.dump import Dump, DumpRequest
 from teal_cli.runs.session import open_session
@@ -56,12 +57,15 @@ def reference_model(path: Path) -> PreTrainedModel:
 def dequantised(parent: Path, quantised: Path) -> PreTrainedModel:
     """transformers' own float32 model of the parent, with the weights that the packed rows stand for."""
     model, checkpoint = reference_model(parent), Checkpoint(quantised)
+    order = head_order(checkpoint.config)
     for index, layer in enumerate(model.model.layers):
         weights = checkpoint.layer(index, torch.float32)
         for name, site in MATRICES.items():
             matrix = getattr(weights, name)
             assert isinstance(matrix, PackedMatrix)
             for part, columns in zip(SITE_PROJECTIONS[site], matrix.tensor().split(matrix.segments, 1), strict=True):
+                if part in "qk" and order is not None:  # back to the checkpoint's order of a head's channels
+                    columns = columns.unflatten(1, (-1, len(order)))[:, :, order.argsort()].flatten(1)
                 owner = layer.self_attn if part in "qkvo" else layer.mlp
                 owner.get_submodule(f"{part}_proj").weight.data.copy_(columns.t())
     model.get_input_embeddings().weight.data.copy_(checkpoint.embedding(torch.float32).tensor())

@@ -16,7 +16,7 @@ class Compared:
     """One thing that was measured, in each of the results.
 
     Attributes:
-        kind: kernel or decode.
+        kind: kernel, decode or prefill.
         identity: what was measured, heading -> value.
         values: microseconds of a product or decode steps per second, medians; None where a result has none.
         ratios: of each result after the first, how many times as fast it is; None where one of the two is missing.
@@ -52,7 +52,7 @@ def _compared(sample: Row, rows: Sequence[Row | None]) -> Compared:
     values = tuple(None if row is None else row.p50_us if isinstance(row, KernelRow) else row.p50 for row in rows)
     first = values[0]
     faster = [first / value if first and value else None for value in values[1:]]
-    if sample.kind == "decode":  # steps per second, so that more is faster
+    if sample.kind != "kernel":  # steps or tokens per second, so that more is faster
         faster = [None if ratio is None else 1 / ratio for ratio in faster]
     notes = ["missing" if row is None else "" if row.passed else row.check for row in rows]
     note = "; ".join(f"{number}: {text}" for number, text in enumerate(notes, 1) if text)
@@ -64,4 +64,4 @@ def _identity(row: Row) -> dict[str, Any]:
         level = percent(row.sparsity) if row.sparsity else "dense"
         size = f"{row.inputs}x{row.outputs}"
         return {"matrix": row.matrix, "size": size, "dtype": row.dtype, "level": level, "product": row.product}
-    return {"model": row.model, "engine": row.label, "dtype": row.dtype, "tokens": row.tokens}
+    return {"model": row.model, "engine": row.label, "dtype": row.weights or row.dtype, "tokens": row.tokens}

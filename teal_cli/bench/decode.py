@@ -5,9 +5,10 @@ Puts a subject, engines, checks and the clock together and yields rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from teal_cli.bench.bandwidth import READ, ReadProbe
 from teal_cli.bench.checks import Check, Follower, check_greedy, check_logits
-from teal_cli.bench.engines import Dumping, Engine, LlamaCpp, Teal, Transformers, store_header
+from teal_cli.bench.engines import Busy, Dumping, Engine, LlamaCpp, Teal, Transformers, bits_of, store_header
+from teal_cli.bench.quality import Quality
 from teal_cli.bench.rows import DecodeRow, Progress
 from teal_cli.bench.subjects import Subject
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
@@ -28,6 +30,7 @@ from teal_cli.runs.plans import Level
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.plan import uniform_plan
 from teal_kernels.backends import BackendError
+from teal_kernels.matrix import FloatMatrix
 from teal_kernels.spec import PROJECTIONS
 
 _CHECKED_STEPS = 3
@@ -49,6 +52,8 @@ class DecodeRequest:
         dumped_blocks: blocks of its store that a dump fills in each run, if the context has room.
         transformers: compare with its `generate` (not for a stack).
         gguf: files of the same model to run with llama.cpp.
+        busy: processes that each keep a core busy; our decoder is measured again beside them.
+        quality: how text is scored for perplexity; None for none.
         probe_bytes: memory for measuring bandwidth; by default several times the cache.
     """
 
@@ -60,6 +65,8 @@ class DecodeRequest:
     dumped_blocks: int = 2
     transformers: bool = True
     gguf: list[Path] = field(default_factory=list)
+    busy: int = 0
+    quality: Quality | None = None
     probe_bytes: int | None = None
 
 
@@ -71,38 +78,84 @@ class _Entry:
     check: Check
     label: str
     dump: bool = False
+    idle: str | None = None
+    """Beside busy processes: the label of the same engine without them."""
 
 
-def bench_decode(subject: Subject, request: DecodeRequest) -> Iterator[Progress | DecodeRow]:
+def bench_decode(
+    subject: Subject, request: DecodeRequest, others: Sequence[Subject] = ()
+) -> Iterator[Progress | DecodeRow]:
     """Measure; an engine whose check fails is not timed and its row says so.
+
+    Args:
+        others: the same model in other weights, whose dense and sparse steps take part.
 
     Raises:
         UsageError: the tokens do not fit the model's context.
         TealError: a GGUF that is not of this model.
     """
     probe = ReadProbe(subject.model.device, request.probe_bytes)
-    yield from _compare(subject, request, probe)
+    yield from _compare([subject, *others], request, probe)
     for sparsity in request.dumps:
         yield from _dump(subject, request, probe, sparsity)
 
 
-def _compare(subject: Subject, request: DecodeRequest, probe: ReadProbe) -> Iterator[Progress | DecodeRow]:
+def _compare(subjects: list[Subject], request: DecodeRequest, probe: ReadProbe) -> Iterator[Progress | DecodeRow]:
     """All engines, without a dump."""
-    yield Progress(0, request.rounds, f"Checking {subject.name}")
-    bench = _Bench(subject, request.new_tokens)
-    bench.tokenwise(Teal(subject, bench.cache, 0.0, request.new_tokens, plain=True))
-    for sparsity in dict.fromkeys((0.0, *request.sparsities)):
-        bench.stepwise(sparsity)
-    if request.transformers and subject.checkpoint is not None:
-        bench.tokenwise(Transformers(subject, request.new_tokens))
+    first = subjects[0]
+    yield Progress(0, request.rounds, f"Checking {first.name}")
+    benches = [_Bench(subject, request.new_tokens, subject is not first) for subject in subjects]
+    bench = benches[0]
+    if isinstance(first.model.layers[0].down, FloatMatrix):  # packed, every step would unpack the whole model
+        bench.tokenwise(Teal(first, bench.cache, 0.0, request.new_tokens, plain=True))
+    for each in benches:
+        for sparsity in dict.fromkeys((0.0, *request.sparsities)):
+            each.stepwise(sparsity)
+    if request.transformers and first.checkpoint is not None:
+        bench.tokenwise(Transformers(first, request.new_tokens))
     for file in request.gguf:
-        bench.tokenwise(LlamaCpp(subject, file, request.new_tokens))
+        bench.tokenwise(LlamaCpp(first, file, request.new_tokens))
+    for each in benches:
+        each.beside_busy(request.busy)
     seconds: Seconds = {}
-    for done in bench.rounds(probe, request, seconds):
-        yield Progress(done, request.rounds, f"Decoding {subject.name}")
-    peers = [entry.label for entry in bench.entries if entry.engine.sparsity == 0 and entry.check.passed]
-    for entry in bench.entries:
-        yield bench.row(entry, seconds, peers)
+    every = [entry for each in benches for entry in each.entries]
+    for done in _rounds(every, probe, request, seconds):
+        yield Progress(done, request.rounds, f"Decoding {first.name}")
+    quality: dict[str, dict[float, float]] = {}
+    if request.quality is not None:
+        for subject in subjects:
+            yield Progress(0, request.rounds, f"Scoring text with {subject.name}")
+            quality[subject.name] = request.quality.of(subject, request.sparsities)
+        for entry in bench.entries:
+            if isinstance(entry.engine, LlamaCpp):
+                yield Progress(0, request.rounds, f"Scoring text with {entry.label}")
+                quality[entry.label] = {0.0: request.quality.of_llama(entry.engine)}
+    dense = [entry for entry in every if entry.engine.sparsity == 0 and entry.check.passed and not entry.idle]
+    for each in benches:
+        for entry in each.entries:
+            row = each.row(entry, seconds, [peer.label for peer in dense])
+            scored = quality.get(entry.label) or quality.get(row.model, {})
+            yield replace(row, perplexity=scored.get(row.sparsity), **_best_peer(entry, dense, seconds))
+
+
+def _best_peer(entry: _Entry, dense: list[_Entry], seconds: Seconds) -> dict[str, Any]:
+    """The fastest engine that is not ours, of as many bits a weight, and how much faster than it this one is."""
+    bits, taken = bits_of(entry.engine.weights), seconds.get(entry.label)
+    peers = [
+        peer.label
+        for peer in dense
+        if not isinstance(peer.engine, Teal) and peer.label != entry.label and bits_of(peer.engine.weights) == bits
+    ]
+    if not peers or not taken:
+        return {}
+    best = min(peers, key=lambda label: Spread.of(seconds[label]).p50)
+    return {"best_peer": best, "to_best_peer": median_ratio(seconds[best], taken)}
+
+
+def _rounds(entries: list[_Entry], probe: ReadProbe, request: DecodeRequest, seconds: Seconds) -> Iterator[int]:
+    """Time what passed its check, into `seconds`."""
+    timed = [Contender(entry.label, entry.engine.seconds) for entry in entries if entry.check.passed]
+    return interleave([probe.contender(), *timed], request.rounds, request.seed, seconds)
 
 
 def _dump(
@@ -115,7 +168,7 @@ def _dump(
     bare = bench.stepwise(sparsity)
     dumped = bench.dumping(bare)
     seconds: Seconds = {}
-    for done in bench.rounds(probe, request, seconds):
+    for done in _rounds(bench.entries, probe, request, seconds):
         yield Progress(done, request.rounds, f"Dumping {subject.name} at {sparsity:.2f}")
     yield bench.row(bare, seconds, [])
     yield bench.row(dumped, seconds, [], bare.label)
@@ -164,7 +217,7 @@ def bench_plan(
     uniform.label = f"uniform for {level.label}"
     bench.entries.append(uniform)
     seconds: Seconds = {}
-    for done in bench.rounds(ReadProbe(subject.model.device, request.probe_bytes), request, seconds):
+    for done in _rounds(bench.entries, ReadProbe(subject.model.device, request.probe_bytes), request, seconds):
         yield Progress(done, request.rounds, f"Decoding {subject.name} under {level.label}")
     taken = {entry.label: seconds.get(entry.label) for entry in bench.entries}
     plan_s, uniform_s = taken[planned.label], taken[uniform.label]
@@ -174,9 +227,13 @@ def bench_plan(
 
 
 class _Bench:
-    """Engines over one cache: their checks, their rounds, their rows."""
+    """Engines over one cache: their checks and their rows.
 
-    def __init__(self, subject: Subject, new_tokens: int) -> None:
+    Args:
+        named: labels say the subject's name, too, since it is not the first of the comparison.
+    """
+
+    def __init__(self, subject: Subject, new_tokens: int, named: bool = False) -> None:
         if len(subject.prompt) + new_tokens > subject.config.context:
             raise UsageError(
                 f"a prompt of {len(subject.prompt)} tokens and {new_tokens} new ones do not fit the context of "
@@ -186,11 +243,13 @@ class _Bench:
         self.cache = subject.model.cache(len(subject.prompt) + new_tokens)
         self.entries: list[_Entry] = []
         self._subject, self._new_tokens = subject, new_tokens
+        self._prefix = f"{subject.name} " if named else ""
 
     def stepwise(self, sparsity: float) -> _Entry:
         """Our decoder, its steps held against PyTorch's on the same tokens."""
         engine = Teal(self._subject, self.cache, sparsity, self._new_tokens)
-        entry = _Entry(engine, self._check_steps(engine), "dense" if sparsity == 0 else f"{sparsity:.2f}")
+        level = "dense" if sparsity == 0 else f"{sparsity:.2f}"
+        entry = _Entry(engine, self._check_steps(engine), self._prefix + level)
         engine.decoder.count_anew()
         self.entries.append(entry)
         return entry
@@ -201,12 +260,19 @@ class _Bench:
         prompt, tokens = list(self._subject.prompt), engine.tokens
         if len(tokens) == self._new_tokens:
             logits = self._dense_logits(prompt + tokens[:-1])[len(prompt) - 1 :]
-            check = check_greedy(logits, torch.tensor(tokens, device=logits.device))
+            bits = min(bits_of(engine.weights), bits_of(self._subject.weights))
+            check = check_greedy(logits, torch.tensor(tokens, device=logits.device), bits)
         else:
             check = Check(float("nan"), 0.0)
         entry = _Entry(engine, check, engine.name)
         self.entries.append(entry)
         return entry
+
+    def beside_busy(self, processes: int) -> None:
+        """Our steps again, beside processes that keep a core busy."""
+        for entry in [e for e in self.entries if processes and isinstance(e.engine, Teal) and e.engine.name == "teal"]:
+            engine = Busy(entry.engine, processes)
+            self.entries.append(_Entry(engine, entry.check, f"{entry.label} beside {processes}", idle=entry.label))
 
     def dumping(self, bare: _Entry) -> _Entry:
         """The same decoder with a dump, which must not change a token."""
@@ -255,11 +321,6 @@ class _Bench:
         assert kept is not None
         return float((kept * self._subject.config.outputs()).sum())
 
-    def rounds(self, probe: ReadProbe, request: DecodeRequest, seconds: Seconds) -> Iterator[int]:
-        """Time what passed its check, into `seconds`."""
-        timed = [Contender(entry.label, entry.engine.seconds) for entry in self.entries if entry.check.passed]
-        return interleave([probe.contender(), *timed], request.rounds, request.seed, seconds)
-
     def row(self, entry: _Entry, seconds: Seconds, peers: list[str], undumped: str | None = None) -> DecodeRow:
         """The row of an engine.
 
@@ -275,6 +336,8 @@ class _Bench:
         kept = engine.kept() if taken else None
         size = self._step_bytes(engine, kept)
         sizes = config.projection_sizes()
+        busy = entry.engine.processes if isinstance(entry.engine, Busy) else 0
+        to_idle = median_ratio(taken, seconds[entry.idle]) if taken and entry.idle else None
         dropped = np.zeros(len(PROJECTIONS)) if kept is None else 1 - kept.mean(0) / config.inputs()
         return DecodeRow(
             model=self._subject.name, layers=config.layers, dtype=self._subject.dtype, engine=engine.name,
@@ -289,6 +352,8 @@ class _Bench:
             faster_than={p: median_ratio(seconds[p], taken) for p in peers if taken and p != entry.label},
             to_undumped=median_ratio(taken, seconds[undumped]) if taken and undumped else None,
             read_p20=reading.p20 / 1e9, read_p80=reading.p80 / 1e9,
+            weights=engine.weights, busy=busy, to_idle=to_idle,
+            to_fair_share=to_idle * fair_share(busy) if to_idle else None,
         )  # fmt: skip
 
     def _step_bytes(self, engine: Engine, kept: NDArray[np.float64] | None) -> float:
@@ -300,3 +365,9 @@ class _Bench:
         if weights is None:
             return size
         return weights + size - step_bytes(model, 0)
+
+
+def fair_share(busy: int) -> float:
+    """What is left to our threads, as a share of all, where each busy process takes half of a core of one of them."""
+    threads = torch.get_num_threads()
+    return max(0.5, 1 - busy / (2 * threads))

@@ -7,9 +7,13 @@ our dense model.
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +31,9 @@ from teal_cli.model.cache import KVCache
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import SITES
 
+_UNTIL_BUSY = 0.1
+"""Seconds after which a Python that was started runs its loop."""
+
 GREEDY = Sampling(temperature=0.0, top_k=0, seed=0)
 
 
@@ -34,13 +41,14 @@ class Engine(Protocol):
     """One way to decode.
 
     Attributes:
-        name: what the user sees. backend: what ran the step.
+        name: what the user sees. backend: what ran the step. weights: kind of its matrices, see `DecodeRow`.
         sparsity: target; 0 for dense.
         tokens: new ids of the last run.
     """
 
     name: str
     backend: str
+    weights: str
     sparsity: float
     tokens: list[int]
 
@@ -83,7 +91,7 @@ class Teal:
             else open_step(model, cache, thresholds, subject.backend, sparsity)
         )
         self.name = "torch" if plain else "teal"
-        self.backend, self.sparsity = step.backend, sparsity
+        self.backend, self.weights, self.sparsity = step.backend, subject.weights, sparsity
         self.decoder = Decoder(model, cache, step)
         self.tokens: list[int] = []
         self._prompt, self._new_tokens = subject.prompt, new_tokens
@@ -107,7 +115,7 @@ class Dumping:
     """Our decoder with a dump: into a store of its own each time, until all of it is committed to disk."""
 
     def __init__(self, subject: Subject, engine: Teal, new_tokens: int) -> None:
-        self.name, self.backend, self.sparsity = "teal", engine.backend, engine.sparsity
+        self.name, self.backend, self.weights, self.sparsity = "teal", engine.backend, engine.weights, engine.sparsity
         self.tokens: list[int] = []
         self._engine, self._steps, self._device = engine, new_tokens - 1, str(subject.model.device)
         self._header = store_header(subject)
@@ -139,6 +147,34 @@ class Dumping:
         return None
 
 
+class Busy:
+    """An engine beside processes that each keep a core busy. They live while it is timed."""
+
+    def __init__(self, engine: Engine, processes: int) -> None:
+        self.name, self.backend, self.weights = engine.name, engine.backend, engine.weights
+        self.sparsity, self.tokens = engine.sparsity, engine.tokens
+        self._engine, self.processes = engine, processes
+
+    def seconds(self) -> float:
+        command = [sys.executable, "-S", "-c", "while True: pass"]
+        others = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for _ in range(self.processes)]
+        try:
+            time.sleep(_UNTIL_BUSY)
+            taken = self._engine.seconds()
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+        self.tokens = self._engine.tokens
+        return taken
+
+    def kept(self) -> NDArray[np.float64] | None:
+        return self._engine.kept()
+
+    def weight_bytes(self) -> int | None:
+        return self._engine.weight_bytes()
+
+
 def store_header(subject: Subject) -> StoreHeader:
     """Of the temporary store; nobody reads it."""
     config = subject.config
@@ -163,7 +199,7 @@ class Transformers(_DenseEngine):
         self._model = AutoModelForCausalLM.from_pretrained(
             subject.checkpoint, dtype=subject.model.dtype, local_files_only=True
         ).to(subject.model.device)
-        self.backend = str(self._model.config._attn_implementation)
+        self.backend, self.weights = str(self._model.config._attn_implementation), subject.dtype
         self.tokens: list[int] = []
         self._prompt = torch.tensor([subject.prompt], device=subject.model.device)
         # No end of sequence, as in the other engines; pad is asked for and unused.
@@ -175,6 +211,11 @@ class Transformers(_DenseEngine):
         out = self._model.generate(self._prompt, attention_mask=torch.ones_like(self._prompt), streamer=stamps)
         self.tokens = out[0, self._prompt.shape[1] :].tolist()
         return stamps.per_step()
+
+    @torch.inference_mode()
+    def read_prompt(self) -> int:
+        """The most likely token after the prompt."""
+        return int(self._model(self._prompt, logits_to_keep=1).logits[0, -1].argmax())
 
 
 class _Stamps:
@@ -204,13 +245,19 @@ class LlamaCpp(_DenseEngine):
         if on_gpu and not llama_cpp.llama_supports_gpu_offload():
             raise HardwareError("this llama.cpp was built without a GPU", hint="leave out --gguf, or use --device cpu")
         threads = torch.get_num_threads()
-        try:
-            self._llama = llama_cpp.Llama(
-                str(file), n_ctx=len(subject.prompt) + new_tokens, n_threads=threads, n_threads_batch=threads,
-                n_gpu_layers=-1 if on_gpu else 0, verbose=False,
-            )  # fmt: skip
-        except ValueError as error:
-            raise TealError(f"llama.cpp cannot load {file}: {error}", hint="is it a GGUF of this model?") from None
+
+        def open_file(**options: Any) -> Any:
+            try:
+                return llama_cpp.Llama(
+                    str(file), n_threads=threads, n_threads_batch=threads, n_gpu_layers=-1 if on_gpu else 0,
+                    verbose=False, **options,
+                )  # fmt: skip
+            except ValueError as error:
+                raise TealError(f"llama.cpp cannot load {file}: {error}", hint="is it a GGUF of this model?") from None
+
+        self._open = open_file
+        self._scoring: Any = None
+        self._llama = open_file(n_ctx=len(subject.prompt) + new_tokens)
         if self._llama.n_vocab() != subject.config.vocab:
             raise TealError(
                 f"{file} has {self._llama.n_vocab()} tokens and {subject.name} has {subject.config.vocab}",
@@ -219,7 +266,7 @@ class LlamaCpp(_DenseEngine):
         self.name = f"llama.cpp {file.name}"
         self.backend = "GPU" if on_gpu else "CPU"
         self.tokens: list[int] = []
-        self._weight_bytes = gguf_bytes(file)
+        self._weight_bytes, self.weights = gguf_bytes(file), gguf_type(file)
         self._prompt, self._new_tokens = list(subject.prompt), new_tokens
 
     def seconds(self) -> float:
@@ -235,6 +282,22 @@ class LlamaCpp(_DenseEngine):
 
     def weight_bytes(self) -> int | None:
         return self._weight_bytes
+
+    def read_prompt(self) -> int:
+        """The most likely token after the prompt, which is read anew."""
+        self._llama.reset()
+        return int(next(self._llama.generate(self._prompt, temp=0.0)))
+
+    def log_probabilities(self, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log-probability of each target, the tokens that follow the last inputs; float64 [T], in nats."""
+        if self._scoring is None:
+            self._scoring = self._open(n_ctx=len(inputs), logits_all=True)
+        self._scoring.reset()
+        self._scoring.eval(inputs.tolist())
+        logits = torch.from_numpy(np.asarray(self._scoring.scores[len(inputs) - len(targets) : len(inputs)])).double()
+        chosen = torch.from_numpy(targets)[:, None]
+        found: NDArray[np.float64] = logits.log_softmax(-1).gather(1, chosen)[:, 0].numpy()
+        return found
 
 
 def check_gguf(files: list[Path]) -> None:
@@ -254,6 +317,21 @@ def check_gguf(files: list[Path]) -> None:
     for file in files:
         if not file.is_file():
             raise NotFoundError(f"there is no file {file}", hint="--gguf takes a GGUF of the model that is measured")
+
+
+def gguf_type(file: Path) -> str:
+    """The type of most weights of a GGUF, as llama.cpp calls it, in small letters: f16, q8_0, q4_0."""
+    from gguf import GGUFReader
+
+    sizes: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        sizes[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    return sizes.most_common(1)[0][0]
+
+
+def bits_of(weights: str) -> int:
+    """Bits of a weight, without its scales: 16 of bfloat16 and f16, 4 of int4 and q4_1."""
+    return int(re.sub(r"^[a-z]+", "", weights).split("_")[0])
 
 
 def gguf_bytes(file: Path) -> int:

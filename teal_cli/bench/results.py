@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.bench.machine import Machine
-from teal_cli.bench.rows import DecodeRow, KernelRow, Row
+from teal_cli.bench.rows import DecodeRow, KernelRow, PrefillRow, Row
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, read_json, write_json
 
@@ -20,7 +20,7 @@ SCHEMA: Final = "teal-bench/1"
 STEADY: Final = 0.15
 """The bandwidth reading may move by so much within a run; beyond it floors are told to be uncertain."""
 
-_ROWS: Final = {"kernel": KernelRow, "decode": DecodeRow}
+_ROWS: Final = {"kernel": KernelRow, "decode": DecodeRow, "prefill": PrefillRow}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Result:
     """One run of `teal bench`.
 
     Attributes:
-        command: kernels or decode.
+        command: kernels, decode or prefill.
         settings: what was asked for, JSON values.
     """
 

@@ -95,6 +95,11 @@ class DecodeRow:
         to_undumped: time with the dump over the time without it, median over rounds.
         plan: name of the plan, or of the uniform plan beside it. to_uniform: how many times faster a plan is than the
             uniform plan that reads as many bytes, median over rounds.
+        weights: bfloat16, int8, int4, or the most frequent type of a GGUF's matrices, such as q4_0.
+        perplexity: of this engine at this level, where it was asked for.
+        best_peer: the fastest other engine whose weights have as many bits; to_best_peer: how many times faster.
+        busy: other processes that each kept a core busy. to_idle: time with them over the time without, median over
+            rounds. to_fair_share: the same over what is fair, where each of them takes half of a core.
     """
 
     model: str
@@ -124,6 +129,13 @@ class DecodeRow:
     to_uniform: float | None = None
     read_p20: float | None = None
     read_p80: float | None = None
+    weights: str = ""
+    perplexity: float | None = None
+    best_peer: str | None = None
+    to_best_peer: float | None = None
+    busy: int = 0
+    to_idle: float | None = None
+    to_fair_share: float | None = None
     kind: Literal["decode"] = "decode"
 
     @property
@@ -134,11 +146,52 @@ class DecodeRow:
         if self.plan is not None:
             return f"{self.engine} {self.plan}"
         level = percent(self.sparsity) if self.sparsity else "dense"
-        return f"{self.engine} {level}{' + dump' if self.dump else ''}"
+        busy = f" beside {self.busy} busy" if self.busy else ""
+        return f"{self.engine} {level}{' + dump' if self.dump else ''}{busy}"
 
     @property
     def passed(self) -> bool:
         return self.check == "passed"
 
 
-Row = KernelRow | DecodeRow
+@dataclass(frozen=True)
+class PrefillRow:
+    """One way to read a prompt.
+
+    Attributes:
+        model, layers, dtype, weights, engine: as in `DecodeRow`.
+        tokens: of the prompt.
+        check: "passed", or how it failed. error: what the check measured.
+        rounds: rounds; p20, p50, p80: tokens per second, quantiles over the rounds.
+        faster_than: how many times faster than each other engine; median over rounds.
+    """
+
+    model: str
+    layers: int
+    dtype: str
+    weights: str
+    engine: str
+    tokens: int
+    check: str
+    error: float | None
+    rounds: int
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    read_gbps: float
+    read_p20: float | None = None
+    read_p80: float | None = None
+    faster_than: dict[str, float] = field(default_factory=dict)
+    kind: Literal["prefill"] = "prefill"
+
+    @property
+    def label(self) -> str:
+        """What it is, in a few words."""
+        return self.engine
+
+    @property
+    def passed(self) -> bool:
+        return self.check == "passed"
+
+
+Row = KernelRow | DecodeRow | PrefillRow

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from teal_cli.bench.compare import compare
 from teal_cli.bench.results import Result
-from teal_cli.bench.rows import DecodeRow, KernelRow
+from teal_cli.bench.rows import DecodeRow, KernelRow, PrefillRow
 from teal_cli.errors import counted
 from teal_cli.ui.table import percent, show_table
 
@@ -33,6 +33,29 @@ def show(console: Console, result: Result) -> None:
     if decodes:
         console.print()
         _show_decodes(console, decodes, "" if result.firm else "~")
+    prefills = [row for row in result.rows if isinstance(row, PrefillRow)]
+    if prefills:
+        console.print()
+        _show_prefills(console, prefills)
+
+
+def _show_prefills(console: Console, rows: list[PrefillRow]) -> None:
+    peers = list(dict.fromkeys(peer for row in rows for peer in row.faster_than))
+    headings = ("engine", "weights", ">tokens", ">p20", ">tok/s", ">p80", *(f">x {peer}" for peer in peers), "check")
+    lines = (
+        (
+            row.engine,
+            row.weights,
+            str(row.tokens),
+            _figure(row.p20, 0),
+            _figure(row.p50, 0),
+            _figure(row.p80, 0),
+            *(_figure(row.faster_than.get(peer), 2) for peer in peers),
+            row.check,
+        )
+        for row in rows
+    )
+    show_table(console, headings, lines)
 
 
 def _show_kernels(console: Console, rows: list[KernelRow], about: str) -> None:
@@ -61,28 +84,40 @@ def _show_kernels(console: Console, rows: list[KernelRow], about: str) -> None:
 
 def _show_decodes(console: Console, rows: list[DecodeRow], about: str) -> None:
     peers = list(dict.fromkeys(peer for row in rows for peer in row.faster_than))
-    first = ("model", "engine", "backend", ">dropped", ">p20", ">tok/s", ">p80", ">GB/s", ">floor", ">/floor")
-    headings = (*first, *(f">x {peer}" for peer in peers), ">dump", ">x uniform", "check")
+    first = ("model", "weights", "engine", "backend", ">dropped", ">p20", ">tok/s", ">p80")
+    limits = (">MB/tok", ">GB/s", ">floor", ">/floor")
+    scored = any(row.perplexity for row in rows)
+    peered, busy = any(row.best_peer for row in rows), any(row.busy for row in rows)
+    headings = (
+        *first, *limits, *((">perplexity",) if scored else ()), *(f">x {peer}" for peer in peers),
+        *((">x best of equal bits",) if peered else ()), *((">/idle", ">/fair share") if busy else ()), ">dump",
+        ">x uniform", "check",
+    )  # fmt: skip
     lines = (
         (
             row.model,
+            row.weights,
             row.label,
             row.backend,
             f"{row.realised:.1%}" if row.realised else "",
             _figure(row.p20, 1),
             _figure(row.p50, 1),
             _figure(row.p80, 1),
+            _figure(row.bytes / 1e6, 1),
             _figure(row.gbps, 1),
             _figure(row.floor, 1, about),
             _figure(row.to_floor, 2, about),
+            *((_figure(row.perplexity, 2),) if scored else ()),
             *(_figure(row.faster_than.get(peer), 2) for peer in peers),
+            *((_figure(row.to_best_peer, 2),) if peered else ()),
+            *((_figure(row.to_idle, 2), _figure(row.to_fair_share, 2)) if busy else ()),
             f"{row.to_undumped - 1:+.1%}" if row.to_undumped else "",
             _figure(row.to_uniform, 3),
             row.check,
         )
         for row in rows
     )
-    show_table(console, headings, lines, keys=2)
+    show_table(console, headings, lines, keys=3)
 
 
 def _show_reading(console: Console, result: Result) -> None:

@@ -10,20 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal_cli import settings
+from teal_cli.commands.bench_runs import finish, open_model, open_stack
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_file
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
-from teal_cli.ui.output import Output, output
-from teal_cli.ui.progress import progress
+from teal_cli.ui.output import output
 
 if TYPE_CHECKING:
-    import torch
-
     from teal_cli.bench.rows import Progress, Row
     from teal_cli.bench.shapes import MatrixShape
-    from teal_cli.bench.subjects import Subject
-    from teal_cli.runs.session import Session
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
@@ -55,6 +51,35 @@ OutputOption = Annotated[
     Path | None,
     typer.Option(
         "--output", "-o", metavar="FILE", help="Write the rows as JSON, for `teal plot bench`.", show_default="no file"
+    ),
+]
+StacksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stack",
+        metavar="SHAPE:LAYERS",
+        help="Random layers of a real shape, such as llama-2-7b:4, which need no checkpoint; may be repeated.",
+        show_default="the model",
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="LIST",
+        help="int8, int4, with commas: in the same rounds, too, what `teal quantize` made of the model, or the stack "
+        "rounded.",
+        show_default="only its own",
+    ),
+]
+TransformersOption = Annotated[bool, typer.Option("--transformers/--no-transformers", help="Also run transformers.")]
+GgufOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--gguf",
+        metavar="FILE",
+        help="A GGUF of the same model to run with llama.cpp; may be repeated.",
+        show_default="none",
     ),
 ]
 
@@ -138,7 +163,7 @@ def kernels(
     )  # fmt: skip
     asked = {"shapes": shapes, "model": model, "dtypes": dtypes, "sparsities": levels, "rounds": request.rounds,
              "seed": request.seed, "replay": str(replay) if replay else None, "tune": tune, "quick": quick}  # fmt: skip
-    _finish(out, "kernels", request.device, asked, [bench_kernels(request)], path, "matrices")
+    finish(out, "kernels", request.device, asked, [bench_kernels(request)], path, "matrices")
 
 
 @app.command()
@@ -146,15 +171,8 @@ def decode(
     context: typer.Context,
     *,
     model: options.ModelOption = None,
-    stacks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stack",
-            metavar="SHAPE:LAYERS",
-            help="Random layers of a real shape, such as llama-2-7b:4, which need no checkpoint; may be repeated.",
-            show_default="the model",
-        ),
-    ] = None,
+    stacks: StacksOption = None,
+    weights: WeightsOption = None,
     sparsity: LevelsOption = None,
     plan: Annotated[
         list[str] | None,
@@ -166,18 +184,17 @@ def decode(
         ),
     ] = None,
     dump: Annotated[bool, typer.Option("--dump/--no-dump", help="Also decode into a temporary store.")] = True,
-    transformers: Annotated[
-        bool, typer.Option("--transformers/--no-transformers", help="Also run transformers' generate.")
-    ] = True,
-    gguf: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--gguf",
-            metavar="FILE",
-            help="A GGUF of the same model to run with llama.cpp; may be repeated.",
-            show_default="none",
-        ),
-    ] = None,
+    transformers: TransformersOption = True,
+    gguf: GgufOption = None,
+    quality: Annotated[
+        bool, typer.Option("--with-quality", help="Also the perplexity of each, over the text of --dataset.")
+    ] = False,
+    dataset: Annotated[
+        str, typer.Option("--dataset", "-d", metavar="SOURCE", help="With --with-quality: what is scored.")
+    ] = "python-docs",
+    busy: Annotated[
+        int, typer.Option("--busy", min=0, metavar="N", help="Again beside N processes that each keep a core busy.")
+    ] = 0,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", min=3, metavar="N", help="New tokens per run.", show_default="64, or 32 with --quick"),
@@ -208,8 +225,10 @@ def decode(
     """
     from teal_cli.bench.decode import DecodeRequest, bench_decode, bench_plan
     from teal_cli.bench.engines import check_gguf
+    from teal_cli.bench.quality import Quality
     from teal_cli.bench.shapes import parse_stack
-    from teal_cli.bench.subjects import registered
+    from teal_cli.bench.subjects import children, packed, parse_widths, registered
+    from teal_cli.runs.calibrate import Text
     from teal_cli.runs.session import choose_device
 
     out = output(json, quiet)
@@ -223,30 +242,36 @@ def decode(
     shapes = [parse_stack(text) for text in stacks or ()]
     levels = _levels(sparsity or (QUICK_LEVELS if quick else LEVELS), None)
     dumped = (0.5 if 0.5 in levels else levels[0],) if dump else ()
+    widths = parse_widths(weights)
+    text = Text(dataset, num_sequences=8, seq_len=512)
     request = DecodeRequest(
         levels, dumped, tokens or (32 if quick else 64), rounds or (5 if quick else 15), seed or 0,
-        dumped_blocks=1 if quick else 2, transformers=transformers, gguf=gguf or [],
+        dumped_blocks=1 if quick else 2, transformers=transformers, gguf=gguf or [], busy=busy,
+        quality=Quality(text, calibration) if quality else None,
     )  # fmt: skip
     where = choose_device(device)
     chosen = {"dtype": dtype, "backend": backend}
 
     def measured() -> Iterator[Iterable[Progress | Row]]:
         if named or not shapes:
-            session = _session(out, model, str(where), calibration, chosen, asked)
+            session = open_model(out, model, str(where), calibration, chosen, asked)
             planned = session.levels((), plan) if plan else ()
             subject = registered(session, levels, prompt_tokens)
-            yield bench_decode(subject, request)
+            others = children(subject, widths, levels, device=str(where), calibration=calibration, **chosen)
+            yield bench_decode(subject, request, others)
             for level in planned:
                 yield bench_plan(subject, level, session.calibration, request)
         for shape in shapes:
-            subject = _stack(shape, where, levels, prompt_tokens, request.seed, chosen)
-            yield bench_decode(subject, replace(request, gguf=[]))  # a GGUF is of the model
+            subject = open_stack(shape, where, levels, prompt_tokens, request.seed, chosen)
+            others = [packed(subject, width) for width in widths]
+            yield bench_decode(subject, replace(request, gguf=[], quality=None), others)  # these are of the model
 
     asked = {"model": model, "calibration": calibration, "stacks": stacks or [], "sparsities": levels,
              "plans": plan or [], "dump": dump, "tokens": request.new_tokens,
              "prompt_tokens": prompt_tokens, "rounds": request.rounds, "seed": request.seed, **chosen,
-             "gguf": [file.name for file in gguf or ()], "transformers": transformers, "quick": quick}  # fmt: skip
-    _finish(out, "decode", where, asked, measured(), path, "rounds")
+             "gguf": [file.name for file in gguf or ()], "transformers": transformers, "quick": quick,
+             "weights": widths, "busy": busy, "quality": text.dataset if quality else None}  # fmt: skip
+    finish(out, "decode", where, asked, measured(), path, "rounds")
 
 
 @app.command()
@@ -277,49 +302,62 @@ def show(
         out.result(as_dict(results), lambda console: show_side_by_side(console, results))
 
 
-def _session(
-    out: Output,
-    model: str | None,
-    device: str,
-    calibration: str | None,
-    chosen: dict[str, Any],
-    asked: dict[str, Any],
-) -> Session:
-    """The model with its calibration; both names go into `asked`, which the result records."""
-    from teal_cli.runs.session import open_session
+@app.command()
+def prefill(
+    context: typer.Context,
+    *,
+    model: options.ModelOption = None,
+    stacks: StacksOption = None,
+    weights: WeightsOption = None,
+    transformers: TransformersOption = True,
+    gguf: GgufOption = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens of the prompt.")] = 512,
+    rounds: RoundsOption = None,
+    quick: QuickOption = False,
+    seed: options.FixedSeedOption = None,
+    dtype: options.DtypeOption = None,
+    device: options.DeviceOption,
+    path: OutputOption = None,
+    force: options.ForceOption = False,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Prompt tokens per second, which is also the speed of calibrating, evaluating and forced dumps.
 
-    session = open_session(model, device=device, calibration=calibration, **chosen, load=False)
-    out.note(f"calibration {session.calibration.id} of {session.entry.name}")
-    for note in session.notes:
-        out.note(note)
-    asked["model"], asked["calibration"] = session.entry.name, session.calibration.id
-    return session
+    Every engine reads the same prompt, dense, in the same rounds.
 
+    Examples:
+        teal bench prefill --quick --no-transformers --tokens 64
+    """
+    from teal_cli.bench.engines import check_gguf
+    from teal_cli.bench.prefill import PrefillRequest, bench_prefill
+    from teal_cli.bench.shapes import parse_stack
+    from teal_cli.bench.subjects import children, packed, parse_widths, registered
+    from teal_cli.runs.session import choose_device
 
-def _stack(
-    parsed: tuple[str, Any, int],
-    device: torch.device,
-    levels: tuple[float, ...],
-    prompt_tokens: int,
-    seed: int,
-    chosen: dict[str, Any],
-) -> Subject:
-    from teal_cli.bench.subjects import stack
-    from teal_cli.runs.session import DTYPES
+    out = output(json, quiet)
+    _check_path(path, force)
+    check_gguf(gguf or [])
+    widths, where = parse_widths(weights), choose_device(device)
+    request = PrefillRequest(rounds or (3 if quick else 9), seed or 0, transformers, gguf or [])
+    chosen = {"dtype": dtype, "backend": None}
+    asked: dict[str, Any] = {
+        "model": model, "stacks": stacks or [], "weights": widths, "tokens": tokens, "rounds": request.rounds,
+        "seed": request.seed, "dtype": dtype, "gguf": [file.name for file in gguf or ()], "transformers": transformers,
+    }  # fmt: skip
 
-    name, shape, layers = parsed
-    backend = None if chosen["backend"] in (None, "auto") else chosen["backend"]
-    return stack(
-        name,
-        shape,
-        layers,
-        levels,
-        prompt_tokens,
-        dtype=DTYPES[chosen["dtype"] or "bfloat16"],
-        device=device,
-        backend=backend,
-        seed=seed,
-    )
+    def measured() -> Iterator[Iterable[Progress | Row]]:
+        if options.on_command_line(context, "model") or not stacks:
+            session = open_model(out, model, str(where), None, chosen, asked, calibrated=False)
+            subject = registered(session, (), tokens)
+            others = children(subject, widths, (), device=str(where), **chosen)
+            yield bench_prefill([subject, *others], request)
+        for text in stacks or ():
+            subject = open_stack(parse_stack(text), where, (), tokens, request.seed, chosen)
+            others = [packed(subject, width) for width in widths]
+            yield bench_prefill([subject, *others], replace(request, gguf=[]))  # a GGUF is of the model
+
+    finish(out, "prefill", where, asked, measured(), path, "rounds")
 
 
 def _check_path(path: Path | None, force: bool) -> None:
@@ -359,39 +397,3 @@ def _levels(text: str | None, available: tuple[float, ...] | None) -> tuple[floa
             f"the store has no level {missing[0]:.2f}", hint=f"it has {', '.join(map(str, available or ()))}"
         )
     return wanted
-
-
-def _finish(
-    out: Output,
-    command: str,
-    device: torch.device,
-    asked: dict[str, Any],
-    runs: Iterable[Iterable[Progress | Row]],
-    path: Path | None,
-    unit: str,
-) -> None:
-    """Measure, show, write; exit 1 if a check failed."""
-    from teal_cli.bench.machine import describe
-    from teal_cli.bench.results import Result, save
-    from teal_cli.bench.rows import Progress
-    from teal_cli.bench.tables import show
-
-    machine = describe(device)
-    rows: list[Row] = []
-    with progress(out) as bars:
-        task = bars.task("Measuring bandwidth", unit=unit)
-        for run in runs:
-            for event in run:
-                if isinstance(event, Progress):
-                    task.update(done=event.done, total=event.total, text=event.text)
-                else:
-                    rows.append(event)
-    result = Result(command, machine, asked, rows)
-    if path is not None:
-        save(result, path)
-    out.result(result.as_dict(), lambda console: show(console, result))
-    if path is not None:
-        out.note(f"written to {path}; `teal plot bench {path} -o bench.png` draws it")
-    if result.failed:
-        out.warn(f"{len(result.failed)} of {len(rows)} rows failed their check and have no time")
-        raise typer.Exit(1)

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench import decode, engines
-from teal_cli.bench.decode import DecodeRequest, bench_decode
+from teal_cli.bench.checks import Check
+from teal_cli.bench.decode import DecodeRequest, bench_decode, fair_share
 from teal_cli.bench.engines import check_gguf
-from teal_cli.bench.rows import DecodeRow
+from teal_cli.bench.prefill import PrefillRequest, bench_prefill
+from teal_cli.bench.rows import DecodeRow, PrefillRow
 from teal_cli.bench.shapes import ModelShape
-from teal_cli.bench.subjects import Subject, stack
+from teal_cli.bench.subjects import Subject, packed, stack
 from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import HardwareError, NotFoundError, UsageError
+from teal_kernels.packed import PackedMatrix
 
 FAMILIES = ("llama", "mistral", "qwen3")
 
@@ -119,6 +122,72 @@ def test_a_wrong_threshold_is_noticed_though_the_logits_follow(monkeypatch: pyte
     found = rows(made, request())
     assert not found["teal 50%"].passed
     assert found["teal 90%"].passed
+
+
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_other_weights_take_part_in_the_same_rounds(width: str) -> None:
+    first = subject(backend="reference")
+    other = packed(first, width)
+    found = [event for event in bench_decode(first, request(), [other]) if isinstance(event, DecodeRow)]
+    assert {row.check for row in found} == {"passed"}
+    by_weights = {(row.weights, row.label): row for row in found}
+    dense, sparse = by_weights[width, "teal dense"], by_weights[width, "teal 50%"]
+    assert dense.model == f"tiny:2 {width}"
+    assert dense.bytes < by_weights["float32", "teal dense"].bytes / {"int8": 3, "int4": 5}[width]
+    assert sparse.bytes < dense.bytes
+    assert set(sparse.faster_than) == {"torch", "dense", f"tiny:2 {width} dense"}
+    alone = rows(other, request())
+    assert set(alone) == {"teal dense", "teal 50%", "teal 90%"}, "no step that unpacks the model for every token"
+
+
+def test_beside_a_busy_core() -> None:
+    made = subject()
+    asked = DecodeRequest((0.5,), (), new_tokens=5, rounds=2, busy=1, probe_bytes=1 << 16)
+    found = rows(made, asked)
+    busy, idle = found["teal 50% beside 1 busy"], found["teal 50%"]
+    assert (busy.busy, idle.busy) == (1, 0)
+    assert busy.to_idle is not None
+    assert busy.to_fair_share == pytest.approx(busy.to_idle * fair_share(1))
+    assert idle.to_idle is None
+    assert fair_share(0) == 1
+
+
+def test_the_best_peer_has_equal_bits() -> None:
+    def entry(label: str, weights: str, kind: type) -> decode._Entry:
+        engine = object.__new__(kind)
+        engine.weights, engine.sparsity = weights, 0.0
+        return decode._Entry(engine, Check(0.0, 1.0), label)
+
+    ours = entry("0.50", "int4", engines.Teal)
+    dense = [
+        entry("dense", "int4", engines.Teal), entry("slow", "q4_0", engines.LlamaCpp),
+        entry("fast", "q4_1", engines.LlamaCpp), entry("eight", "q8_0", engines.LlamaCpp),
+    ]  # fmt: skip
+    seconds = {"0.50": [1.0, 1.0], "slow": [4.0, 4.0], "fast": [2.0, 2.0], "eight": [1.5, 1.5], "dense": [1.0, 1.0]}
+    assert decode._best_peer(ours, dense, seconds) == {"best_peer": "fast", "to_best_peer": 2.0}
+    assert decode._best_peer(entry("0.50", "bfloat16", engines.Teal), dense, seconds) == {}
+
+
+def test_prefill_of_every_kind_of_weights() -> None:
+    first = subject()
+    asked = PrefillRequest(rounds=2, probe_bytes=1 << 16)
+    subjects = [first, packed(first, "int8"), packed(first, "int4")]
+    found = [event for event in bench_prefill(subjects, asked) if isinstance(event, PrefillRow)]
+    assert [row.weights for row in found] == ["float32", "int8", "int4"]
+    for row in found:
+        assert row.passed
+        assert row.tokens == 8
+        assert row.p20 <= row.p50 <= row.p80  # type: ignore[operator]
+        assert len(row.faster_than) == 2
+
+
+def test_a_wrong_prefill_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = packed(subject(), "int8")
+    right = PackedMatrix.dense
+    monkeypatch.setattr(PackedMatrix, "dense", lambda self, x, projection=None: right(self, x, projection) * 1.1)
+    wrong = next(e for e in bench_prefill([made], PrefillRequest(2, probe_bytes=1 << 16)) if isinstance(e, PrefillRow))
+    assert wrong.check.startswith("failed")
+    assert wrong.p50 is None
 
 
 def test_tokens_must_fit_the_context() -> None:

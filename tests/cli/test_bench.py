@@ -115,6 +115,32 @@ def test_decode_of_a_stack_needs_no_model(teal: Teal, monkeypatch: pytest.Monkey
     assert sum(row["dump"] for row in run.json["rows"]) == 2
 
 
+@pytest.mark.usefixtures("ready")
+def test_decode_and_prefill_of_a_quantised_model(teal: Teal, tmp_path: Path) -> None:
+    missing = teal(*DECODE, "--no-dump", "--weights", "int4", "--no-transformers")
+    assert missing.code == 3
+    assert "teal quantize tiny --to int4" in missing.err
+    assert "not int3" in teal(*DECODE, "--weights", "int3").err
+    assert teal("quantize", "tiny", "--to", "int4").code == 0
+    alone = teal(*DECODE, "-m", "tiny-int4", "--no-dump", "--json")
+    assert alone.code == 0, alone.err
+    assert {row["weights"] for row in alone.json["rows"]} == {"int4"}
+    options = ("--no-dump", "--no-transformers", "--with-quality", "--dataset", "python-docs", "--busy", 1)
+    both = teal(*DECODE, *options, "--weights", "int4", "--json", "-o", tmp_path / "r.json")
+    assert both.code == 0, both.err
+    assert {row["model"] for row in both.json["rows"]} == {"tiny", "tiny-int4"}
+    scored = {(row["weights"], row["sparsity"]): row["perplexity"] for row in both.json["rows"] if not row["busy"]}
+    assert len({round(value, 3) for value in scored.values()}) == 4, "each level of each model by itself"
+    assert {row["busy"] for row in both.json["rows"]} == {0, 1}
+    prefill = teal("bench", "prefill", "--tokens", 12, "--rounds", 2, "--device", "cpu", "--weights", "int4", "--json")
+    assert prefill.code == 0, prefill.err
+    found = [(row["engine"], row["weights"], row["check"]) for row in prefill.json["rows"]]
+    assert found == [("teal tiny", "float32", "passed"), ("teal tiny-int4", "int4", "passed"),
+                     ("transformers", "float32", "passed")]  # fmt: skip
+    shown = teal("bench", "prefill", "--tokens", 12, "--rounds", 2, "--device", "cpu", "--no-transformers").out
+    assert "tok/s" in shown
+
+
 LLAMA_CPP = '''
 """Stands in for the binding: decodes by our own model, which `answer` names."""
 import os
