@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,8 +104,10 @@ class ModelEntry:
         if any(not 0 <= fields[key] < 1 << 63 for key in numbers):
             raise ValueError("a number is out of range")
         parent, bits = value.get("parent"), value.get("bits_per_weight")
-        if parent is not None and (type(parent) is not str or Path(parent).name != parent or type(bits) is not float):
-            raise ValueError("parent or bits_per_weight is of the wrong type")
+        if parent is not None and (type(parent) is not str or Path(parent).name != parent):
+            raise ValueError("parent names no model")
+        if type(bits) is not (type(None) if parent is None else float) or not isfinite(bits or 0.0):
+            raise ValueError("bits_per_weight is of the wrong type")
         fields |= {"parent": parent, "bits_per_weight": bits}
         files = tuple(FileRecord(**file) for file in value["files"])
         if not all((type(f.path), type(f.size), type(f.sha256)) == (str, int, str) for f in files):

@@ -7,8 +7,10 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fixtures_cli import Teal
 from fixtures_hub import model_files, safetensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,6 +210,19 @@ def test_a_derived_model_follows_its_parents_default(three: Registry) -> None:
 def test_an_entry_survives_its_json(three: Registry) -> None:
     for entry in three.list():
         assert ModelEntry.from_json(json.loads(json.dumps(entry.to_json())), entry.home) == entry
+
+
+@pytest.mark.parametrize("change", [{"bits_per_weight": "x"}, {"bits_per_weight": 8.5}, {"parent": "alpha-7b"},
+                                    {"parent": "../alpha-7b", "bits_per_weight": 8.5}, {"parent": 1},
+                                    {"parent": "alpha-7b", "bits_per_weight": float("nan")}])  # fmt: skip
+def test_a_record_that_is_half_of_a_quantised_model_is_told(
+    three: Registry, teal: Teal, change: dict[str, Any]
+) -> None:
+    file = three.home / "models" / "beta" / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(TealError, match=r"model\.json is damaged"):
+        three.get("beta")
+    assert teal("models", "ls").code == 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}'])
