@@ -35,6 +35,7 @@ from teal_cli.sparsity.calibration import MANIFEST, Calibration, Provenance, che
 from teal_cli.sparsity.plan import uniform_plan
 from teal_cli.sparsity.realised import CHECKED, Realised, realised
 from teal_cli.sparsity.teal_format import check_widths, read_histograms
+from teal_cli.version import __version__
 from teal_kernels.spec import SITES
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -310,10 +311,10 @@ def _provenance(
 
 
 def _versions() -> dict[str, str]:
-    packages = {"teal": "teal-cli", **{name: name for name in ("torch", "transformers", "datasets")}}
     return {
         "python": platform.python_version(),
-        **{name: version(package) for name, package in packages.items()},
+        "teal": __version__,  # known to a checkout that nobody installed, too
+        **{name: version(name) for name in ("torch", "transformers", "datasets")},
     }
 
 

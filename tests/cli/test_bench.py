@@ -83,9 +83,9 @@ def test_tuning_comes_first_and_says_what_it_found(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failed_check_is_said_and_exits_with_1(teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
-    from teal_cli.bench import products
+    from teal_kernels.ops.sparse_gemv import prepared
 
-    monkeypatch.setattr(products, "sparse_gemv", lambda x, weight, *_, **__: x.new_zeros(weight.shape[1]))
+    monkeypatch.setattr(prepared, "sparse_gemv", lambda x, weight, *_, **__: x.new_zeros(weight.shape[1]))
     run = teal(*KERNELS)
     assert run.code == 1
     line = next(line for line in run.out.splitlines() if " cpu " in line)

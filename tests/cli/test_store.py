@@ -157,7 +157,7 @@ def test_the_help_of_convert_names_every_format() -> None:
         (("--layers", "2:2"), 2, "names no layers"),
         (("--sequences", "x"), 2, "names no sequences"),
         (("--layers", "a"), 2, "names no layers"),
-        (("--layers", "0:x"), 2, "no range"),
+        (("--layers", "0:x"), 2, "'0:x' names no layers"),
         (("--layers", "9"), 2, "there is no layer 9"),
         (("--names", "qkv"), 2, "no site or projection 'qkv'"),
         (("--tokens", "7"), 2, "no range"),
