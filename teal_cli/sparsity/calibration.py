@@ -131,11 +131,14 @@ class Calibration:
                 histogram = _histogram(manifest, arrays)
             known = {field.name for field in fields(Provenance)}
             provenance = Provenance(**{name: value for name, value in manifest.items() if name in known})
+            name, criterion = manifest["id"], manifest.get("criterion", MAGNITUDE)
+            if type(name) is not str or type(criterion) is not str:
+                raise ValueError("id or criterion is of the wrong type")
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise TealError(f"the calibration {folder} is damaged ({error})", hint=hint) from error
         if histogram.layers != manifest.get("layers"):
             raise TealError(f"the calibration {folder} is damaged: its files disagree on the layers", hint=hint)
-        return cls(manifest["id"], provenance, histogram, manifest.get("criterion", MAGNITUDE))
+        return cls(name, provenance, histogram, criterion)
 
 
 def _arrays(histogram: Histogram) -> dict[str, Any]:

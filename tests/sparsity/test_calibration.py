@@ -132,6 +132,9 @@ def test_altered_counts(tmp_path: Path) -> None:
         ({"layers": 4}, "disagree"),
         ({"rule": "teal"}, "damaged"),
         ({"model": None, "id": None}, None),
+        ({"id": None}, "damaged"),
+        ({"id": 7}, "damaged"),
+        ({"criterion": []}, "damaged"),
     ],
 )
 def test_an_altered_manifest(tmp_path: Path, change: dict[str, object], says: str | None) -> None:
