@@ -188,13 +188,13 @@ def _better(best: _Rounding, groups: Tensor, scale: Tensor, limits: tuple[int, i
 def pack(codes: Tensor, scales: Tensor, layout: RowLayout) -> Tensor:
     """codes int8 [K, layout.padded], scales bfloat16 [K, layout.scales] -> uint8 [K, layout.stride]."""
     count = len(codes)
-    packed = torch.zeros(count, layout.stride, dtype=torch.uint8)
+    packed = torch.zeros(count, layout.stride, dtype=torch.uint8, device=codes.device)
     if layout.bits == 8:
         packed[:, : layout.scales_at] = codes.view(torch.uint8)
     else:
         # [K, unit, m, half, l] -> words [K, unit, l], a nibble at bit 4m + 16 half
         nibbles = (codes & 15).unflatten(1, (-1, 4, 2, 8)).to(torch.int32)
-        words = torch.zeros(count, layout.units[-1], 8, dtype=torch.int32)
+        words = torch.zeros(count, layout.units[-1], 8, dtype=torch.int32, device=codes.device)
         for m in range(4):
             for half in range(2):
                 words |= nibbles[:, :, m, half] << (4 * m + 16 * half)

@@ -84,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, traits: Trait
             k, v = k[:, total - window :], v[:, total - window :]
         # Heads that share a key stand in the sequence axis: grouped attention with neither mask nor copy of k.
         grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
-        return _attend(grouped, k[None], v[None], traits).view(1, heads * head_dim)
+        return _attend(grouped, k[None], v[None], traits).reshape(1, heads * head_dim)
     mask = None
     if count != total or (window is not None and window < total) or traits.score_cap is not None:
         rows = torch.arange(total - count, total, device=q.device)[:, None]
