@@ -127,7 +127,7 @@ def quantize(weight: Tensor, layout: RowLayout) -> Tensor:
     """
     if weight.dim() != 2 or weight.shape[1] != sum(layout.widths):
         raise ValueError(f"a matrix [K, {sum(layout.widths)}] was expected, not {list(weight.shape)}")
-    packed = torch.empty(len(weight), layout.stride, dtype=torch.uint8)
+    packed = torch.empty(len(weight), layout.stride, dtype=torch.uint8, device=weight.device)
     step = max(1, ROWS // layout.padded)
     for first in range(0, len(weight), step):
         block = weight[first : first + step].float()

@@ -24,33 +24,31 @@ def test_matches_the_reference_and_the_graph_has_the_same_bits(shape, dtype, spa
     from teal_kernels.steps.gpu.op import GpuStep
     from teal_kernels.steps.gpu.reference import gpu_step_reference
 
-    model = tiny_model(dtype, max_tokens=300, device="cuda", **SHAPES[shape])
     thresholds = plan(2) if sparse else None
-    arguments = model.arguments()
+
+    def made(dtype):
+        model = tiny_model(dtype, max_tokens=300, device="cuda", **SHAPES[shape])
+        arguments = model.arguments()
+        keys, values = arguments[-2:]
+        wanted = gpu_step_reference(
+            model.spec, model.layers, model.ends, model.rope, keys.clone(), values.clone(), thresholds, 11, 250
+        )
+        return arguments, wanted
+
+    arguments, (logits, rows) = made(dtype)
+    _, (exact_logits, exact_rows) = made(torch.float32)
     step = GpuStep(*arguments, thresholds=thresholds, ring_slots=4)
     first = step.step(11, 250).clone()
-    keys, values = arguments[-2:]
-    wanted, rows = gpu_step_reference(
-        model.spec, model.layers, model.ends, model.rope, keys.clone(), values.clone(), thresholds, 11, 250
-    )
-    assert relative_error(first, wanted) < TOLERANCE[dtype]
+    assert relative_error(first, logits) < TOLERANCE[dtype]
+    assert relative_error(first, exact_logits) < 3 * relative_error(logits, exact_logits) + TOLERANCE[dtype]
     for site, vectors in rows.items():
-        lowest = torch.tensor([thresholds.site(i, site).min() for i in range(2)]) if sparse else torch.zeros(2)
-        assert_rows_agree(step.ring[site][:, 0], vectors, lowest.to(vectors.device), TOLERANCE[dtype])
+        # In 16 bits an entry at its threshold is kept or not by rounding, so the reference is off float32 as well.
+        allowed = 3 * relative_error(vectors, exact_rows[site]) + TOLERANCE[dtype]
+        assert relative_error(step.ring[site][:, 0], exact_rows[site]) < allowed, site
     for _ in range(5):
         assert torch.equal(step.step(11, 250), first)
     for site, ring in step.ring.items():
         assert torch.equal(ring[:, 0], ring[:, 1]), site
-
-
-def assert_rows_agree(got: torch.Tensor, wanted: torch.Tensor, lowest: torch.Tensor, tolerance: float) -> None:
-    """Rows [layers, K] agree where both keep an entry; an entry that only one keeps is at its threshold [layers]."""
-    both = (got != 0) & (wanted != 0)
-    assert relative_error(torch.where(both, got, 0), torch.where(both, wanted, 0)) < tolerance
-    kept = torch.where(both, 0, got.float().abs() + wanted.float().abs())
-    at_threshold = (kept - lowest[:, None]).abs() <= tolerance * lowest[:, None].clamp(min=tolerance)
-    assert bool((at_threshold | (kept == 0)).all())
-    assert int((kept != 0).sum()) <= tolerance * int(both.sum())
 
 
 def test_decodes_alone_as_it_does_step_by_step():
