@@ -6,7 +6,8 @@ OUT is a folder; in it come `tests.txt`, `kernels-*.json`, `decode-*.json`, thei
 matplotlib is. The most important steps run first, each in a process of its own and with what time is left, so that one
 that fails or hangs does not affect the others; `session.json` says how each ended. Needs no network and no
 checkpoint: weights are random, of the real shapes. Of this project's dependencies, an image made for PyTorch usually
-lacks zarr, msgspec, numcodecs, donfig, google-crc32c, platformdirs, gguf and datasets; pytest and hypothesis are for the tests.
+lacks zarr, msgspec, numcodecs, donfig, google-crc32c, platformdirs, gguf and datasets; pytest and hypothesis are for
+the tests.
 """
 
 from __future__ import annotations

@@ -180,6 +180,7 @@ def decode(
             "--plan",
             metavar="NAME",
             help="A plan of the model too, in turn with a uniform one that reads as many bytes; may be repeated.",
+            show_default="no plan",
             autocompletion=completion.plans,
         ),
     ] = None,

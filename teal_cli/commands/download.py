@@ -66,7 +66,7 @@ def download(
     Examples:
         teal download
         teal download smollm2-135m --dry-run
-        teal download ./checkpoint --name mine
+        teal download ./checkpoint --name my-model
     """
     from teal_cli.registry import download as library
     from teal_cli.registry.resolve import Options

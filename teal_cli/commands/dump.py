@@ -125,8 +125,8 @@ def dump(
         bool | None,
         typer.Option(
             "--layer-by-layer/--resident",
-            help="With --follow text: hold one layer in memory at a time, or the whole model; chosen by the memory "
-            "there is if not given.",
+            help="With --follow text: hold one layer in memory at a time, or the whole model.",
+            show_default="whether the model fits in memory",
         ),
     ] = None,
     ignore_eos: Annotated[

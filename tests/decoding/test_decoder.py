@@ -167,5 +167,5 @@ def test_the_fastest_step_is_chosen_and_an_impossible_one_refused() -> None:
 
 
 def test_without_numba_the_plain_step_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teal_cli.decoding.steps.unavailable", lambda: "numba is not installed")
+    monkeypatch.setattr("teal_kernels.steps.cpu.compiled.unavailable", lambda: "numba is not installed")
     assert choose_step(torch.device("cpu"), None) == ("cpu", "numba is not installed")

@@ -8,6 +8,7 @@ import torch
 from kernel_cases import relative_error
 from kernel_models import plan, scaled, tiny_model
 
+from teal_kernels.matrix import FloatMatrix
 from teal_kernels.parts.sample.reference import SamplingRule
 from teal_kernels.spec import columns
 from teal_kernels.steps.gpu.op import GpuStep
@@ -140,7 +141,7 @@ def test_wrong_tensors_are_named():
     arguments = list(model.arguments())
     with pytest.raises(ValueError, match=r"thresholds must be float32 \[2, 7\]"):
         GpuStep(*arguments, thresholds=plan(3))
-    arguments[2] = arguments[2].half()
+    arguments[2] = FloatMatrix(arguments[2].tensor().half())
     with pytest.raises(ValueError, match="layer 0, attn_norm"):
         GpuStep(*arguments)
     arguments = list(model.arguments())
