@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,6 +92,18 @@ _SIZES: Final = {
     "max_position_embeddings": 1 << 31,
 }
 """Most of each number in a config.json; no model is near them, and a file with more is damaged or means harm."""
+
+
+_ROPE_NUMBERS: Final = {
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+}
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -224,6 +237,14 @@ def _refuse_unsupported_parts(family: Family, hf: Any) -> None:
                 f"the rotary embedding {kind!r} is not supported; teal runs {', '.join(SUPPORTED_ROPE)}",
                 hint="choose a model with one of these rope types",
             )
+        for name in _ROPE_NUMBERS & rope.keys():
+            number = rope[name]
+            if number is not None and (type(number) not in (int, float) or not 0 < number < inf):
+                raise TealError(
+                    f"the config.json is not a valid config: {name} of its rotary embedding must be a positive number, "
+                    f"not {str(number)[:40]}",
+                    hint=_HINT,
+                )
         if rope.get("partial_rotary_factor", 1.0) != family.rotary_share(hf):
             raise UsageError(
                 f"a partial rotary embedding ({rope['partial_rotary_factor']} of each head) is not supported",

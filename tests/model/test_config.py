@@ -147,6 +147,15 @@ def test_rotations_that_cannot_be(tmp_path: Path, fields: dict[str, Any], named:
         read(tmp_path, **fields)
 
 
+@pytest.mark.parametrize("name", ["rope_theta", "factor", "low_freq_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", ["x", -1.0, 0, True, [], float("nan"), float("inf")])
+def test_rotary_numbers_are_numbers(tmp_path: Path, name: str, value: object) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    with pytest.raises(TealError, match="not a valid config"):
+        read(tmp_path, rope_parameters=rope | {name: value})
+
+
 def test_generation_config_names_the_end_tokens(tmp_path: Path) -> None:
     assert read(tmp_path, eos_token_id=3).eos_ids == (3,)
     assert read(tmp_path, eos_token_id=[3, 4]).eos_ids == (3, 4)
