@@ -92,7 +92,7 @@ def test_the_model_ends_an_answer(session: Session) -> None:
     talk = Chat(session, REQUEST)
     third = list(talk.say(SAID[0]))[2]
     (token,) = session.tokenizer.encode(third)
-    session.model.config = replace(session.config, eos_ids=(token,))
+    session.config = replace(session.config, eos_ids=(token,))
     talk.reset()
     answer = "".join(talk.say(SAID[0]))
     assert talk.answers[-1].end == "ended"
