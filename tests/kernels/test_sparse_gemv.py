@@ -193,7 +193,13 @@ class Eighths(Matrix):
     def tensor(self):
         return self.data.float() / 8
 
+    def rows(self, index):
+        return self.tensor()[index]
+
     def dense(self, x, projection=None):
+        raise NotImplementedError
+
+    def dense_transposed(self, x):
         raise NotImplementedError
 
 
