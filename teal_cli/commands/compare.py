@@ -10,7 +10,7 @@ import typer
 
 from teal_cli.commands.opening import opened
 from teal_cli.errors import UsageError
-from teal_cli.ui import completion, options
+from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
 from teal_cli.ui.table import show_table
@@ -36,16 +36,7 @@ def compare(
             "--sparsity", "-s", metavar="LEVELS", help="One level, a list 0.25,0.5, or a range LOW:HIGH:STEP."
         ),
     ] = "0.5",
-    plan: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--plan",
-            metavar="NAME",
-            help="A plan of the model, in place of --sparsity; may be given several times.",
-            show_default="uniform",
-            autocompletion=completion.plans,
-        ),
-    ] = None,
+    plan: options.PlansOption = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,26 +47,13 @@ def compare(
             show_default="those of the dataset",
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="Prompts from a file: one a line, or JSON lines with `prompt`.",
-            show_default="none",
-        ),
-    ] = None,
+    prompts: options.PromptsOption = None,
     dataset: Annotated[str, options.dataset("dump.dataset")],
     split: options.SplitOption = None,
     num_sequences: Annotated[
         int, typer.Option("--num-sequences", "-n", min=1, metavar="N", help="How many prompts to take of the dataset.")
     ] = 4,
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            "--prompt-tokens", min=1, metavar="TOKENS", help="Tokens of each document of a dataset that make a prompt."
-        ),
-    ] = 64,
+    prompt_tokens: options.PromptTokensOption = 64,
     max_new_tokens: Annotated[int, options.max_new_tokens("generate.max_new_tokens")],
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", metavar="T", help="0 takes the most likely token.")
@@ -83,8 +61,8 @@ def compare(
     top_k: options.TopKOption,
     top_p: options.TopPOption,
     seed: options.FixedSeedOption = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the model's chat template.")] = False,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    chat: options.ChatOption = False,
+    ignore_eos: options.IgnoreEosOption = False,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
     device: options.DeviceOption,

@@ -88,22 +88,9 @@ def dump(
     ] = None,
     dataset: Annotated[str, options.dataset("dump.dataset")],
     split: options.SplitOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="Prompts from a file: one a line, or JSON lines with `prompt`.",
-            show_default="those of the dataset",
-        ),
-    ] = None,
+    prompts: options.PromptsOption = None,
     num_sequences: Annotated[int, options.num_sequences("dump.num_sequences")],
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            "--prompt-tokens", min=1, metavar="TOKENS", help="Tokens of each document of a dataset that make a prompt."
-        ),
-    ] = 64,
+    prompt_tokens: options.PromptTokensOption = 64,
     max_new_tokens: Annotated[int, options.max_new_tokens("dump.max_new_tokens")],
     temperature: options.TemperatureOption,
     top_k: options.TopKOption,
@@ -129,12 +116,7 @@ def dump(
             show_default="whether the model fits in memory",
         ),
     ] = None,
-    ignore_eos: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-eos", help="Go on past the end-of-sequence token, so that every sequence has all its rows."
-        ),
-    ] = False,
+    ignore_eos: options.IgnoreEosOption = False,
     out_path: Annotated[
         Path | None,
         typer.Option(
@@ -174,16 +156,7 @@ def dump(
     ] = False,
     force: options.ForceOption = False,
     dry_run: options.DryRunOption = False,
-    plan: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--plan",
-            metavar="NAME",
-            help="A plan of the model, in place of --sparsity; may be given several times, with different targets.",
-            show_default="uniform",
-            autocompletion=completion.plans,
-        ),
-    ] = None,
+    plan: options.PlansOption = None,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
     device: options.DeviceOption,

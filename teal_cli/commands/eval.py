@@ -10,7 +10,7 @@ import typer
 
 from teal_cli.commands.opening import loading
 from teal_cli.errors import UsageError, counted
-from teal_cli.ui import completion, options
+from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
 from teal_cli.ui.table import percent, show_table
@@ -37,16 +37,7 @@ def evaluate(
             show_default=_LEVELS,
         ),
     ] = None,
-    plan: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--plan",
-            metavar="NAME",
-            help="A plan of the model, in place of --sparsity; may be given several times.",
-            show_default="uniform",
-            autocompletion=completion.plans,
-        ),
-    ] = None,
+    plan: options.PlansOption = None,
     dataset: Annotated[str, options.dataset("calibrate.dataset")],
     split: options.SplitOption = None,
     text_column: Annotated[

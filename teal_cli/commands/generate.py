@@ -34,15 +34,7 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.", show_default="standard input")
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="Prompts from a file: one a line, or JSON lines with `prompt`.",
-            show_default="none",
-        ),
-    ] = None,
+    prompts: options.PromptsOption = None,
     count: Annotated[
         int | None,
         typer.Option(
@@ -60,8 +52,8 @@ def generate(
     top_k: options.TopKOption,
     top_p: options.TopPOption,
     seed: options.SeedOption = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    chat: options.ChatOption = False,
+    ignore_eos: options.IgnoreEosOption = False,
     calibration: options.CalibrationOption = None,
     dtype: options.DtypeOption = None,
     device: options.DeviceOption,

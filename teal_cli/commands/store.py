@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from teal_cli.commands.gathering import gathered
 from teal_cli.commands.opening import opened
-from teal_cli.commands.store_tables import show_stats
+from teal_cli.commands.store_tables import show_info, show_stats, show_verified
 from teal_cli.errors import UsageError, counted
 from teal_cli.files import check_new_file, disk_errors, readable_size, write_bytes
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
-from teal_cli.ui.table import short_hash, show_fields, show_table
+from teal_cli.ui.table import show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from teal_cli.runs.replay import Replayed
-    from teal_cli.store.reader import StoreInfo
     from teal_cli.store.verify import Problem
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
-
-SHOWN_PROBLEMS = 10
 
 # One for each row of `formats.FORMATS`, which is heavy to import; a test compares them.
 FORMATS_HELP = (
@@ -88,7 +84,7 @@ def info(
     payload = {"store": found, **({} if tokens is None else {"tokens": tokens})}
 
     def render(console: Console) -> None:
-        _show_info(console, found, prompt)
+        show_info(console, found, prompt)
         if tokens is not None:
             console.print()
             rows = [(token.row, token.position, token.token_id, repr(token.text)) for token in tokens]
@@ -135,7 +131,7 @@ def verify(
     again = _replay(out, store, rows) if rows and not problems else []
     problems += [row.problem() for row in again if not row.close]
     payload = {"store": store, "ok": not problems, "blocks": blocks, "problems": problems}
-    out.result(payload | ({"replay": again} if rows else {}), lambda console: _show_verified(console, payload, again))
+    out.result(payload | ({"replay": again} if rows else {}), lambda console: show_verified(console, payload, again))
     if problems:
         raise typer.Exit(1)
 
@@ -382,54 +378,3 @@ def report(
     with disk_errors(page.parent):
         write_bytes(page, [html.encode()])
     out.result({"store": store, "page": page}, lambda console: console.print(f"written: {page}", markup=False))
-
-
-def _show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
-    about: Mapping[str, Any] = found.attributes
-    console.print(found.path, style="bold", markup=False, soft_wrap=True)
-    prompts = "" if found.prompts is None else f", {counted(found.prompts, 'prompt')}"
-    schema = (
-        f"{about['schema']}, {counted(about['layers'], 'layer')}, values {about['value_dtype']}, "
-        f"blocks of {counted(about['block_tokens'], 'token')}, teal {about['teal_version']}"
-    )
-    fields = {
-        "model": f"{about['model']} ({short_hash(about['model_revision']) or 'no revision'})",
-        "calibration": about["calibration"] or "none: every level is dense",
-        "computed": f"{about['dtype']} on the {about['backend']} backend, seed {about['seed']}{prompts}",
-        "schema": schema,
-        **({"parts": ", ".join(found.parts)} if found.parts else {}),
-        "size": f"{readable_size(found.bytes)} in {counted(found.files, 'file')}",
-        "digest": about.get("digest") or "none",
-        "complete": "yes" if about["complete"] else "no; `teal dump --resume` goes on",
-    }
-    show_fields(console, fields)
-    console.print()
-    rows = []
-    for level in found.levels:
-        state = "yes" if level.complete else f"no, of at most {level.max_tokens:,}"
-        rows.append((level.name, level.allocation, f"{level.tokens:,}", f"{level.sequences:,}", state))
-    show_table(console, ("level", "allocation", ">tokens", ">sequences", "complete"), rows)
-    if prompt is not None:
-        for match in found.matches:
-            where = ", ".join(f"{level} {start}:{stop}" for level, (start, stop) in match.rows.items()) or "no rows yet"
-            console.print(f"sequence {match.sequence}: tokens {where}", markup=False)
-        if not found.matches:
-            console.print("no prompt contains that text", markup=False)
-
-
-def _show_verified(console: Console, found: dict[str, Any], again: list[Replayed]) -> None:
-    store, problems = found["store"], found["problems"]
-    if again:
-        equal, worst = sum(row.equal for row in again), max(row.error for row in again)
-        rest = "" if equal == len(again) else f"; the others follow from what is before them within {worst:.1e}"
-        console.print(f"{counted(len(again), 'row')} computed again: {equal} bit for bit{rest}", markup=False)
-    if not problems:
-        console.print(
-            f"{store}: whole. {counted(found['blocks'], 'block')} of sites read, nothing wrong.", markup=False
-        )
-        return
-    console.print(f"{store}: {counted(len(problems), 'problem')}", markup=False)
-    for problem in problems[:SHOWN_PROBLEMS]:
-        console.print(f"  {problem}", markup=False)
-    if len(problems) > SHOWN_PROBLEMS:
-        console.print(f"  and {len(problems) - SHOWN_PROBLEMS:,} more (--json lists them all)", markup=False)

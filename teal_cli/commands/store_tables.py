@@ -1,17 +1,77 @@
-"""The tables that `teal store stats` shows. No command by itself."""
+"""What `teal store info`, `verify` and `stats` show. No command by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from teal_cli.ui.table import show_table
+from teal_cli.errors import counted
+from teal_cli.files import readable_size
+from teal_cli.ui.table import short_hash, show_fields, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from teal_cli.runs.replay import Replayed
     from teal_cli.store.measures import Row
+    from teal_cli.store.reader import StoreInfo
     from teal_cli.store.stats import Measured, SiteStats
+
+
+_SHOWN_PROBLEMS: Final = 10
+
+
+def show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
+    """Where a store comes from, its levels, and the prompts that hold a text that was looked for."""
+    about: Mapping[str, Any] = found.attributes
+    console.print(found.path, style="bold", markup=False, soft_wrap=True)
+    prompts = "" if found.prompts is None else f", {counted(found.prompts, 'prompt')}"
+    schema = (
+        f"{about['schema']}, {counted(about['layers'], 'layer')}, values {about['value_dtype']}, "
+        f"blocks of {counted(about['block_tokens'], 'token')}, teal {about['teal_version']}"
+    )
+    fields = {
+        "model": f"{about['model']} ({short_hash(about['model_revision']) or 'no revision'})",
+        "calibration": about["calibration"] or "none: every level is dense",
+        "computed": f"{about['dtype']} on the {about['backend']} backend, seed {about['seed']}{prompts}",
+        "schema": schema,
+        **({"parts": ", ".join(found.parts)} if found.parts else {}),
+        "size": f"{readable_size(found.bytes)} in {counted(found.files, 'file')}",
+        "digest": about.get("digest") or "none",
+        "complete": "yes" if about["complete"] else "no; `teal dump --resume` goes on",
+    }
+    show_fields(console, fields)
+    console.print()
+    rows = []
+    for level in found.levels:
+        state = "yes" if level.complete else f"no, of at most {level.max_tokens:,}"
+        rows.append((level.name, level.allocation, f"{level.tokens:,}", f"{level.sequences:,}", state))
+    show_table(console, ("level", "allocation", ">tokens", ">sequences", "complete"), rows)
+    if prompt is not None:
+        for match in found.matches:
+            where = ", ".join(f"{level} {start}:{stop}" for level, (start, stop) in match.rows.items()) or "no rows yet"
+            console.print(f"sequence {match.sequence}: tokens {where}", markup=False)
+        if not found.matches:
+            console.print("no prompt contains that text", markup=False)
+
+
+def show_verified(console: Console, found: dict[str, Any], again: list[Replayed]) -> None:
+    """What `verify` read, what it found wrong, and how rows came out that were computed again."""
+    store, problems = found["store"], found["problems"]
+    if again:
+        equal, worst = sum(row.equal for row in again), max(row.error for row in again)
+        rest = "" if equal == len(again) else f"; the others follow from what is before them within {worst:.1e}"
+        console.print(f"{counted(len(again), 'row')} computed again: {equal} bit for bit{rest}", markup=False)
+    if not problems:
+        console.print(
+            f"{store}: whole. {counted(found['blocks'], 'block')} of sites read, nothing wrong.", markup=False
+        )
+        return
+    console.print(f"{store}: {counted(len(problems), 'problem')}", markup=False)
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        console.print(f"  {problem}", markup=False)
+    if len(problems) > _SHOWN_PROBLEMS:
+        console.print(f"  and {len(problems) - _SHOWN_PROBLEMS:,} more (--json lists them all)", markup=False)
 
 
 def show_stats(console: Console, found: Sequence[Measured]) -> None:

@@ -137,3 +137,17 @@ def _not_finite() -> TealError:
         "the model produced logits that are not finite, so nothing can be scored",
         hint="try --dtype float32 (float16 overflows on some models), or `teal models verify`",
     )
+
+
+def standard_error(scores: Sequence[Score], units: Sequence[int]) -> float | None:
+    """Standard error of the mean over tokens, where tokens of one unit belong together; None for a single unit."""
+    totals: dict[int, list[float]] = {}
+    for found, unit in zip(scores, units, strict=True):
+        total = totals.setdefault(unit, [0.0, 0.0])
+        total[0] += found.nll
+        total[1] += found.tokens
+    sums, counts = np.array(list(totals.values())).T
+    if len(sums) < 2:
+        return None
+    residuals = sums - counts * sums.sum() / counts.sum()
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (residuals**2).sum()) / counts.sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +29,7 @@ from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.forward import Sparse, States, check_tokens, forward
 from teal_cli.passes.judge import realised_bytes
 from teal_cli.passes.layers import Layers, choose_layers
-from teal_cli.passes.score import Score, score
+from teal_cli.passes.score import Score, score, standard_error
 from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import ModelEntry, Registry
 from teal_cli.runs.calibrate import Text
@@ -370,20 +370,6 @@ class Evaluate:
             byte_perplexity=math.exp(nll / windows.bytes),
             bits_per_byte=nll / windows.bytes / math.log(2),
         )
-
-
-def standard_error(scores: Sequence[Score], units: Sequence[int]) -> float | None:
-    """Standard error of the mean over tokens, where tokens of one unit belong together; None for a single unit."""
-    totals: dict[int, list[float]] = {}
-    for found, unit in zip(scores, units, strict=True):
-        total = totals.setdefault(unit, [0.0, 0.0])
-        total[0] += found.nll
-        total[1] += found.tokens
-    sums, counts = np.array(list(totals.values())).T
-    if len(sums) < 2:
-        return None
-    residuals = sums - counts * sums.sum() / counts.sum()
-    return float(np.sqrt(len(sums) / (len(sums) - 1) * (residuals**2).sum()) / counts.sum())
 
 
 def _own_text(registry: Registry, entry: ModelEntry, name: str, source: Source, tokenizer: Tokenizer) -> list[str]:

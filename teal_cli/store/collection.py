@@ -18,7 +18,8 @@ from functools import lru_cache
 import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError
-from teal_cli.store.arrays import Block, Blocks
+from teal_cli.store.arrays import Blocks
+from teal_cli.store.blocks import Block
 from teal_cli.store.digest import joined_digest
 from teal_cli.store.header import LevelState, differing_fields
 from teal_cli.store.levels import ActivationStore, Level

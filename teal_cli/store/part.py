@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from teal_cli.store.arrays import ActivationArray, Block, CsrRows, csr_rows
+from teal_cli.store.arrays import ActivationArray
+from teal_cli.store.blocks import Block, CsrRows, csr_rows
 from teal_cli.store.reader import Level
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS
 

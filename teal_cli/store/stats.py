@@ -21,8 +21,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from teal_cli.store.arrays import Block
 from teal_cli.store.bits import to_words
+from teal_cli.store.blocks import Block
 from teal_cli.store.counting import MaskCounts, Rows
 from teal_cli.store.measures import POINTER_BITS, QUANTILES, Mask, Row, index_bytes
 from teal_cli.store.reader import ActivationStore, Level

@@ -134,6 +134,24 @@ SeqLenOption = Annotated[
     int, setting("calibrate.seq_len", "--seq-len", metavar="TOKENS", help="Tokens of each sequence.")
 ]
 
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Prompts from a file: one a line, or JSON lines with `prompt`.",
+        show_default="none",
+    ),
+]
+PromptTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens", min=1, metavar="TOKENS", help="Tokens of each document of a dataset that make a prompt."
+    ),
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")]
+IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")]
+
 # ---------------------------------------------------------------- how it is run
 SparsityOption = Annotated[
     float,
@@ -152,6 +170,16 @@ PlanOption = Annotated[
         "--plan",
         metavar="NAME",
         help="A plan that `teal plan make` made, in place of a uniform --sparsity.",
+        show_default="uniform",
+        autocompletion=completion.plans,
+    ),
+]
+PlansOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plan",
+        metavar="NAME",
+        help="A plan of the model, in place of --sparsity; may be given several times.",
         show_default="uniform",
         autocompletion=completion.plans,
     ),

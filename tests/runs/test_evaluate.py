@@ -17,9 +17,9 @@ from teal_cli.data.sources import Source, open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.data.windows import cut
 from teal_cli.errors import UsageError
-from teal_cli.passes.score import Score
+from teal_cli.passes.score import Score, standard_error
 from teal_cli.registry.registry import Registry
-from teal_cli.runs.evaluate import parse_sparse_from, standard_error
+from teal_cli.runs.evaluate import parse_sparse_from
 from teal_cli.sparsity.calibration import Calibration
 from teal_cli.sparsity.plan import uniform_plan
 

@@ -1,0 +1,125 @@
+"""Rows of one layer in memory: a block as stored and checked, and rows in compressed sparse row form.
+
+Knows how values and bitmaps belong together; reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from teal_cli.errors import TealError
+from teal_cli.store.packing import exceeds, per_value, row_thresholds, to_float, unpack
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one layer in one block of tokens, as stored and checked.
+
+    Attributes:
+        start: index of the first token.
+        values: stored data type [nnz], kept values in (token, channel) order.
+        kept: bool [tokens, K].
+        row_nnz: uint32 [tokens].
+        ranked: thresholds are counts, how many entries of a row are dropped (the criterion `topk`).
+    """
+
+    start: int
+    values: np.ndarray
+    kept: np.ndarray
+    row_nnz: np.ndarray
+    ranked: bool = False
+
+    def compared(self, limit: np.ndarray) -> np.ndarray:
+        """Thresholds float32 [] or [K] -> what each kept value, in (token, channel) order, is compared with."""
+        if self.ranked:
+            limit = row_thresholds(self.dense(), int(limit))[:, None]
+        return per_value(limit, self.kept)
+
+    def above(self, limit: np.ndarray, whole: np.ndarray | None = None) -> Block:
+        """The block thresholded again: what a projection with higher thresholds, float32 [] or [K], consumed.
+
+        Args:
+            whole: bool [tokens of the level], rows that are left as they are; None where there are none.
+        """
+        stays = exceeds(self.values, self.compared(limit))
+        if whole is not None:
+            stays |= np.repeat(whole[self.start : self.start + len(self.row_nnz)], self.row_nnz)
+        if stays.all():
+            return self
+        kept = self.kept.copy()
+        kept[self.kept] = stays
+        return replace(self, values=self.values[stays], kept=kept, row_nnz=kept.sum(axis=1, dtype=np.uint32))
+
+    def dense(self) -> np.ndarray:
+        """Rows [tokens, K] in the stored data type, zeros where dropped."""
+        return unpack(self.values, self.kept)
+
+    def rows(self, start: int, stop: int) -> Block:
+        """Part of the block, by indices of tokens in the level."""
+        a, b = start - self.start, stop - self.start
+        first = int(self.row_nnz[:a].sum())
+        last = first + int(self.row_nnz[a:b].sum())
+        return Block(start, self.values[first:last], self.kept[a:b], self.row_nnz[a:b], self.ranked)
+
+
+@dataclass(frozen=True)
+class CsrRows:
+    """Rows in compressed sparse row form.
+
+    Attributes:
+        data: kept values, bfloat16 as float32.
+        indices: int32 channels, ascending within a row.
+        indptr: int64 [rows + 1].
+        shape: (rows, K).
+    """
+
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    shape: tuple[int, int]
+
+    def to_scipy(self) -> csr_array:
+        """The same rows as a `scipy.sparse.csr_array`, [rows, K]; float16, which SciPy lacks, becomes float32.
+
+        Raises:
+            TealError: SciPy is not installed.
+        """
+        try:
+            from scipy.sparse import csr_array
+        except ModuleNotFoundError:
+            raise TealError("SciPy is not installed", hint="pip install 'teal-cli[scipy]'") from None
+        data = self.data.astype(np.float32) if self.data.dtype == np.float16 else self.data
+        return csr_array((data, self.indices, self.indptr), shape=self.shape)
+
+    def __repr__(self) -> str:
+        return f"<CsrRows {readable_shape(self.shape)}, {len(self.data)} kept>"
+
+
+def csr_rows(blocks: Sequence[Block], dtype: np.dtype, shape: tuple[int, int]) -> CsrRows:
+    """Blocks, one below the other, in compressed sparse row form.
+
+    Args:
+        dtype: the stored data type.
+        shape: (rows of all blocks, K).
+    """
+    data = [np.empty(0, dtype), *(b.values for b in blocks)]
+    indices = [np.empty(0, np.int32), *(np.nonzero(b.kept)[1].astype(np.int32) for b in blocks)]
+    counts = [np.zeros(1, np.int64), *(b.row_nnz for b in blocks)]
+    return CsrRows(
+        data=to_float(np.concatenate(data)),
+        indices=np.concatenate(indices),
+        indptr=np.cumsum(np.concatenate(counts), dtype=np.int64),
+        shape=shape,
+    )
+
+
+def readable_shape(shape: tuple[int, int]) -> str:
+    """Rows of channels, for a `repr`."""
+    return f"{shape[0]} tokens x {shape[1]} channels"
