@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import walk_tb
 from typing import Any
 
 import typer
@@ -66,6 +67,16 @@ def _run(cli_evaluate: Any, arguments: Sequence[str]) -> None:
         except SystemExit as end:
             if end.code:
                 raise typer.Exit(end.code if isinstance(end.code, int) else TealError.exit_code) from None
+        except ValueError as error:
+            if not _raised_in(error, "lm_eval"):
+                raise
+            raise UsageError(f"lm_eval: {error}", hint="`teal lm-eval ls tasks` lists tasks") from error
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    """Whether the line that raised an error is of a package."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == package
 
 
 @contextmanager

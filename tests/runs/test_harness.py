@@ -199,6 +199,14 @@ def test_the_command_runs_local_tasks(ready: Path, tmp_path: Path) -> None:
     assert result["config"]["teal_target"] == 0.5
 
 
+@pytest.mark.slow  # as above
+def test_what_the_harness_refuses_is_a_sentence(ready: Path, teal: Teal) -> None:
+    ran = teal("lm-eval", "--model", "teal", "--model_args", "model=tiny", "--tasks", "no-such-task")
+    assert ran.code == 2
+    assert "lm_eval: Tasks not found: no-such-task" in ran.err
+    assert "teal lm-eval ls tasks" in ran.err
+
+
 def test_the_harness_finds_teal_by_its_entry_point() -> None:
     (found,) = entry_points(group="lm_eval.models", name="teal")
     assert found.load() is TealLM
