@@ -22,6 +22,8 @@ from teal_cli.data.prompts import PromptSource
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.model.rope import head_order
 from teal_cli.model.weights import Checkpoint
+from teal_cli.registry.registry import Registry
+from teal_cli.runs.calibrate import Text, calibrate
 from teal_cli.runs.dump import Dump, DumpRequest
 from teal_cli.runs.session import open_session
 from teal_cli.store.reader import Level, open_store
@@ -159,6 +161,20 @@ def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> 
         if not distance < 1e-4:
             verdict.trouble.append(f"{where}: mask differs {distance:.2e} (relative) from the threshold {t:.3e}")
     return masked
+
+
+def calibrated(name: str, sequences: int, seq_len: int) -> None:
+    """Calibrate a registered model in float32."""
+    text = Text("python-docs", num_sequences=sequences, seq_len=seq_len)
+    for _ in calibrate(Registry(), name, text, dtype="float32", device=torch.device("cpu")):
+        pass
+
+
+def prompt_file(folder: Path, *prompts: str) -> Path:
+    """A file with one prompt a line."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    return file
 
 
 def make_dump(

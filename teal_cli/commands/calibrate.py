@@ -28,15 +28,7 @@ def calibrate(
     model: options.ModelOption = None,
     dataset: Annotated[str, options.dataset("calibrate.dataset")],
     split: options.SplitOption = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            "--text-column",
-            metavar="NAME",
-            help="Column of the dataset that holds the text.",
-            show_default="text, or Alpaca's columns",
-        ),
-    ] = None,
+    text_column: options.TextColumnOption = None,
     num_sequences: Annotated[int, options.num_sequences("calibrate.num_sequences")],
     seq_len: options.SeqLenOption,
     dtype: options.DtypeOption = None,

@@ -252,15 +252,7 @@ def check(
         str | None,
         typer.Option("--split", metavar="SPLIT", help="Split of the dataset.", show_default="the held-out one"),
     ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            "--text-column",
-            metavar="NAME",
-            help="Column of the dataset that holds the text.",
-            show_default="text, or Alpaca's columns",
-        ),
-    ] = None,
+    text_column: options.TextColumnOption = None,
     num_sequences: Annotated[int, options.num_sequences("calibrate.num_sequences")],
     seq_len: options.SeqLenOption,
     device: options.DeviceOption,

@@ -40,15 +40,7 @@ def evaluate(
     plan: options.PlansOption = None,
     dataset: Annotated[str, options.dataset("calibrate.dataset")],
     split: options.SplitOption = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            "--text-column",
-            metavar="NAME",
-            help="Column of the dataset that holds the text.",
-            show_default="text, or Alpaca's columns",
-        ),
-    ] = None,
+    text_column: options.TextColumnOption = None,
     convention: Annotated[
         Literal["window", "document"],
         typer.Option("--convention", help="Token perplexity of windows, or word and byte perplexity of documents."),

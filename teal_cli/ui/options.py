@@ -130,6 +130,15 @@ def max_new_tokens(key: str) -> Any:
 SplitOption = Annotated[
     str | None, typer.Option("--split", metavar="SPLIT", help="Split of the dataset.", show_default="the one for it")
 ]
+TextColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="Column of the dataset that holds the text.",
+        show_default="text, or Alpaca's columns",
+    ),
+]
 SeqLenOption = Annotated[
     int, setting("calibrate.seq_len", "--seq-len", metavar="TOKENS", help="Tokens of each sequence.")
 ]

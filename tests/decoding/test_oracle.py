@@ -8,25 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures_tiny import TINY, TINY_FAMILIES
-from oracle import assert_agrees, make_dump
+from oracle import assert_agrees, calibrated, make_dump, prompt_file
 
 from teal_cli.registry.download import fetch
-from teal_cli.registry.registry import Registry
-from teal_cli.runs.calibrate import Text, calibrate
 
 LEVELS = (0.0, 0.25, 0.5, 0.9)
-
-
-def calibrated(name: str, sequences: int, seq_len: int) -> None:
-    text = Text("python-docs", num_sequences=sequences, seq_len=seq_len)
-    for _ in calibrate(Registry(), name, text, dtype="float32", device=torch.device("cpu")):
-        pass
-
-
-def prompt_file(folder: Path, *prompts: str) -> Path:
-    file = folder / "prompts.txt"
-    file.write_text("\n".join(prompts))
-    return file
 
 
 @pytest.mark.parametrize(

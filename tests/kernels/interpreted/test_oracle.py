@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from fixtures_tiny import TINY_FAMILIES
-from oracle import assert_agrees, dequantised, make_dump
+from oracle import assert_agrees, calibrated, dequantised, make_dump, prompt_file
 
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
-from teal_cli.runs.calibrate import Text, calibrate
 from teal_cli.runs.quantize import quantize_model
 
 
@@ -19,11 +17,8 @@ from teal_cli.runs.quantize import quantize_model
 )
 def test_tiny_models(name, backend, levels, tiny, teal_home, tmp_path):
     fetch(str(tiny(name)), name="tiny")
-    text = Text("python-docs", num_sequences=2, seq_len=64)
-    for _ in calibrate(Registry(), "tiny", text, dtype="float32", device=torch.device("cpu")):
-        pass
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The quick brown fox")
+    calibrated("tiny", 2, 64)
+    prompts = prompt_file(tmp_path, "The quick brown fox")
     path = tmp_path / "out.zarr"
     dump = make_dump("tiny", path, levels=levels, prompts=prompts, max_new_tokens=5, backend=backend)
     assert_agrees(dump, path)
@@ -35,12 +30,9 @@ def test_tiny_models(name, backend, levels, tiny, teal_home, tmp_path):
 )
 def test_quantised_tiny_models(name, width, backend, tiny, teal_home, tmp_path):
     fetch(str(tiny(name)), name="tiny")
-    text = Text("python-docs", num_sequences=2, seq_len=64)
-    for _ in calibrate(Registry(), "tiny", text, dtype="float32", device=torch.device("cpu")):
-        pass
+    calibrated("tiny", 2, 64)
     *_, made = quantize_model(Registry(), "tiny", width)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The quick brown fox")
+    prompts = prompt_file(tmp_path, "The quick brown fox")
     path = tmp_path / "out.zarr"
     dump = make_dump(made.entry.name, path, levels=(0.0, 0.5), prompts=prompts, max_new_tokens=5, backend=backend)
     assert_agrees(dump, path, dequantised(tiny(name), made.entry.path))
