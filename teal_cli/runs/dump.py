@@ -153,10 +153,7 @@ class Dump:
     @property
     def rows(self) -> int:
         """Rows over all levels, at most."""
-        per_level = len(self.prompts) * (self.request.max_new_tokens - 1)
-        if self.request.prefill != "none":
-            per_level += sum(len(prompt.token_ids) for prompt in self.prompts)
-        return len(self._plans) * per_level
+        return len(self._plans) * _most_rows(self.prompts, self.request.max_new_tokens, self.request.prefill)
 
     @property
     def store_bytes(self) -> int:
@@ -178,11 +175,7 @@ class Dump:
         elif is_collection(path):
             pass  # its parts say it, when they are opened
         elif request.follow != "dense" or all(prompt.following for prompt in self.prompts):
-            header = store_headers(
-                self.session, self.prompts, self.levels, request.max_new_tokens, request.sampling,
-                source=request.prompts, stop=self._stop, follow=request.follow, prefill=request.prefill,
-            )  # fmt: skip
-            check_resume(destination(path), *header)
+            check_resume(destination(path), *self._headers())
         require_space(path, size - (sum(sizes_below(path).values()) if resume else 0), hint=NO_ROOM)
 
     def run(
@@ -209,17 +202,7 @@ class Dump:
         resume = resume or (collection and board.attempt > 0)
         if request.follow == "dense":
             self._follow_dense(board)
-        header, levels = store_headers(
-            self.session,
-            self.prompts,
-            self.levels,
-            request.max_new_tokens,
-            request.sampling,
-            source=request.prompts,
-            stop=self._stop,
-            follow=request.follow,
-            prefill=request.prefill,
-        )
+        header, levels = self._headers()
         device = str(self.session.device)
         if board.size > 1 or (resume and collection):
             if durable:
@@ -229,6 +212,14 @@ class Dump:
         else:
             writer = open_writer(path, header, levels, device, force=force, resume=resume, durable=durable)
             yield from run_job(writer, self._producer())
+
+    def _headers(self) -> tuple[StoreHeader, list[LevelHeader]]:
+        """What the store says of itself."""
+        request = self.request
+        return store_headers(
+            self.session, self.prompts, self.levels, request.max_new_tokens, request.sampling,
+            source=request.prompts, stop=self._stop, follow=request.follow, prefill=request.prefill,
+        )  # fmt: skip
 
     def _producer(self) -> Producer:
         if self.request.follow != "free":
@@ -315,9 +306,7 @@ def store_headers(
         },
         columns=() if follow == "free" else ("logprob",),
     )
-    rows = len(prompts) * (max_new_tokens - 1)
-    if prefill != "none":
-        rows += sum(len(prompt.token_ids) for prompt in prompts)
+    rows = _most_rows(prompts, max_new_tokens, prefill)
     return header, [
         LevelHeader(
             plan.target,
@@ -329,6 +318,12 @@ def store_headers(
         )
         for plan in plans
     ]
+
+
+def _most_rows(prompts: Sequence[Prompt], max_new_tokens: int, prefill: str) -> int:
+    """Rows of a level, if no sequence ends early."""
+    rows = len(prompts) * (max_new_tokens - 1)
+    return rows + (0 if prefill == "none" else sum(len(prompt.token_ids) for prompt in prompts))
 
 
 def open_writer(
