@@ -293,6 +293,7 @@ def hub_env(hub_server: Hub, tmp_path: Path) -> Callable[..., dict[str, str]]:
             "HF_ENDPOINT": hub_server.url,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",  # also where a caller merges this over an environment that says otherwise
             "TEAL_HOME": str(tmp_path / "teal-home"),
             "XDG_CONFIG_HOME": str(tmp_path / "config"),
         }

@@ -124,7 +124,8 @@ def test_two_downloads_of_one_model(start: Start, hub_server: Hub, hub_env: Any)
     blobs = Path(hub_env()["HF_HOME"], "hub/models--org--Tiny/blobs")
     deadline = time.monotonic() + 120
     while not any(file.stat().st_size for file in blobs.glob("*.teal-partial")):
-        assert time.monotonic() < deadline, "no transfer began"
+        ended = [process.communicate() for process in both if process.poll() is not None]
+        assert not ended and time.monotonic() < deadline, f"no transfer began; {ended} {hub_server.requests}"
         time.sleep(0.02)
     hub_server.hold.set()
     hub_server.hold = None
