@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from teal_kernels.matrix import FLOATS, Matrix
+from teal_kernels.matrix import FLOATS, SLOW, Matrix
 from teal_kernels.packing import UNIT, RowLayout, check, dequantize
 
 _TILE: Final = 4 << 20
@@ -62,7 +62,7 @@ class PackedMatrix(Matrix):
         if not _compiled(x):
             return linear(x, self.tensor())
         layout = self.layout
-        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        dtype = torch.float32 if x.dtype in SLOW else x.dtype
         padded, first = x.new_zeros(len(x), layout.padded, dtype=dtype), 0
         for width, unit in zip(layout.widths, layout.units, strict=False):
             padded[:, unit * UNIT : unit * UNIT + width] = x[:, first : first + width]
@@ -89,8 +89,8 @@ class PackedMatrix(Matrix):
     def _multiply(self, x: Tensor, unit: int, out: Tensor) -> None:
         """out [S, n] = x @ the columns from a unit on."""
         if _compiled(x):
-            # PyTorch has no fast product of fp16 for an input-major matrix on a CPU.
-            dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+            # What PyTorch is slow with is widened.
+            dtype = torch.float32 if x.dtype in SLOW else x.dtype
             wide, done = x.to(dtype), 0
             with _SCRATCH_LOCK:
                 for tile in self._tiles(unit, out.shape[1], dtype):

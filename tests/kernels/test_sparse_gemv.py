@@ -273,3 +273,16 @@ def test_a_matrix_of_floats():
     wanted = (rows.double() @ weight.double()).half()
     torch.testing.assert_close(matrix.dense(rows), wanted, rtol=2e-3, atol=2e-2)
     torch.testing.assert_close(matrix.dense(rows, 1), wanted[:, 16:], rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_dense_products_are_rounded_once(rows: int, dtype: torch.dtype) -> None:
+    """Whether or not they are made of widened pieces: as the float64 product, to one rounding of the dtype."""
+    weight, x = torch.randn(600, 48).to(dtype), torch.randn(rows, 600).to(dtype)
+    matrix, table = FloatMatrix(weight, (16, 32)), FloatMatrix(weight.T.contiguous())
+    exact = x.double() @ weight.double()
+    near = torch.finfo(dtype).eps
+    torch.testing.assert_close(matrix.dense(x).double(), exact, rtol=near, atol=1e-2 * near * 25)
+    torch.testing.assert_close(matrix.dense(x, 1).double(), exact[:, 16:], rtol=near, atol=1e-2 * near * 25)
+    torch.testing.assert_close(table.dense_transposed(x).double(), exact, rtol=near, atol=1e-2 * near * 25)
