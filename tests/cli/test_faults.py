@@ -125,7 +125,8 @@ def test_two_downloads_of_one_model(start: Start, hub_server: Hub, hub_env: Any)
     deadline = time.monotonic() + 120
     while not any(file.stat().st_size for file in blobs.glob("*.teal-partial")):
         ended = [process.communicate() for process in both if process.poll() is not None]
-        assert not ended and time.monotonic() < deadline, f"no transfer began; {ended} {hub_server.requests}"
+        assert not ended, f"no transfer began; {ended} {hub_server.requests}"
+        assert time.monotonic() < deadline, f"no transfer began; {hub_server.requests}"
         time.sleep(0.02)
     hub_server.hold.set()
     hub_server.hold = None
