@@ -212,6 +212,7 @@ def entry_payload(entry: ModelEntry) -> dict[str, Any]:
         "calibrations": entry.calibrations,
         "parent": entry.parent,
         "bits_per_weight": entry.bits_per_weight,
+        "stored": entry.stored,
     }
 
 
@@ -291,6 +292,8 @@ def _show_info(console: Console, entry: ModelEntry, payload: dict[str, Any]) -> 
         "created": entry.created,
         "calibrations": ", ".join(entry.calibrations) or f"none yet: `teal calibrate -m {entry.name}`",
     }
+    if entry.stored is not None:
+        shown["stored"] = f"{entry.stored} with scales, which become {entry.dtype} as they are read"
     if entry.parent is not None:
         shown["parent"] = f"{entry.parent}, whose calibrations and plans serve"
     show_fields(console, shown)

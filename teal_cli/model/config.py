@@ -15,6 +15,7 @@ from typing import Any, Final
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import read_json
 from teal_cli.model.families import FAMILIES, Family
+from teal_cli.model.fp8 import fp8_of
 from teal_kernels.spec import Geometry
 from teal_kernels.traits import GELU_TANH, SILU, Traits
 
@@ -182,13 +183,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             f"the architecture {family!r} ({named}) is not supported; teal runs {supported}",
             hint="choose a model of one of these families",
         )
-    quantisation = raw.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else "unnamed"
-        raise UsageError(
-            f"the checkpoint is quantised ({method}); teal needs bf16, fp16 or fp32 weights",
-            hint="choose the unquantised checkpoint of the same model",
-        )
+    try:
+        fp8_of(raw)
+    except ValueError as error:
+        raise UsageError(str(error), hint="choose the unquantised checkpoint of the same model") from error
 
 
 def _check_sizes(raw: Mapping[str, Any], folder: Path) -> None:

@@ -22,6 +22,8 @@ from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import read_json
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
+from teal_cli.model.fp8 import SCALE_DTYPES, SCALES, Fp8, fp8_of, scale_name
+from teal_cli.model.fp8 import STORED as FP8
 from teal_cli.model.quantized import Quantization, packed_name, packed_table, quantization_of
 from teal_cli.model.rope import head_order
 from teal_kernels.matrix import FloatMatrix, Matrix
@@ -33,6 +35,7 @@ Device: TypeAlias = torch.device | str
 
 _TURNED_ROWS = 256
 _INDEX = "model.safetensors.index.json"
+_LAYERS: Final = "model.layers."
 _STORED: Final = ("BF16", "F16", "F32")
 _PACKED: Final = ("U8",)
 _HINT = "check the files with `teal models verify NAME`, or fetch them again with `teal download --force`"
@@ -96,10 +99,12 @@ class Checkpoint:
         path: the folder.
         config: what config.json says.
         quantization: how its matrices are packed; None where they are floats.
+        fp8: how those of its matrices that are 8-bit floats are scaled; they are multiplied out as they are read.
 
     Raises:
         NotFoundError, UsageError, TealError: as `load_config`; also for a missing or truncated weight file, a missing
-            tensor, a wrong shape, or a tensor stored in a quantised dtype. File and tensor are named.
+            tensor, a wrong shape, or a tensor stored in a quantised dtype. File, tensor, and its part in the row of
+            the family are named.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,6 +112,7 @@ class Checkpoint:
         self.config: ModelConfig = load_config(self.path)
         family = FAMILIES[self.config.family]
         self.quantization: Quantization | None = _quantization(self.path)
+        self.fp8: Fp8 | None = fp8_of(read_json(self.path / "config.json"))
         self._names = {part: family.layer[part][0] for part in family.parts(self.config.hf)}
         self._shapes, self._rows = _parts(self.config, self._names)
         self._order = head_order(self.config)
@@ -136,10 +142,24 @@ class Checkpoint:
 
     def _part(self, read: Any, prefix: str, part: str) -> Tensor:
         """A part of a layer out of the tensor that it lies in, heads in our order; not to be written to."""
-        tensor: Tensor = read(prefix + self._names[part])[self._rows[part]]
+        tensor = self._floats(read, prefix + self._names[part], self._rows[part])
         if self._order is None or part not in _ROTATED:
             return tensor
         return tensor.unflatten(0, (-1, len(self._order)))[:, self._order].flatten(0, 1)
+
+    def _floats(self, read: Any, name: str, rows: slice) -> Tensor:
+        """Rows of a tensor; those of a matrix of 8-bit floats in float32."""
+        tensor: Tensor = read(name)
+        if self.fp8 is None or tensor.dtype != torch.float8_e4m3fn:
+            return tensor[rows]
+        scales: Tensor = read(scale_name(name, self._files))
+        floats = self.fp8.multiply(tensor, scales, rows)
+        if not floats.isfinite().all():
+            wrong = name if scales.float().isfinite().all() else scale_name(name, self._files)
+            raise TealError(
+                f"{self._files[name]}: {wrong} has numbers that are not finite{self._role(wrong)}", hint=_HINT
+            )
+        return floats
 
     def _packed(
         self,
@@ -229,20 +249,40 @@ class Checkpoint:
     def _check(self) -> None:
         with self._opened() as open_file:
             for name, shape in self._expected().items():
-                if name not in self._files:
-                    raise TealError(f"the checkpoint {self.path} lacks the tensor {name}", hint=_HINT)
-                part = open_file(self._files[name]).get_slice(name)
-                if tuple(part.get_shape()) != shape:
-                    raise TealError(
-                        f"{self._files[name]}: {name} has the shape {part.get_shape()}, "
-                        f"where config.json asks for {list(shape)}",
-                        hint=_HINT,
-                    )
-                if part.get_dtype() not in (_PACKED if name.endswith(".packed") else _STORED):
+                stored = self._check_one(open_file, name, (shape,))
+                if stored == FP8 and self.fp8 is not None and name.startswith(_LAYERS) and len(shape) == 2:
+                    name, allowed = scale_name(name, self._files), self.fp8.shapes(*shape)
+                    stored = self._check_one(open_file, name, allowed)
+                    readable: tuple[str, ...] = SCALE_DTYPES
+                else:
+                    readable = _PACKED if name.endswith(".packed") else _STORED
+                if stored not in readable:
                     raise UsageError(
-                        f"{self._files[name]}: {name} is stored as {part.get_dtype()}; teal reads bf16, fp16 and fp32",
+                        f"{self._files[name]}: {name} is stored as {stored}{self._role(name)}; teal reads bf16, fp16 "
+                        "and fp32, and matrices in fp8 where config.json says how they are scaled",
                         hint="choose the unquantised checkpoint of the same model",
                     )
+
+    def _check_one(self, open_file: Callable[[Path], Any], name: str, shapes: Sequence[tuple[int, ...]]) -> str:
+        """Whether a tensor is there, and of one of these shapes; what it is stored as."""
+        if name not in self._files:
+            raise TealError(f"the checkpoint {self.path} lacks the tensor {name}{self._role(name)}", hint=_HINT)
+        part = open_file(self._files[name]).get_slice(name)
+        if tuple(part.get_shape()) not in shapes:
+            raise TealError(
+                f"{self._files[name]}: {name} has the shape {part.get_shape()}, where config.json asks for "
+                f"{' or '.join(str(list(shape)) for shape in shapes)}{self._role(name)}",
+                hint=_HINT,
+            )
+        return str(part.get_dtype())
+
+    def _role(self, name: str) -> str:
+        """For messages: which parts of its family's row a tensor is, or its scales are of."""
+        tables = {part: of for part, (of, _) in TOP.items()}
+        within = name.split(".", 3)[-1] if name.startswith(_LAYERS) else name
+        weight = next((within.removesuffix(end) for end in SCALES if within.endswith(end)), within)
+        parts = [part for part, of in (tables | self._names).items() if of == weight]
+        return f" ({', '.join(parts)} of the family {self.config.family})" if parts else ""
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -345,4 +385,4 @@ def _parts(config: ModelConfig, names: Mapping[str, str]) -> tuple[dict[str, tup
 
 
 def _layer(index: int) -> str:
-    return f"model.layers.{index}."
+    return f"{_LAYERS}{index}."

@@ -19,6 +19,7 @@ from typing import Any, Final
 from teal_cli import files
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import read_chunks, readable_size
+from teal_cli.model import fp8
 from teal_cli.registry.entry import FileRecord, ModelEntry
 from teal_cli.registry.events import Problem, Progress, Verified
 
@@ -109,10 +110,17 @@ def context_of(config: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of all safetensors files say: dtype of most weights (torch's name), their number."""
+    """What config.json and the headers of all safetensors files say.
+
+    Attributes:
+        dtype: of most weights, as torch names it; of fp8 weights, what they become.
+        parameters: number of weights, scales not counted.
+        stored: as in `ModelEntry`.
+    """
 
     dtype: str
     parameters: int
+    stored: str | None = None
 
 
 def inspect_weights(folder: Path, files: Collection[str]) -> Weights:
@@ -120,7 +128,7 @@ def inspect_weights(folder: Path, files: Collection[str]) -> Weights:
 
     Raises:
         TealError: a file is truncated or malformed, or a shard that the index names is missing.
-        UsageError: the weights are quantised (fp8, int8 ...), which teal does not decode.
+        UsageError: the weights are quantised in a way that teal does not read.
     """
     if INDEX in files:
         named = set(read_json(folder / INDEX).get("weight_map", {}).values())
@@ -137,12 +145,24 @@ def inspect_weights(folder: Path, files: Collection[str]) -> Weights:
     if not counts:
         raise TealError(f"{folder} holds no weights", hint="fetch the model again")
     dtype = counts.most_common(1)[0][0]
+    if dtype == fp8.STORED and _scaled(folder):
+        config = read_json(folder / CONFIG)
+        asked = str(config.get("dtype", config.get("torch_dtype")))
+        return Weights(asked if asked in _DTYPES.values() else "bfloat16", sum(counts.values()), stored="fp8")
     if dtype not in _DTYPES:
         raise UsageError(
             f"{folder} holds {dtype} weights, which teal does not decode",
             hint="use a checkpoint in bfloat16, float16 or float32",
         )
     return Weights(_DTYPES[dtype], sum(counts.values()))
+
+
+def _scaled(folder: Path) -> bool:
+    """Whether config.json says how fp8 weights are scaled."""
+    try:
+        return fp8.fp8_of(read_json(folder / CONFIG)) is not None
+    except ValueError as error:
+        raise UsageError(str(error), hint="use a checkpoint in bfloat16, float16 or float32") from error
 
 
 def _header_counts(path: Path) -> Counter[str]:
@@ -153,10 +173,11 @@ def _header_counts(path: Path) -> Counter[str]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < size else b"")
-        tensors = [value for key, value in header.items() if key != "__metadata__"]
-        for tensor in tensors:
-            counts[tensor["dtype"]] += math.prod(tensor["shape"])
-        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+        for name, tensor in tensors.items():
+            if not name.endswith(fp8.SCALES):
+                counts[tensor["dtype"]] += math.prod(tensor["shape"])
+        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise truncated(path, "its header cannot be read") from error
     if size != expected:

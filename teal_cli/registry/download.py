@@ -126,6 +126,8 @@ def _download(registry: Registry, target: Target, options: Options) -> Generator
     assert fetched is not None, "a fetch ends with Fetched"
     entry, notes = _register(registry, target.name, source, fetched, here)
     yield from notes
+    if entry.stored is not None:
+        yield Note(f"{entry.name} is stored in {entry.stored}, and becomes {entry.dtype} as it is read")
     for leftover in staging.parent.glob(f"{target.name}@*"):
         shutil.rmtree(leftover, ignore_errors=True)
     yield Done(entry, fetched=True)
@@ -209,6 +211,7 @@ def _register(
             context=context_of(config),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             home=home,
+            stored=weights.stored,
         )
         registry.add(entry)
         for folder in home.glob("weights-*"):

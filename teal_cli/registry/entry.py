@@ -45,6 +45,7 @@ class ModelEntry:
         home: the model's own folder in the registry (model.json, calibrations/).
         parent: of a quantised model, the one that it was made of; its calibrations and plans serve.
         bits_per_weight: of a quantised model, the mean over all weights, scales and padding included.
+        stored: "fp8" where most weights are 8-bit floats that become `dtype` as they are read, else None.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelEntry:
     home: Path
     parent: str | None = None
     bits_per_weight: float | None = None
+    stored: str | None = None
 
     @property
     def homes(self) -> tuple[Path, ...]:
@@ -95,7 +97,7 @@ class ModelEntry:
         """
         if value["schema"] != SCHEMA:
             raise ValueError(f"schema {value['schema']}, not {SCHEMA}")
-        given = set(cls.__dataclass_fields__) - {"home", "name", "path", "files", "parent", "bits_per_weight"}
+        given = set(cls.__dataclass_fields__) - {"home", "name", "path", "files", "parent", "bits_per_weight", "stored"}
         fields = {key: value[key] for key in given}
         numbers = ("parameters", "size_bytes", "context")
         for key, field in fields.items():
@@ -108,7 +110,9 @@ class ModelEntry:
             raise ValueError("parent names no model")
         if type(bits) is not (type(None) if parent is None else float) or not isfinite(bits or 0.0):
             raise ValueError("bits_per_weight is of the wrong type")
-        fields |= {"parent": parent, "bits_per_weight": bits}
+        if value.get("stored") not in (None, "fp8"):
+            raise ValueError("stored is neither null nor fp8")
+        fields |= {"parent": parent, "bits_per_weight": bits, "stored": value.get("stored")}
         files = tuple(FileRecord(**file) for file in value["files"])
         if not all((type(f.path), type(f.size), type(f.sha256)) == (str, int, str) for f in files):
             raise ValueError("files is of the wrong type")

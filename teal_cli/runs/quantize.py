@@ -22,6 +22,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import disk_errors, new_file, require_space, sha256_of, write_json
+from teal_cli.model import fp8
 from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.model.quantized import SECTION, WIDTHS, Quantization, packed_name, packed_table
@@ -213,7 +214,8 @@ def _register(
     for file in parent.files:
         if not file.path.endswith((".safetensors", INDEX)) and file.path != CONFIG:
             shutil.copyfile(parent.path / file.path, staging / file.path)
-    write_json(staging / CONFIG, {**read_json(parent.path / CONFIG), SECTION: quantization.to_json()})
+    config = {key: value for key, value in read_json(parent.path / CONFIG).items() if key != fp8.SECTION}
+    write_json(staging / CONFIG, {**config, SECTION: quantization.to_json()})
     records = tuple(
         FileRecord(file.name, file.stat().st_size, sha256_of(file))
         for file in sorted(staging.iterdir())
@@ -233,6 +235,7 @@ def _register(
         parent, name=name, source=f"quantized:{parent.name}", revision=revision, path=path,
         size_bytes=sum(record.size for record in records), files=records, home=home, parent=parent.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"), bits_per_weight=8 * weights / parent.parameters,
+        stored=None,
     )  # fmt: skip
     registry.add(made)
     for folder in home.glob("weights-*"):
