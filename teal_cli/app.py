@@ -156,10 +156,6 @@ def _usage(error: Any, as_json: bool) -> int:
     hint = getattr(error, "hint", None) or f"`{path} --help` shows what there is"
     if possible or guess:
         hint = f"did you mean {guess or ' or '.join(possible) + '?'}"
-    elif getattr(error, "option_name", None) in ("-r", "--recipe"):
-        from teal_cli.runs.recipe import shipped_recipes
-
-        hint = f"the recipes are {', '.join(shipped_recipes())}; `teal dump --recipe list` says what each is for"
     elif extra := re.fullmatch(r"got unexpected extra argument\S* \((.*)\)", sentence):
         sentence = f"unexpected argument {extra[1]!r}"
         if any("-p" in parameter.opts for parameter in error.ctx.command.params):

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,7 @@ class Synthetic:
     def most(self, sequence: int) -> int:
         return SEQUENCE_TOKENS
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
-        written = 0
+    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
         for sequence in sequences:
             for index in range(SEQUENCE_TOKENS):
                 token = token_of(sequence * SEQUENCE_TOKENS + index)
@@ -54,9 +53,8 @@ class Synthetic:
                 for site, values in row(level.header, sequence * SEQUENCE_TOKENS + index).items():
                     views[site].copy_(values)
                 level.end()
-                written += 1
+                yield 1
             held = held[:0]
-        return written
 
 
 def alone(path: Path) -> None:

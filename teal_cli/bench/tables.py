@@ -10,7 +10,7 @@ from teal_cli.bench.compare import compare
 from teal_cli.bench.results import Result
 from teal_cli.bench.rows import DecodeRow, KernelRow, PrefillRow
 from teal_cli.errors import counted
-from teal_cli.ui.table import percent, show_table
+from teal_cli.ui.table import percent, show_table, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ def show(console: Console, result: Result) -> None:
     about = f"{machine.device}, {counted(machine.cores, 'core')}, {counted(machine.threads, 'thread')}{busy}"
     console.print(about, style="bold", markup=False)
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    console.print(versions, style="dim", markup=False, soft_wrap=True)
+    show_text(console, versions, style="dim")
     _show_reading(console, result)
     kernels = [row for row in result.rows if isinstance(row, KernelRow)]
     if kernels:
@@ -129,7 +129,7 @@ def _show_reading(console: Console, result: Result) -> None:
     console.print(f"memory reads at {min(read):.1f} to {max(read):.1f} GB/s", markup=False)
     if not result.firm:
         text = f"the reading moved by {result.reading_moved:.0%} within the run: floors (~) are no firm limits"
-        console.print(text, style="yellow", markup=False, soft_wrap=True)
+        show_text(console, text, style="yellow")
 
 
 def show_side_by_side(console: Console, results: Mapping[str, Result]) -> None:
@@ -138,7 +138,7 @@ def show_side_by_side(console: Console, results: Mapping[str, Result]) -> None:
     names = stems if len(set(stems)) == len(stems) else list(results)
     for name, result in zip(names, results.values(), strict=True):
         machine = result.machine
-        console.print(f"{name}: {machine.device}, {machine.at[:10]}", style="bold", markup=False, soft_wrap=True)
+        show_text(console, f"{name}: {machine.device}, {machine.at[:10]}", style="bold")
         _show_reading(console, result)
     rows = compare(list(results.values()))
     for kind, unit, digits in (("kernel", "us", 1), ("decode", "tok/s", 1)):
@@ -157,11 +157,13 @@ def show_side_by_side(console: Console, results: Mapping[str, Result]) -> None:
             for row in mine
         ]
         show_table(console, headings, lines, keys=len(mine[0].identity))
-    console.print(
-        f"\nMedians. x: how many times as fast as {names[0]}, the ratio of the medians of two runs; only contenders of "
+    console.print()
+    show_text(
+        console,
+        f"Medians. x: how many times as fast as {names[0]}, the ratio of the medians of two runs; only contenders of "
         "one run were measured in turn.",
-        style="dim", markup=False, soft_wrap=True,
-    )  # fmt: skip
+        style="dim",
+    )
 
 
 def _figure(value: float | None, digits: int, about: str = "") -> str:

@@ -329,6 +329,7 @@ def prefill(
 
     Examples:
         teal bench prefill --quick --no-transformers --tokens 64
+        teal bench prefill --rounds 2 --no-transformers --tokens 32 --dtype float32 -o prefill.json
     """
     from teal_cli.bench.engines import check_gguf
     from teal_cli.bench.prefill import PrefillRequest, bench_prefill

@@ -70,12 +70,12 @@ def calibrate(
 
 def watch(out: Output, text: str, events: Iterator[Any]) -> Any:
     """Show the layers as they are done; returns the last event."""
-    event, task = None, None
+    event = None
     with progress(out) as bars:
+        task = bars.task(text, unit="layers")
         for event in events:
             if hasattr(event, "layers"):
-                task = task or bars.task(text, total=event.layers, unit="layers")
-                task.update(done=event.done / event.total * event.layers)
+                task.update(done=event.done / event.total * event.layers, total=event.layers)
     return event
 
 

@@ -12,7 +12,7 @@ from teal_cli.errors import TealError
 from teal_cli.ui import completion, options
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import output
-from teal_cli.ui.table import TIED, percent, show_fields, show_table
+from teal_cli.ui.table import TIED, percent, show_fields, show_table, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,6 +140,7 @@ def compare(
 
     Examples:
         teal calibrations compare notes python
+        teal calibrations compare notes python -m smollm2-135m --json
     """
     from teal_cli.registry.calibrations import remarks
     from teal_cli.registry.registry import Registry
@@ -168,6 +169,7 @@ def remove(
 
     Examples:
         teal calibrations rm notes
+        teal calibrations rm notes -m smollm2-135m
     """
     from teal_cli.registry.calibrations import default as default_of
     from teal_cli.registry.registry import Registry
@@ -294,7 +296,7 @@ def _show_check(console: Console, checked: Checked) -> None:
     blocks = checked.blocks
     split = f" ({blocks.split})" if blocks.split else ""
     text = f"{blocks.dataset}{split}, {blocks.tokens.size:,} tokens"
-    console.print(f"realised sparsity of {checked.calibration.id} on {text}:", markup=False, soft_wrap=True)
+    show_text(console, f"realised sparsity of {checked.calibration.id} on {text}:")
     rows = []
     for level in checked.levels:
         far = ", ".join(TIED.join((str(p.layer), p.site, f"{p.sparsity:.1%}")) for p in level.furthest(FURTHEST))

@@ -71,15 +71,15 @@ def chat(
     options.check_plan(context, plan, "sparsity")
 
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.runs.chat import Chat, ChatRequest
-    from teal_cli.runs.session import check_template, open_session
+    from teal_cli.runs.chat import Chat, ChatRequest, check_chat
+    from teal_cli.runs.session import open_session
 
     sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
     session = open_session(model, dtype=dtype, device=device, backend=backend, calibration=calibration, load=False)
-    check_template(session.entry.name, session.tokenizer)
-    session.levels(*((), (plan,)) if plan else ((sparsity,),))
+    request = ChatRequest(sparsity, plan, sampling, max_new_tokens, room, system)
+    check_chat(session, request)
     load(out, session)
-    talk = Chat(session, ChatRequest(sparsity, plan, sampling, max_new_tokens, room, system))
+    talk = Chat(session, request)
     _greet(out, talk)
     _converse(out, talk)
     if out.json:

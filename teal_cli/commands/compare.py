@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teal_cli.commands.opening import opened
+from teal_cli.commands.opening import load
 from teal_cli.errors import UsageError
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
@@ -95,7 +95,8 @@ def compare(
     from teal_cli.decoding.sampling import Sampling
     from teal_cli.files import check_new_file, disk_errors, write_bytes
     from teal_cli.plots.compare import compare_page
-    from teal_cli.runs.compare import CompareRequest
+    from teal_cli.runs.compare import CompareRequest, check_compare
+    from teal_cli.runs.session import open_session
     from teal_cli.store.schema import parse_levels
 
     if page is not None:
@@ -112,7 +113,9 @@ def compare(
         chat,
         ignore_eos,
     )
-    session = opened(out, model=model, dtype=dtype, device=device, backend=backend, calibration=calibration)
+    session = open_session(model, dtype=dtype, device=device, backend=backend, calibration=calibration, load=False)
+    check_compare(session, request)
+    load(out, session)
     found = _run(out, session, request)
     for note in session.notes:
         out.note(note)

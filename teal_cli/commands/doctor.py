@@ -8,12 +8,15 @@ import typer
 
 from teal_cli.ui.options import JsonOption, OfflineOption, QuietOption
 from teal_cli.ui.output import output
+from teal_cli.ui.table import beside
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from teal_cli.commands.health import Finding
 
+_INDENT = 30
+"""Columns before what was found; a longer name takes its own room."""
 _MARKS = {"ok": "[green]ok[/green]  ", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 
 
@@ -54,6 +57,10 @@ def _show(console: Console, finding: Finding, *, heading: bool) -> None:
     if heading:
         console.print(f"\n[bold]{finding.area}[/bold]")
     console.print(f"  {_MARKS[finding.status]} ", end="")
-    console.print(f"{finding.name:<22} {finding.detail}", markup=False, soft_wrap=True)
-    if finding.hint:
-        console.print(f"{'':30}{finding.hint}", style="dim", markup=False, soft_wrap=True)
+    indent = max(_INDENT, 7 + len(finding.name) + 1)
+    first, *rest = beside(console, indent, finding.detail)
+    console.print(f"{finding.name:<{indent - 8}} {first}", markup=False, soft_wrap=True)
+    for line in rest:
+        console.print(f"{'':{indent}}{line}", markup=False, soft_wrap=True)
+    for line in beside(console, _INDENT, finding.hint) if finding.hint else ():
+        console.print(f"{'':{_INDENT}}{line}", style="dim", markup=False, soft_wrap=True)

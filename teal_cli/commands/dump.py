@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -31,12 +31,8 @@ _CHECKED: Final = ("seed", "dtype", "max_new_tokens", "temperature", "top_k", "t
 
 
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
-    """Put what a recipe says before the settings, in the parser's default map; `list` shows what there is."""
-    if name == "list" and not context.resilient_parsing:
-        rows = [(recipe, load_recipe(recipe)["about"]) for recipe in shipped_recipes()]
-        output().result({"recipes": dict(rows)}, lambda console: show_table(console, ("recipe", "about"), rows))
-        raise typer.Exit
-    if name is not None and not context.resilient_parsing:
+    """Put what a recipe says before the settings, in the parser's default map."""
+    if name and not context.resilient_parsing:
         said = {key: value for key, value in load_recipe(name).items() if key != "about"}
         context.default_map = {**(context.default_map or {}), **said}
     return name
@@ -76,10 +72,10 @@ def dump(
         typer.Option(
             "--recipe",
             "-r",
-            metavar="NAME|FILE",
+            metavar="[NAME|FILE]",
             help="Take what is not given here from a recipe: "
             + ", ".join(shipped_recipes())
-            + ", or a .toml file; `list` lists them.",
+            + ", or a .toml file; alone, list them.",
             show_default="none",
             callback=_take_recipe,
             is_eager=True,
@@ -179,6 +175,10 @@ def dump(
 
     first = rank_of_job() == 0  # of several ranks one talks
     out = output(json, quiet or not first)
+    if recipe == "":
+        rows = [(name, load_recipe(name)["about"]) for name in shipped_recipes()]
+        out.result({"recipes": dict(rows)}, lambda console: show_table(console, ("recipe", "about"), rows))
+        return
     if out_path is None:
         raise UsageError("where should the store go?", hint="name it with -o, e.g. -o activations.zarr")
     if resume and force:
@@ -258,15 +258,23 @@ def dump(
 def _run(
     out: Output, job: Dump, path: Path, board: Board, *, force: bool, resume: bool, durable: bool
 ) -> dict[str, Any]:
+    from teal_cli.runs.dump import Following
+
     new_rows, seconds = 0, 0.0
     task: Task | None = None
+    verb = "Decoding" if job.request.follow == "free" else "Running"
     with progress(out) as bars:
+        followed = bars.task("Decoding densely what all levels are fed", unit="tokens")
         try:
-            for state in job.run(path, force=force, resume=resume, durable=durable, board=board):
-                text, before = f"Decoding {state.level}", state.rows - state.new_rows
-                task = task or bars.task(text, total=state.total_rows, unit="rows", done=before)
-                task.update(done=state.rows, text=text)
-                new_rows, seconds = state.new_rows, state.seconds
+            with closing(job.run(path, force=force, resume=resume, durable=durable, board=board)) as states:
+                for state in states:
+                    if isinstance(state, Following):
+                        followed.update(done=state.done, total=state.total)
+                        continue
+                    text, before = f"{verb} {state.level}", state.rows - state.new_rows
+                    task = task or bars.task(text, total=state.total_rows, unit="rows", done=before)
+                    task.update(done=state.rows, text=text)
+                    new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:
             out.warn(f"stopped; what is complete is in {path}, and `teal dump --resume -o {path}` goes on")
             raise

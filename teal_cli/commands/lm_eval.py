@@ -36,7 +36,8 @@ def lm_eval(context: typer.Context, json: options.JsonOption = False, quiet: opt
     every sequence sparse from there on, as `teal eval --sparse-from` does.
 
     Examples:
-        teal lm-eval --help
+        teal lm-eval run -h
+        teal lm-eval ls -h
     """
     out = output(json, quiet)
     try:

@@ -140,6 +140,7 @@ def remove(
 
     Examples:
         teal models rm mine --yes
+        teal models rm mine --yes --json
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.registry.sources.hub import remove_from_cache

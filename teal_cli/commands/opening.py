@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from teal_cli.ui.output import Output
-from teal_cli.ui.progress import Bars, Task, progress
+from teal_cli.ui.progress import Bars, progress
 
 if TYPE_CHECKING:
     from teal_cli.runs.session import Session
@@ -38,6 +38,7 @@ def load(out: Output, session: Session, *, decodes: bool = True) -> None:
         model = session.load(loading(bars, session.entry.size_bytes))
         if decodes and must_compile(session.backend, model):
             compiling = bars.task("Compiling the decode step for this processor, once", total=1, unit="steps")
+            compiling.update(done=0)
             compile_step(model)
             compiling.update(done=1)
 
@@ -48,11 +49,9 @@ def loading(bars: Bars, size: int) -> Callable[[int, int], None]:
     Args:
         size: bytes of the model's files.
     """
-    task: Task | None = None
+    task = bars.task("Loading the model", total=size, unit="B")
 
     def loaded(done: int, layers: int) -> None:
-        nonlocal task
-        task = task or bars.task("Loading the model", total=size, unit="B")
         task.update(done=size * done / layers)
 
     return loaded

@@ -188,6 +188,7 @@ def show(
 
     Examples:
         teal plan show fisher-0.5
+        teal plan show fisher-0.5 -m smollm2-135m --json
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.plans import find_plan
@@ -208,6 +209,7 @@ def remove(
 
     Examples:
         teal plan rm even
+        teal plan rm even -m smollm2-135m
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.plans import remove_plan

@@ -63,12 +63,11 @@ def quantize(
         closing(quantize_model(Registry(), model, to, group=group, head=head, name=name, force=force)) as events,
         progress(out) as bars,
     ):
-        task = None
+        task = bars.task("Quantising", unit="layers")
         for event in events:
             if isinstance(event, Made):
                 made = event
                 continue
-            task = task or bars.task("Quantising", total=event.total, unit="layers")
             task.update(done=event.layers, total=event.total)
     assert made is not None, "ends with Made"
     if made.reused:

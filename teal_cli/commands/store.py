@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from teal_cli.commands.gathering import gathered
-from teal_cli.commands.opening import opened
+from teal_cli.commands.opening import load
 from teal_cli.commands.store_tables import show_info, show_stats, show_verified
 from teal_cli.errors import UsageError, counted
 from teal_cli.files import check_new_file, disk_errors, readable_size, write_bytes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from teal_cli.runs.replay import Replayed
+    from teal_cli.runs.session import Session
     from teal_cli.store.verify import Problem
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
@@ -118,6 +119,7 @@ def verify(
     from teal_cli.store.verify import verify as check
 
     out = output(json, quiet)
+    session = _session(out, store) if rows else None
     problems: list[Problem] = []
     blocks = 0
     with progress(out) as bars:
@@ -128,7 +130,7 @@ def verify(
                 task.update(done=event.done, total=event.total)
             else:
                 problems.append(event)
-    again = _replay(out, store, rows) if rows and not problems else []
+    again = _replay(out, session, store, rows) if session and rows and not problems else []
     problems += [row.problem() for row in again if not row.close]
     payload = {"store": store, "ok": not problems, "blocks": blocks, "problems": problems}
     out.result(payload | ({"replay": again} if rows else {}), lambda console: show_verified(console, payload, again))
@@ -136,24 +138,36 @@ def verify(
         raise typer.Exit(1)
 
 
-def _replay(out: Output, path: Path, count: int) -> list[Replayed]:
-    """Rows of a store computed again, with remarks on stderr."""
-    from teal_cli.runs.replay import open_for_replay, replay
+def _session(out: Output, path: Path) -> Session:
+    """What computes rows of a store again, its weights not read yet; with remarks on stderr."""
+    from teal_cli.runs.replay import open_for_replay
+    from teal_cli.runs.session import open_session
     from teal_cli.store.reader import open_store
 
-    store, found = open_store(path), []
-    header = store.header
+    store = open_store(path)
+    model, calibration, dtype = store.header.model, store.header.calibration, store.header.dtype
     session, notes = open_for_replay(
         store,
-        lambda device, backend: opened(
-            out, model=header.model, dtype=header.dtype, device=device, backend=backend, calibration=header.calibration
+        lambda device, backend: open_session(
+            model, dtype=dtype, device=device, backend=backend, calibration=calibration, load=False
         ),
     )
     for note in notes:
         out.note(note)
+    return session
+
+
+def _replay(out: Output, session: Session, path: Path, count: int) -> list[Replayed]:
+    """Rows of a store computed again."""
+    from teal_cli.runs.replay import replay
+    from teal_cli.store.reader import open_store
+
+    load(out, session)
+    found = []
     with progress(out) as bars:
         task = bars.task("Computing again", total=count, unit="rows")
-        for row in replay(session, store, count):
+        task.update(done=0)
+        for row in replay(session, open_store(path), count):
             found.append(row)
             task.update(done=len(found))
     return found
@@ -209,10 +223,13 @@ def stats(
     )
     found: list[Measured] = []
     with progress(out) as bars:
-        task = bars.task("Reading", unit="sites")
-        for event in measure(opened, part.levels, layers=part.layers, projections=part.names, gbps=gbps):
-            found.append(event)
-            task.update(done=len(found))
+        task = bars.task("Reading", unit="layers")
+        found.extend(
+            measure(
+                opened, part.levels, layers=part.layers, projections=part.names, gbps=gbps,
+                progress=lambda done, total: task.update(done=done, total=total),
+            )
+        )  # fmt: skip
     rows = [row for event in found for row in event.rows]
     if table is not None:
         write_table(table, rows)
@@ -306,6 +323,7 @@ def copy(
 
     Examples:
         teal store copy activations.zarr -o copied.zarr
+        teal store copy collection.zarr -o copied.zarr --force
     """
     from teal_cli.store.copy import copy as bring
     from teal_cli.store.reader import open_store
@@ -336,6 +354,7 @@ def merge(
 
     Examples:
         teal store merge collection.zarr -o one.zarr
+        teal store merge collection.zarr -o one.zarr --force --json
     """
     from teal_cli.store.merge import merge as write
     from teal_cli.store.reader import open_store
@@ -365,6 +384,7 @@ def report(
 
     Examples:
         teal store report activations.zarr -o report.html
+        teal store report activations.zarr -o report.html --force
     """
     from teal_cli.plots.report import report_page
     from teal_cli.plots.style import check_picture

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from teal_cli.errors import counted
 from teal_cli.files import readable_size
-from teal_cli.ui.table import short_hash, show_fields, show_table
+from teal_cli.ui.table import short_hash, show_fields, show_table, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 
 _SHOWN_PROBLEMS: Final = 10
+_SIZES: Final = (
+    "dropped: realised, one figure per projection where they differ. bound: order-0 entropy of mask and values.",
+    "channels: how often a channel is kept, 5th to 95th percentile.",
+    "overlap: kept entries that the token before kept too; chance: the same for independent tokens.",
+)
+_MASKS: Final = (
+    "Means over layers. fit: kept entries that N:M holds. block 16: aligned blocks of 16 channels that keep any.",
+    "union 4: kept by any of 4 tokens, of one sequence or across. imbalance 8: largest of 8 parts over the mean.",
+    "bits: entropy of the mask. --json and --output have every layer and all statistics (docs/statistics.md).",
+)
 
 
 def show_info(console: Console, found: StoreInfo, prompt: str | None) -> None:
@@ -89,21 +99,16 @@ def show_stats(console: Console, found: Sequence[Measured]) -> None:
         ">chance",
     )
     show_table(console, headings, [_size(measured.site) for measured in found], keys=2)
-    console.print(
-        "\ndropped: realised, one figure per projection where they differ. bound: order-0 entropy of mask and values."
-        "\nchannels: how often a channel is kept, 5th to 95th percentile. overlap: kept entries that the token before"
-        "\nkept too; chance: the same for independent tokens.\n",
-        style="dim",
-    )
+    console.print()
+    for line in _SIZES:
+        show_text(console, line, "dim")
+    console.print()
     masks = ("level", "projection", ">kept", ">2:4 fit", ">4:8 fit", ">block 16", ">overlap 8", ">union 4",
              ">across 4", ">imbalance 8", ">bits/entry")  # fmt: skip
     show_table(console, masks, [_mask(rows) for rows in _by_projection(found)], keys=2)
-    console.print(
-        "\nMeans over layers. fit: kept entries that N:M holds. block 16: aligned blocks of 16 channels that keep any."
-        "\nunion 4: kept by any of 4 tokens, of one sequence or across. imbalance 8: largest of 8 parts over the mean."
-        "\nbits: entropy of the mask. --json and --output have every layer and all statistics (docs/statistics.md).",
-        style="dim",
-    )
+    console.print()
+    for line in _MASKS:
+        show_text(console, line, "dim")
 
 
 def _size(site: SiteStats) -> list[object]:

@@ -198,21 +198,26 @@ def _spec(model: Transformer) -> StepSpec:
 
 
 def open_step(model: Transformer, cache: KVCache, thresholds: Thresholds | None, backend: str, sparsity: float) -> Step:
-    """The step that `choose_step` named.
+    """The step that `choose_step` named. Raises as `check_step`."""
+    check_step(thresholds, backend)
+    if backend == NUMBA:
+        return NumbaStep(model, cache, thresholds)
+    if backend == TRITON_GRAPH:
+        return GraphStep(model, cache, thresholds, sparsity)
+    return PlainStep(model, cache, thresholds, backend)
+
+
+def check_step(thresholds: Thresholds | None, backend: str) -> None:
+    """Refuse thresholds of a criterion that a backend does not run.
 
     Raises:
-        BackendError: it cannot run under these thresholds; the message names those that can.
+        BackendError: the message names the backends that do.
     """
     if thresholds is not None and thresholds.centre and backend in (NUMBA, TRITON_GRAPH):
         others = ", ".join(name for name in BACKENDS if name != NUMBA)
         raise BackendError(f"backend {backend!r} cannot run a criterion with a centre; {others} can")
     if thresholds is not None and thresholds.ranked and backend not in (REFERENCE, CPU):
         raise BackendError(f"backend {backend!r} cannot run a fixed count per row; {REFERENCE}, {CPU} can")
-    if backend == NUMBA:
-        return NumbaStep(model, cache, thresholds)
-    if backend == TRITON_GRAPH:
-        return GraphStep(model, cache, thresholds, sparsity)
-    return PlainStep(model, cache, thresholds, backend)
 
 
 def choose_step(device: torch.device, requested: str | None) -> tuple[str, str | None]:

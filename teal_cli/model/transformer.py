@@ -230,7 +230,7 @@ class Transformer:
 
         Args:
             dtype: bfloat16, float16 or float32; None takes the one the checkpoint asks for.
-            progress: called with (layers loaded, layers) after each layer.
+            progress: called with (layers loaded, layers), at the beginning and after each layer.
 
         Raises:
             TealError: as `Checkpoint`.
@@ -239,6 +239,8 @@ class Transformer:
         config = checkpoint.config
         if dtype is None:
             dtype = getattr(torch, config.torch_dtype)
+        if progress is not None:
+            progress(0, config.layers)
         embedding = checkpoint.embedding(dtype, device)
         empty = WeightMemory().empty if torch.device(device).type == "cpu" else torch.empty
         layers = []

@@ -71,6 +71,29 @@ class Answer:
     end: str
 
 
+def check_chat(session: Session, request: ChatRequest) -> None:
+    """Refuse, before weights are read, a conversation that could not begin.
+
+    Raises:
+        UsageError: the model has no chat template, or what it is told first leaves no room in the context.
+        UsageError, NotFoundError, HardwareError: as `Session.levels` and `check_decodes`.
+        TealError: the template fails.
+    """
+    (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
+    session.check_decodes(level.plan)
+    context = min(request.context, session.config.context)
+    begun = session.encode_chat([*_told_first(request), {"role": "user", "content": "?"}])
+    if len(begun) > context:
+        raise UsageError(
+            f"the context of {context} tokens has no room for a message: what stands before it has {len(begun)}",
+            hint="shorten --system, or raise --context where the model has more",
+        )
+
+
+def _told_first(request: ChatRequest) -> list[dict[str, str]]:
+    return [] if request.system is None else [{"role": "system", "content": request.system}]
+
+
 class Chat:
     """A conversation of one session.
 
@@ -115,8 +138,7 @@ class Chat:
 
     def reset(self) -> None:
         """Begin a new conversation, under the same plan."""
-        system = self.request.system
-        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = _told_first(self.request)
         self.answers: list[Answer] = []
         self._ids: list[int] = []
         self._cache.length = 0

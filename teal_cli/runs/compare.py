@@ -147,13 +147,13 @@ class Compared:
     total: int
 
 
-def compare(session: Session, request: CompareRequest) -> Iterator[Compared | Comparison]:
-    """Decode every prompt densely and at every level, and yield the `Comparison` last.
+def check_compare(session: Session, request: CompareRequest) -> tuple[tuple[Level, ...], list[Prompt]]:
+    """What is compared with the dense model, and on which prompts, before weights are read.
 
     Raises:
         UsageError: no prompt, an empty or too long one, no level, or sparsities and plans together.
         NotFoundError: no calibration, plan or dataset.
-        TealError: the model's logits are not finite.
+        HardwareError: the backend cannot run a plan's criterion.
     """
     levels = session.levels(request.sparsities, request.plans)
     levels = tuple(level for level in levels if level.plan.target)
@@ -162,6 +162,18 @@ def compare(session: Session, request: CompareRequest) -> Iterator[Compared | Co
     prompts = request.prompts.read(lambda text: session.encode(text, chat=request.chat), session.decode)
     for prompt in prompts:
         check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
+    session.check_decodes(*(level.plan for level in levels))
+    return levels, prompts
+
+
+def compare(session: Session, request: CompareRequest) -> Iterator[Compared | Comparison]:
+    """Decode every prompt densely and at every level, and yield the `Comparison` last.
+
+    Raises:
+        UsageError, NotFoundError, HardwareError: as `check_compare`.
+        TealError: the model's logits are not finite.
+    """
+    levels, prompts = check_compare(session, request)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     cache = session.cache(longest + request.max_new_tokens)
     plans = [dense_plan(session.config.layers), *(level.plan for level in levels)]

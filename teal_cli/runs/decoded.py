@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -46,9 +46,9 @@ class Decoding:
         """Rows that a sequence has at each level, at most."""
         return self._most - 1 + (len(self._prompts[sequence].token_ids) if self._prefill != "none" else 0)
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
+    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
         """Decode sequences into a level; see `Producer`."""
-        capture = _Resumable(level, held)
+        capture, told = _Resumable(level, held), 0
         for sequence in sequences:
             for _ in self._decoders[level.name].generate(
                 self._prompts[sequence].token_ids,
@@ -60,8 +60,9 @@ class Decoding:
                 dense=0 if self._prefill == "sparse" else None,
                 prompt_rows=self._prefill != "none",
             ):
-                pass
-        return capture.written
+                if capture.written > told:
+                    yield capture.written - told
+                    told = capture.written
 
 
 class _Resumable:

@@ -6,7 +6,7 @@ Puts a session, decoders, a job and a store together; printing is the command's 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
@@ -69,6 +69,18 @@ class DumpRequest:
     prefill: str = "none"
 
 
+@dataclass(frozen=True)
+class Following:
+    """Progress of the dense model, which decodes what all levels are fed.
+
+    Attributes:
+        done, total: tokens over all prompts; of several ranks, each counts what it has been handed as done by all.
+    """
+
+    done: int
+    total: int
+
+
 class Dump:
     """A dump that is ready to run.
 
@@ -82,6 +94,7 @@ class Dump:
     Raises:
         UsageError: too few tokens asked for, or a prompt that does not fit the context.
         NotFoundError: no calibration, dataset or file of prompts.
+        HardwareError: rows are decoded, and the backend cannot run a plan's criterion.
     """
 
     def __init__(self, session: Session, request: DumpRequest) -> None:
@@ -95,6 +108,8 @@ class Dump:
         self.levels = session.levels(() if request.plans else request.levels, request.plans)
         self._plans = {level_name(level.plan.target): level.plan for level in self.levels}
         _check_levels(self.levels)
+        if request.follow == "free":
+            session.check_decodes(*self._plans.values())
         self._stop = () if request.ignore_eos else session.config.eos_ids
         for prompt in self.prompts:
             check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
@@ -110,21 +125,27 @@ class Dump:
             source = replace(source, following=self.request.max_new_tokens)
         return source.read(self.session.encode, self.session.decode)
 
-    def _follow_dense(self, board: Board) -> None:
+    def _follow_dense(self, board: Board) -> Iterator[Following]:
         """Let the dense model decode what all levels are fed, where a store that is resumed does not say it; each rank
         takes some of the prompts.
         """
         decoder = self.decoder_for(dense_plan(self.session.config.layers))
         missing = [index for index, prompt in enumerate(self.prompts) if not prompt.following]
+        most = self.request.max_new_tokens
         while (turn := board.add("dense", 1) - 1) < len(missing):
-            tokens = decoder.generate(
+            tokens = []
+            for token in decoder.generate(
                 self.prompts[missing[turn]].token_ids,
-                max_new_tokens=self.request.max_new_tokens,
+                max_new_tokens=most,
                 sampling=self.request.sampling,
                 sequence=missing[turn],
                 stop=self._stop,
-            )
-            board.put(f"dense/{missing[turn]}", json.dumps(list(tokens)))
+            ):
+                tokens.append(token)
+                yield Following(turn * most + len(tokens), len(missing) * most)
+            board.put(f"dense/{missing[turn]}", json.dumps(tokens))
+        if missing:
+            yield Following(len(missing) * most, len(missing) * most)
         for index in missing:
             following = tuple(json.loads(board.get(f"dense/{index}")))
             self.prompts[index] = replace(self.prompts[index], following=following)
@@ -186,8 +207,8 @@ class Dump:
         resume: bool = False,
         durable: bool = False,
         board: Board | None = None,
-    ) -> Iterator[Progress]:
-        """Write the store, yielding after every sequence; left by an exception, it can be resumed.
+    ) -> Generator[Following | Progress, None, None]:
+        """Write the store, yielding where it stands as often as that changes; left by an exception, it can be resumed.
 
         Args:
             force, resume, durable: as `open_writer` takes them.
@@ -201,7 +222,7 @@ class Dump:
         collection = is_collection(path)
         resume = resume or (collection and board.attempt > 0)
         if request.follow == "dense":
-            self._follow_dense(board)
+            yield from self._follow_dense(board)
         header, levels = self._headers()
         device = str(self.session.device)
         if board.size > 1 or (resume and collection):

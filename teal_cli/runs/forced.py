@@ -53,15 +53,13 @@ class Forcing:
         prompt = self._prompts[sequence]
         return max(0, len(prompt.following) - 1) + (len(prompt.token_ids) if self._prefill != "none" else 0)
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
+    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
         """Write the rows of sequences; see `Producer`."""
         wanted = [s for s in sequences if self.most(s) > (len(held) if s == sequences[0] else 0)]
         prompts = [self._prompts[sequence] for sequence in wanted]
-        written = 0
         found = forced_rows(self._layers, self._plans[level.name], prompts, self._prefill)
         for sequence, rows in zip(wanted, found, strict=True):
-            written += _write(level, rows, sequence, held if sequence == sequences[0] else held[:0])
-        return written
+            yield _write(level, rows, sequence, held if sequence == sequences[0] else held[:0])
 
     def _room(self) -> int:
         """Sequences whose rows fit a quarter of the memory that is free, the copy that is stacked included."""

@@ -138,6 +138,7 @@ def check_request(session: Session, request: GenerateRequest) -> tuple[Prompt, L
         UsageError: an empty or too long prompt, an empty stop text, a dump with stop texts, or a store that is there
             already without `force`.
         NotFoundError: a sparsity above 0 and no calibration.
+        HardwareError: the backend cannot run the plan's criterion.
         TealError: the disk has no room for the store.
     """
     StopTexts(request.stop)
@@ -146,6 +147,7 @@ def check_request(session: Session, request: GenerateRequest) -> tuple[Prompt, L
     if request.dump is not None:
         check_target(request.dump, force=request.force)
     (level,) = session.levels(*((), (request.plan,)) if request.plan else ((request.sparsity,),))
+    session.check_decodes(level.plan)
     prompt = Prompt(request.prompt, tuple(session.encode(request.prompt, chat=request.chat)))
     check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
     if request.dump is not None:

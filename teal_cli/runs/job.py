@@ -8,7 +8,7 @@ written. Where rows come from is a producer's business, how they reach the disk 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +20,12 @@ from teal_cli.store.writer import LevelWriter, StoreWriter
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands; one comes after every sequence.
+    """Where a job stands; one comes after every row that is decoded, and after every sequence.
 
     Attributes:
         level: the level's name, e.g. s0.50.
-        sequences, rows: done so far over all levels, rows that a resumed store already had included.
+        sequences, rows: done so far over all levels, rows that a resumed store already had included. A sequence that
+            ended early counts with all the rows that it might have had, once it is done.
         total_sequences, total_rows: at most to come; sequences that end early leave rows unused.
         seconds: since this run began.
         new_rows: rows written by this run.
@@ -54,14 +55,14 @@ class Producer(Protocol):
         """Rows that a sequence has at each level, at most."""
         ...
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> int:
+    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
         """Write the rows of sequences into a level.
 
         Args:
             held: token ids of the first rows, which the level has already.
 
-        Returns:
-            How many rows were written.
+        Yields:
+            How many rows were written since it last did.
 
         Raises:
             TealError: the disk is full, a result is not finite, or the first rows have other tokens.
@@ -85,7 +86,8 @@ def run_job(writer: StoreWriter, producer: Producer) -> Iterator[Progress]:
             todo, held = left_over(level, range(producer.sequences))
             clock.skip(number, producer.sequences - len(todo))
             for batch in batches(todo, producer.batch):
-                yield clock.after(name, batch, producer.write(level, batch, held))
+                yield from clock.during(name, producer.write(level, batch, held), len(held))
+                yield clock.after(name, batch)
                 held = held[:0]
             level.finish()
         writer.complete()
@@ -128,11 +130,20 @@ class Clock:
         self._done = level * len(self._each) + sequences
         self._rows = level * sum(self._each) + sum(self._each[:sequences])
 
-    def after(self, name: str, batch: Sequence[int], written: int) -> Progress:
-        """Sequences have been written, with so many new rows."""
+    def during(self, name: str, written: Iterable[int], held: int = 0) -> Iterator[Progress]:
+        """Sequences are being written: `written` are the new rows each time, `held` those that were there."""
+        rows = self._rows + held
+        for new in written:
+            rows, self._new = rows + new, self._new + new
+            yield self._at(name, rows)
+
+    def after(self, name: str, batch: Sequence[int]) -> Progress:
+        """Sequences have been written."""
         self._done += len(batch)
         self._rows += sum(self._each[sequence] for sequence in batch)
-        self._new += written
-        total = self._levels * len(self._each), self._levels * sum(self._each)
+        return self._at(name, self._rows)
+
+    def _at(self, name: str, rows: int) -> Progress:
+        sequences, most = self._levels * len(self._each), self._levels * sum(self._each)
         seconds = time.perf_counter() - self._begun
-        return Progress(name, self._done, total[0], self._rows, total[1], self._new, seconds)
+        return Progress(name, self._done, sequences, min(rows, most), most, self._new, seconds)

@@ -41,7 +41,7 @@ def run_ranks(board: Board, target: Target, producer: Producer) -> Iterator[Prog
     """Write what this rank is handed; every rank of the job calls it. Rank 0 declares the collection whole at the end.
 
     Yields:
-        Progress of the whole job, after each sequence of this rank; `new_rows` are its own.
+        Progress of the whole job, as this rank goes on; `new_rows` are its own.
 
     Raises:
         UsageError: as `Manifest`. TealError: as `Producer.write`, or another rank has failed.
@@ -99,10 +99,10 @@ def _levels(board: Board, writers: Sequence[StoreWriter], producer: Producer) ->
         for level in unfinished:
             again, known = left_over(level, ())
             for batch in batches(again, producer.batch):
-                yield clock.after(name, [], producer.write(level, batch, known))
+                yield from clock.during(name, producer.write(level, batch, known))
             while level is unfinished[-1] and (index := board.add(f"next/{name}", 1) - 1) < len(handed):
-                written = producer.write(level, handed[index], known[:0])
+                yield from clock.during(name, producer.write(level, handed[index], known[:0]))
                 done = board.add(f"written/{name}", len(handed[index]))
                 clock.skip(number, producer.sequences - len(free) + done - len(handed[index]))
-                yield clock.after(name, handed[index], written)
+                yield clock.after(name, handed[index])
             level.finish()

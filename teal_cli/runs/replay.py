@@ -71,13 +71,14 @@ def open_for_replay(store: ActivationStore, opened: Callable[[str, str], Session
     """A session as the one that wrote a store, and remarks on what is different or not here.
 
     Args:
-        opened: opens the store's model for (device, backend), "auto" among them.
+        opened: opens the store's model for (device, backend), "auto" among them; its weights need not be there.
 
     Raises:
         NotFoundError: the model is not in the registry.
-        TealError: the model of that name is another one.
+        TealError: the model of that name is another one, or the store does not hold its prompts.
     """
     header, notes = store.header, []
+    _prompts(store)
     try:
         entry = Registry().get(header.model)
     except NotFoundError as error:
@@ -114,10 +115,7 @@ def replay(session: Session, store: ActivationStore, count: int, seed: int | Non
     Raises:
         TealError: the store does not hold its prompts, or a row is damaged.
     """
-    try:
-        prompts = stored_prompts(store.header)
-    except ValueError as error:
-        raise TealError(f"rows cannot be computed again: {store.path}: {error}") from error
+    prompts = _prompts(store)
     levels = [store.level(name) for name in store.levels]
     ends = np.cumsum([len(level) for level in levels])
     total = int(ends[-1])
@@ -139,6 +137,15 @@ def replay(session: Session, store: ActivationStore, count: int, seed: int | Non
             away = 0.0 if same or errors is None else float(errors[row - level.rows(sequence).start])
             position = int(level.tokens.position[row])
             yield Replayed(level.name, sequence, position, same, away, away <= TOLERANCE[store.header.dtype])
+
+
+def _prompts(store: ActivationStore) -> tuple[Prompt, ...]:
+    try:
+        return stored_prompts(store.header)
+    except ValueError as error:
+        raise TealError(
+            f"rows cannot be computed again: {store.path}: {error}", hint="without --replay the store is checked alone"
+        ) from error
 
 
 def stored_plan(level: Level) -> Plan:

@@ -18,7 +18,7 @@ import torch
 from teal_cli.data.prompts import is_text
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
-from teal_cli.decoding.steps import choose_step, open_step
+from teal_cli.decoding.steps import check_step, choose_step, open_step
 from teal_cli.errors import HardwareError, TealError, UsageError, counted
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig, load_config
@@ -148,11 +148,21 @@ class Session:
         Raises:
             HardwareError: the backend cannot run the plan's criterion.
         """
+        self.check_decodes(plan)
+        step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
+        return Decoder(self.model, cache, step)
+
+    def check_decodes(self, *plans: Plan) -> None:
+        """Refuse, before weights are read, plans that no decoder could be made for.
+
+        Raises:
+            HardwareError: the backend cannot run the criterion of one.
+        """
         try:
-            step = open_step(self.model, cache, self.thresholds(plan), self.backend, plan.target)
+            for plan in plans:
+                check_step(self.thresholds(plan), self.backend)
         except BackendError as error:
             raise HardwareError(str(error), hint="choose another with --backend") from None
-        return Decoder(self.model, cache, step)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt; with `chat`, as a user's message in the model's chat template.

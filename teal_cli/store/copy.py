@@ -99,6 +99,7 @@ def _fetch(place: Place, staging: Path, files: dict[str, int], chunks: dict[str,
         return len(data)
 
     done, fetched, total = 0, 0, sum(files.values())
+    yield Copied(done, total, fetched)
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         try:
             for name, new in zip(files, pool.map(bring, files), strict=True):

@@ -55,6 +55,7 @@ def merge(store: ActivationStore, out: Path, *, force: bool = False, resume: boo
         for level in levels:
             target = writer.level(level.name)
             done += len(level) if target.complete else target.committed
+            yield Merged(done, total)
             for rows in () if target.complete else _copy(level, target):
                 done += rows
                 yield Merged(done, total)

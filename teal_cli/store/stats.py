@@ -14,7 +14,7 @@ channels that are kept more often than others, or the dependence between a value
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
@@ -115,6 +115,7 @@ def measure(
     projections: Sequence[str] = (),
     gbps: float | None = None,
     threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Measured]:
     """Reads levels, one site after the other; levels without tokens are left out.
 
@@ -124,24 +125,30 @@ def measure(
         layers, projections: which; empty means all.
         gbps: for the time floor, 1e9 bytes per second.
         threads: that read and count at a time; by default one per core, at most 8.
+        progress: called with (layers read, layers), each counted once for every site of a level.
 
     Raises:
         TealError: a block is damaged.
     """
     chosen = sorted(set(layers)) or list(range(store.header.layers))
     threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    wanted = {site: tuple(p for p in SITE_PROJECTIONS[site] if p in projections or not projections) for site in SITES}
+    sites = [site for site in SITES if wanted[site]]
+    opened = [level for level in map(store.level, levels) if len(level)]
+    done, total = 0, len(opened) * len(sites) * len(chosen)
+    progress(done, total)
     with ThreadPoolExecutor(threads) as pool:
-        for name in levels:
-            level = store.level(name)
+        for level in opened:
             columns = Rows.of(level.tokens.sequence, level.tokens.position)
-            for site in SITES if len(level) else ():
-                wanted = tuple(p for p in SITE_PROJECTIONS[site] if p in projections or not projections)
-                if wanted:
-                    bands = _bands(level, site, chosen, threads)
-                    jobs = pool.map(lambda band: _read(level, site, wanted, band, columns), bands)  # noqa: B023
-                    tallies = [tally for found in jobs for tally in found]
-                    rows = tuple(tally.row(projection, gbps) for tally in tallies for projection in wanted)
-                    yield Measured(_site(level, site, wanted, tallies), rows)
+            for site in sites:
+                bands = _bands(level, site, chosen, threads)
+                tallies: list[_Tally] = []
+                for found in pool.map(lambda band: _read(level, site, wanted[site], band, columns), bands):  # noqa: B023
+                    tallies += found
+                    done += len(found)
+                    progress(done, total)
+                rows = tuple(tally.row(projection, gbps) for tally in tallies for projection in wanted[site])
+                yield Measured(_site(level, site, wanted[site], tallies), rows)
 
 
 def _bands(level: Level, site: str, layers: Sequence[int], threads: int) -> list[slice]:

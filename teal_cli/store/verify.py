@@ -79,7 +79,8 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
             counts.
 
     Yields:
-        A `Problem` for whatever is wrong and a `Checked` after each block of a site, all layers together.
+        A `Problem` for whatever is wrong and a `Checked` at the beginning and after each block of a site, all layers
+        together.
 
     Raises:
         NotFoundError, UsageError: no store of this schema there.
@@ -140,6 +141,7 @@ def _store(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem |
         yield problem
     total = sum(blocks_of(len(level), store.header.block_tokens) for level in levels) * len(SITES)
     done = 0
+    yield Checked(done, total)
     for level in levels:
         problems = [*_metadata(store, level), *_tokens(store, level, allow_incomplete)]
         yield from problems

@@ -153,10 +153,20 @@ def _adopt(command: Any) -> None:
     if examples:
         command.help, command.epilog = about, f"\b\nExamples:\n{examples.rstrip()}"  # \b: lines stay as they are
     command.short_help = command.short_help or (command.help or "").partition("\n")[0]
+    alone = {name for option in command.params if str(option.metavar).startswith("[") for name in option.opts}
+    command.parse_args = partial(_parse, command.parse_args, alone)
     for parameter in command.params:
         parameter.get_help_record = partial(_help_record, keys.get(parameter.name), parameter.get_help_record)
     for child in getattr(command, "commands", {}).values():
         _adopt(child)
+
+
+def _parse(parse: Callable[[Any, list[str]], list[str]], alone: set[str], context: Any, args: list[str]) -> list[str]:
+    """Parse with an empty value for an option that may stand alone, by the brackets of its metavar, where it does."""
+    given = []
+    for arg, following in zip(args, [*args[1:], "-"], strict=False):
+        given += [arg, ""] if arg in alone and following.startswith("-") else [arg]
+    return parse(context, given)
 
 
 def _take_settings(command: Any) -> dict[str, str]:

@@ -4,8 +4,9 @@
         task = bars.task("Calibrating", total=30, unit="layers")
         task.update(done=7)
 
-The work reports numbers, as often as it likes; how they look, with rate and time, is decided here. Nothing here knows
-what is being done.
+A task shows with its first update, so that work which refuses its arguments has announced nothing. The work reports
+numbers, as often as it likes; how they look, with rate and time, is decided here. Nothing here knows what is being
+done.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Task(Protocol):
     """One piece of work under way."""
 
     def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
-        """Set what is known now: amount done, total, a new description."""
+        """Set what is known now: amount done, total, a new description. The first time it is shown."""
 
 
 class Bars(Protocol):
@@ -136,19 +137,19 @@ class _Drawn:
         self._bars = bars
 
     def task(self, text: str, *, total: float | None = None, unit: str = "", done: float = 0) -> Task:
-        state = _State(text, total, unit, done)
-        return _DrawnTask(
-            self._bars, self._bars.add_task(text, total=total, completed=int(done), state=str(state)), state
-        )
+        return _DrawnTask(self._bars, _State(text, total, unit, done))
 
 
 class _DrawnTask:
-    def __init__(self, bars: RichProgress, task: TaskID, state: _State) -> None:
-        self._bars, self._task, self._state = bars, task, state
+    def __init__(self, bars: RichProgress, state: _State) -> None:
+        self._bars, self._state = bars, state
+        self._task: TaskID | None = None
         self._drawn_at = 0.0
 
     def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
         self._state.take(done, total, text)
+        if self._task is None:
+            self._task = self._bars.add_task(self._state.text, total=self._state.total, state="")
         now = time.monotonic()
         if now - self._drawn_at >= _DRAW_EVERY_S or self._state.finished:
             self._drawn_at = now
@@ -168,12 +169,14 @@ class _LineTask:
 
     def __init__(self, state: _State) -> None:
         self._state = state
-        self._finished = False
+        self._shown = self._finished = False
         self._printed_at = time.monotonic()
-        print(state.text, file=sys.stderr, flush=True)
 
     def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
         self._state.take(done, total, text)
+        if not self._shown:
+            self._shown = True
+            print(self._state.text, file=sys.stderr, flush=True)
         finished = self._state.finished
         due = time.monotonic() - self._printed_at >= LINE_EVERY_S
         if due or (finished and not self._finished):

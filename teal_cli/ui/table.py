@@ -45,15 +45,19 @@ def show_fields(console: Console, fields: Mapping[str, object]) -> None:
     """Print a name and a value a line, the values under each other; on a terminal long ones go on below themselves."""
     indent = max(map(len, fields), default=0) + len(_GAP)
     for name, value in fields.items():
-        lines = _folded(str(value), max(_LEAST, _width(console) - indent), shorten=False)
-        for number, line in enumerate(lines):
+        for number, line in enumerate(beside(console, indent, str(value))):
             console.print(f"{'' if number else name:<{indent}}{line}".rstrip(), markup=False, soft_wrap=True)
 
 
-def show_text(console: Console, text: str) -> None:
+def beside(console: Console, indent: int, text: str) -> list[str]:
+    """Text as the lines that fit beside what takes `indent` columns, cut between words; in a pipe one line."""
+    return _folded(text, max(_LEAST, _width(console) - indent), shorten=False)
+
+
+def show_text(console: Console, text: str, style: str | None = None) -> None:
     """Print a sentence, on a terminal in lines cut between words."""
-    for line in _folded(text, _width(console), shorten=False):
-        console.print(line, markup=False, soft_wrap=True)
+    for line in beside(console, 0, text):
+        console.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def percent(target: float) -> str:

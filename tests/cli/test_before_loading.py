@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zarr
 from fixtures_cli import Teal
+from fixtures_store import write_store
 from fixtures_tiny import make_tiny
 
 from teal_cli.registry.download import fetch
@@ -87,6 +89,11 @@ def test_weights_that_cannot_be_read(broken: Callable[..., str], args: tuple[obj
     ((*CALIBRATE, "-d", "python-docs", "--seq-len", 400), "context of 256"),
     ((*CALIBRATE, "-d", "python-docs", "--name", "a/b"), "a/b"),
     ((*CHECK, "python-docs", "-c", "another"), "no calibration called 'another'"),
+    (("compare", "-p", ""), "has no tokens"),
+    (("compare", "-p", "x", "-s", "0"), "nothing to compare"),
+    (("compare", "-d", "python-dogs"), "did you mean python-docs"),
+    (("chat",), "no chat template"),
+    (("chat", "--plan", "another"), "no plan called 'another'"),
     (("quantize", "--to", "int4", "--group", 48), "48"),
     (("quantize", "--to", "int4", "--name", "A/B"), "A/B"),
     (("bench", "decode", "--quick", "-c", "another"), "no calibration called 'another'"),
@@ -101,6 +108,54 @@ def test_a_mistake_is_told_first(
     assert says in err
     assert "Loading" not in err
     assert "Calibrating" not in err
+    assert "Comparing" not in err
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (("--system", "word " * 60, "--context", 40), "the context of 40 tokens has no room for a message"),
+    (("--system", "\udc80"), "half of a surrogate pair"),
+    (("-c", "another"), "no calibration called 'another'"),
+])  # fmt: skip
+@pytest.mark.usefixtures("talker")
+def test_a_conversation_that_cannot_begin(
+    teal: Teal, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], says: str
+) -> None:
+    monkeypatch.setattr("teal_cli.commands.chat.load", lambda *_: pytest.fail("it was loaded"))
+    run = teal("chat", "-m", "talker", *options)
+    assert run.code in (2, 3), run.err
+    assert says in run.err
+    assert "hint:" in run.err
+
+
+def test_rows_that_cannot_be_computed_again_are_told_before_all_is_read(
+    teal: Teal, ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify --replay`: the model is looked for before a byte is checked, and its weights are read last."""
+    store = tmp_path / "out.zarr"
+    assert teal("dump", "-d", "python-docs", "-n", 1, "--prompt-tokens", 8, "--max-new-tokens", 4, "-s", 0.5, "-o",
+                store).code == 0  # fmt: skip
+    monkeypatch.setattr("teal_cli.commands.store.load", lambda *_: pytest.fail("it was loaded"))
+    entry = ready / "models" / "tiny"
+    entry.rename(tmp_path / "tiny")
+    run = teal("store", "verify", store, "--replay", 2)
+    assert (run.code, "Verifying" in run.err) == (3, False)
+    assert "the store's model tiny is not here" in run.err
+    (tmp_path / "tiny").rename(entry)
+    header = zarr.open_group(store, mode="r+", use_consolidated=False)
+    header.attrs["teal"] = {**dict(header.attrs["teal"]), "prompts": {"count": 1}}  # type: ignore[dict-item]
+    run = teal("store", "verify", store, "--replay", 2)
+    assert (run.code, "Verifying" in run.err) == (1, False), run.err
+    assert "rows cannot be computed again" in run.err
+
+
+def test_what_refuses_its_arguments_announces_nothing(teal: Teal, tmp_path: Path) -> None:
+    store = tmp_path / "one.zarr"
+    write_store(store, 8)
+    for args in (("merge", store, "-o", tmp_path / "x"), ("copy", store, "-o", store),
+                 ("convert", store, "-o", store / "x"), ("verify", tmp_path / "nowhere")):  # fmt: skip
+        run = teal("store", *args)
+        assert run.code in (2, 3), run.err
+        assert run.err.startswith("error: "), run.err
 
 
 def test_a_resumed_store_of_other_settings_is_told_first(

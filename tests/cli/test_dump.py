@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,45 @@ def test_dry_run_writes_nothing_and_is_near_the_truth(teal: Teal, prompts: Path,
     assert teal(*arguments, "--follow", follow).code == 0
     written = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
     assert estimate["store_bytes"] == pytest.approx(written, rel=0.3)
+
+
+@pytest.mark.parametrize("follow", ["free", "dense"])
+def test_progress_moves_with_every_row_that_is_decoded(
+    teal: Teal, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: str
+) -> None:
+    monkeypatch.setattr("teal_cli.ui.progress.LINE_EVERY_S", 0.0)
+    run = teal(*small(prompts, tmp_path / "out.zarr"), "--follow", follow)
+    assert run.code == 0
+    done = [int(count) for count in re.findall(r"s0\.\d\d: (\d+)/171 rows", run.err)]
+    assert sorted(set(done)) == [*(range(1, 172) if follow == "free" else range(19, 172, 19))]
+    assert done == sorted(done)
+    fed = [int(count) for count in re.findall(r"Decoding densely .*: (\d+)/60 tokens", run.err)]
+    assert fed == ([] if follow == "free" else [*range(1, 61), 60])
+
+
+def test_a_resumed_run_goes_on_counting(teal: Teal, prompts: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Rows that were there count as done, and not for the rate."""
+    from teal_cli.runs.decoded import Decoding
+
+    store, write = tmp_path / "out.zarr", Decoding.write
+    monkeypatch.setattr("teal_cli.store.header.block_tokens", lambda channels, itemsize: 16)
+
+    def cut_off(self: Decoding, level: object, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
+        for number, new in enumerate(write(self, level, sequences, held)):  # type: ignore[arg-type]
+            if level.name == "s0.50" and sequences[0] == 1 and number == 9:  # type: ignore[attr-defined]
+                raise KeyboardInterrupt
+            yield new
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoding, "write", cut_off)
+        assert teal(*small(prompts, store)).code == 130
+    monkeypatch.setattr("teal_cli.ui.progress.LINE_EVERY_S", 0.0)
+    run = teal("dump", "--resume", "-o", store)
+    assert run.code == 0, run.err
+    done = [int(count) for count in re.findall(r": (\d+)/171 rows", run.err)]
+    assert done[0] == 3 * 19 + 16 + 1, "of s0.50 the rows of a whole block"
+    assert done[-1] == 171
 
 
 def test_resuming_what_is_complete_changes_nothing(teal: Teal, prompts: Path, tmp_path: Path) -> None:
@@ -174,6 +214,19 @@ def test_every_shipped_recipe_is_whole(name: str) -> None:
     assert parse_levels(recipe["levels"])
     assert set(recipe) <= set(KEYS)
     assert {"about", "levels", "dataset", "num_sequences", "max_new_tokens"} <= set(recipe)
+
+
+@pytest.mark.parametrize("options", [("--recipe",), ("-r", "-o", "out.zarr"), ("--json", "--recipe")])
+def test_recipes_are_listed(teal: Teal, options: tuple[str, ...]) -> None:
+    run = teal("dump", *options)
+    assert run.code == 0, run.err
+    if "--json" in options:
+        assert set(run.json["recipes"]) == set(shipped_recipes())
+        assert all(run.json["recipes"].values())
+    else:
+        heading, *rows = run.out.splitlines()
+        assert heading.split() == ["recipe", "about"]
+        assert [row.split()[0] for row in rows] == shipped_recipes()
 
 
 def test_a_recipe_gives_what_the_command_line_does_not(teal: Teal, tmp_path: Path) -> None:

@@ -110,6 +110,22 @@ def test_quiet_and_json_get_none(out: Output, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_task_shows_with_its_first_update(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """What refuses its arguments has announced nothing."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with progress(Output(json=False, quiet=False)) as bars:
+        bars.task("Merging", unit="rows")
+        begun = bars.task("Copying", unit="B")
+        begun.update(done=0, total=10)
+    err = capsys.readouterr().err
+    assert "Copying" in err
+    assert "Merging" not in err
+
+
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
@@ -125,6 +141,8 @@ def test_a_task_tells_rate_and_time(capsys: pytest.CaptureFixture[str], monkeypa
     with progress(Output(json=False, quiet=False)) as bars:
         rows = bars.task("Decoding", total=500, unit="rows", done=100)
         loaded = bars.task("Loading", total=90e6, unit="B")
+        for task in (rows, loaded):
+            task.update()
         now[0] += 12.5
         rows.update(done=125)
         loaded.update(done=30e6)
