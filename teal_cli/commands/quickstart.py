@@ -11,6 +11,7 @@ import typer
 from teal_cli.commands.calibrate import watch
 from teal_cli.commands.download import follow
 from teal_cli.commands.opening import opened
+from teal_cli.files import require_space
 from teal_cli.ui import options
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
@@ -26,6 +27,8 @@ PROMPT = "Explain in a few sentences why the sea is salty."
 DATASET = "python-docs"
 SEQUENCES, SEQ_LEN = 8, 512
 NEW_TOKENS = 96
+_LEAST_ROOM = 10_000_000
+"""Bytes that the store of the small default model takes, about: looked for before anything is fetched."""
 
 
 def quickstart(
@@ -58,11 +61,13 @@ def quickstart(
         teal quickstart -s 0.65 -o demo.zarr
     """
     from teal_cli.registry.registry import Registry
+    from teal_cli.runs.dump import NO_ROOM
     from teal_cli.store.placing import check_target
 
     out = output(json, quiet)
     force = force or _is_ours(out_path)
     check_target(out_path, force=force)
+    require_space(out_path, _LEAST_ROOM, hint=NO_ROOM)
     registry = Registry()
     out.note("1/4  the model")
     entry = _download(out, registry, model)

@@ -72,7 +72,7 @@ def _files(dataset: str) -> list[Path]:
         return found
     if path.exists() or glob.has_magic(dataset):
         raise NotFoundError(f"{dataset} holds no file that teal reads as a dataset", hint=f"it reads {_KINDS}")
-    raise NotFoundError(f"there is no file {dataset}")
+    raise NotFoundError(f"there is no file {dataset}", hint=f"teal reads {_KINDS}; python-docs needs no file")
 
 
 def _rows(paths: list[Path], form: str) -> Iterator[dict[str, Any]]:

@@ -66,7 +66,8 @@ def resolve(spec: str | None, registry: Registry, options: Options, name: str | 
     if _looks_like_path(spec):
         kind = "gguf" if spec.lower().endswith(".gguf") else "folder"
         if not Path(spec).expanduser().exists():
-            raise NotFoundError(f"there is no file or folder {spec}")
+            hint = "name a checkpoint folder, a .gguf file, or a model of `teal models ls --all`"
+            raise NotFoundError(f"there is no file or folder {spec}", hint=hint)
         if kind == "folder" and Path(spec).is_file():
             kind = "gguf"  # whose first bytes will tell what it is
         source = _source(kind, spec, options)

@@ -51,6 +51,50 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is to be done: tokens that go through the model together, steps of one token, rows that are stored."""
+
+    tokens: int
+    steps: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a token of a prefill or pass, a step, storing a row, and ending a level took."""
+
+    token: float
+    step: float
+    row: float = 0.0
+    end: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """What some work takes at this pace."""
+        return self.token * work.tokens + self.step * work.steps + self.row * work.rows + self.end
+
+
+def storing(short: tuple[int, float], long: tuple[int, float]) -> tuple[float, float]:
+    """Seconds for each row and at the end, from (rows, seconds of storing them) of two runs; never below 0."""
+    (few, before), (many, after) = short, long
+    row = max(0.0, (after - before) / (many - few)) if many > few else after / many
+    row = min(row, after / many)
+    return row, after - row * many
+
+
+def level_work(prompt_tokens: int, steps: int, follow: str, prefill: str) -> Work:
+    """What one level takes.
+
+    Args:
+        prompt_tokens, steps: of all prompts: their tokens, and the rows that follow them.
+        follow, prefill: as in `DumpRequest`.
+    """
+    rows = steps + (0 if prefill == "none" else prompt_tokens)
+    if follow != "free":
+        return Work(prompt_tokens + steps, 0, rows)
+    return Work(0, prompt_tokens + steps, rows) if prefill == "sparse" else Work(prompt_tokens, steps, rows)
+
+
+@dataclass(frozen=True)
 class _Sample:
     """A piece of one level: its rows, bytes of data and of metadata, and seconds that all of the level will take."""
 
@@ -88,55 +132,64 @@ def _dense(job: Dump, prompt: Prompt, rows: int) -> tuple[Prompt, Any]:
     decoder = job.decoder_for(dense_plan(job.session.config.layers))
     decode = partial(decoder.generate, prompt.token_ids, max_new_tokens=rows + 1, sampling=job.request.sampling)
     following = tuple(decode())
-    return replace(prompt, following=following), _spread([_pace(job, decoder, decode) for _ in range(_RUNS)])
+    work = level_work(*_sizes(job), "free", "none")
+    seconds = [Pace(*_decoding_pace(decoder, decode)).seconds(work) for _ in range(_RUNS)]
+    return replace(prompt, following=following), _spread(seconds)
 
 
-def _pace(job: Dump, decoder: Decoder, work: Callable[[], Iterable[Any]]) -> float:
-    """Seconds of decoding all prompts once, as fast as the decoder does the first one in `work`."""
+def _sizes(job: Dump) -> tuple[int, int]:
+    """Tokens of all prompts, and of what follows them rows at most."""
+    prompted = sum(len(prompt.token_ids) for prompt in job.prompts)
+    return prompted, len(job.prompts) * (job.request.max_new_tokens - 1)
+
+
+def _decoding_pace(decoder: Decoder, work: Callable[[], Iterable[Any]]) -> tuple[float, float]:
+    """Seconds of a token of the prompt and of a step, while the decoder does `work`."""
     before = replace(decoder.tally)
     for _ in work():
         pass
     tally = decoder.tally
-    prefill = (tally.prefill_s - before.prefill_s) / (tally.prompt_tokens - before.prompt_tokens)
-    step = (tally.decode_s - before.decode_s) / (tally.steps - before.steps)
-    rows = len(job.prompts) * (job.request.max_new_tokens - 1)
-    return prefill * sum(len(prompt.token_ids) for prompt in job.prompts) + step * rows
+    token = (tally.prefill_s - before.prefill_s) / (tally.prompt_tokens - before.prompt_tokens)
+    return token, (tally.decode_s - before.decode_s) / (tally.steps - before.steps)
 
 
 def _sample(job: Dump, level: Level, prompt: Prompt, rows: int) -> _Sample:
     session, request, name = job.session, job.request, level_name(level.plan.target)
-    each = len(job.prompts) * (request.max_new_tokens - 1)
+    work = level_work(*_sizes(job), request.follow, request.prefill)
     free = request.follow == "free"
-    prompt = prompt if free else replace(prompt, following=prompt.following[: rows + 1])
-    header, levels = store_headers(
-        session, [prompt], [level], rows + 1, request.sampling,
-        source=KnownPrompts("sample", (prompt,)), stop=(), follow=request.follow,
-    )  # fmt: skip
+    decoders = {name: job.decoders[name]} if free else {}
     with TemporaryDirectory(prefix="teal-") as folder:
         path = Path(folder, "sample.zarr")
 
-        def run() -> tuple[float, float]:
-            """Seconds of computing all rows of the level, and of what storing them takes besides."""
+        def run(count: int) -> tuple[float, float, float]:
+            """Seconds of a token and of a step, and after the last row, of a store with so many rows."""
+            given = prompt if free else replace(prompt, following=prompt.following[: count + 1])
+            header, levels = store_headers(
+                session, [given], [level], count + 1, request.sampling,
+                source=KnownPrompts("sample", (given,)), stop=(), follow=request.follow,
+            )  # fmt: skip
             writer = open_writer(path, header, levels, str(session.device), force=True)
+            times: list[float] = []
             if free:
-                decoders = {name: job.decoders[name]}
-                decoding = Decoding(decoders, [prompt], max_new_tokens=rows + 1, sampling=request.sampling)
-                times: list[float] = []
-                seconds = _pace(job, job.decoders[name], lambda: _noting(run_job(writer, decoding), times))
+                producer = Decoding(decoders, [given], max_new_tokens=count + 1, sampling=request.sampling)
+                token, step = _decoding_pace(decoders[name], lambda: _noting(run_job(writer, producer), times))
             else:
-                forcing = Forcing(session.layers, {name: level.plan}, [prompt])
-                times = [time.perf_counter()]
-                for _ in _noting(run_job(writer, forcing), times):
+                begun = time.perf_counter()
+                for _ in _noting(run_job(writer, Forcing(session.layers, {name: level.plan}, [given])), times):
                     pass
-                tokens = sum(len(p.token_ids) for p in job.prompts) + each
-                seconds = (times[1] - times[0]) * tokens / (len(prompt.token_ids) + rows)
-            return seconds, (time.perf_counter() - times[-1]) / rows * each
+                token, step = (times[0] - begun) / (len(given.token_ids) + count), 0.0
+            return token, step, time.perf_counter() - times[-1]
 
-        run()  # meets cold caches
-        runs = [run() for _ in range(_RUNS)]
+        def pace() -> Pace:
+            short = max(1, rows // 4)
+            few, (token, step, after) = run(short), run(rows)
+            return Pace(token, step, *storing((short, few[-1]), (rows, after)))
+
+        run(rows)  # meets cold caches
+        paces = [pace() for _ in range(_RUNS)]
         sizes = sizes_below(path)
     metadata = sum(size for file, size in sizes.items() if file.name == _METADATA)
-    low, middle, high = _spread([sum(seconds) for seconds in runs]).tolist()
+    low, middle, high = _spread([pace.seconds(work) for pace in paces]).tolist()
     return _Sample(rows, sum(sizes.values()) - metadata, metadata, (low, middle, high))
 
 

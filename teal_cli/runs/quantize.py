@@ -87,7 +87,9 @@ def quantize_model(
             hint=f"quantise that: `teal quantize {entry.parent} --to {width}`",
         )
     if width not in WIDTHS:
-        raise UsageError(f"weights are quantised to {' or '.join(WIDTHS)}, not to {width}")
+        raise UsageError(
+            f"weights are quantised to {' or '.join(WIDTHS)}, not to {width}", hint="--to int8 or --to int4"
+        )
     quantization = Quantization(
         VERSION, WIDTHS[width], group, entry.name, entry.revision, config_sha256(entry.path), head
     )

@@ -115,7 +115,8 @@ def read_histograms(folder: Path, rule: str = "teal") -> TealHistogram:
     """
     folder = folder / "histograms" if (folder / "histograms").is_dir() else folder
     if not folder.is_dir():
-        raise NotFoundError(f"there is no folder {folder}")
+        hint = "name the `histograms` folder that TEAL wrote for a model"
+        raise NotFoundError(f"there is no folder {folder}", hint=hint)
     found = {int(m[1]) for entry in folder.iterdir() if (m := _LAYER.fullmatch(entry.name))}
     if not found:
         raise NotFoundError(

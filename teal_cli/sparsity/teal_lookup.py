@@ -53,10 +53,13 @@ def read_lookup(folder: Path, layers: int, sizes: NDArray[np.float64], target: f
     """
     folder = folder / "lookup" if (folder / "lookup").is_dir() else folder
     if not folder.is_dir():
-        raise NotFoundError(f"there is no folder {folder}")
+        raise NotFoundError(f"there is no folder {folder}", hint="name the `lookup` folder that TEAL wrote for a model")
     found = {int(match[1]) for entry in folder.iterdir() if (match := _LAYER.fullmatch(entry.name))}
     if not found:
-        raise NotFoundError(f"{folder} has no folders layer-0, layer-1, ...: it is not one of TEAL's lookup/")
+        raise NotFoundError(
+            f"{folder} has no folders layer-0, layer-1, ...: it is not one of TEAL's lookup/",
+            hint="name the `lookup` folder that TEAL wrote for a model",
+        )
     if found != set(range(layers)):
         missing = sorted(set(range(layers)) - found) or sorted(found - set(range(layers)))
         raise TealError(

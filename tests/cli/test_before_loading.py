@@ -175,3 +175,23 @@ def test_room_on_the_disk_is_looked_at_first(broken: Callable[..., str], monkeyp
         err = broken(*args)
         assert "10 B free" in err
         assert "ask for fewer rows" in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("eval", "-d", "nowhere.txt"),
+        ("calibrate", "-d", "nowhere.txt"),
+        ("calibrations", "check", "nowhere.txt"),
+        ("calibrations", "import", "nowhere"),
+        ("plan", "import", "nowhere"),
+        ("download", "./nowhere"),
+        ("quantize", "--to", "int3"),
+        ("quickstart", "-o", "/proc/none/x.zarr"),
+    ],
+    ids=lambda args: "-".join(args[:2]),
+)
+def test_a_mistake_is_one_sentence_and_a_hint(broken: Callable[..., str], args: tuple[str, ...]) -> None:
+    error, hint = broken(*args).splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("  hint: ")
