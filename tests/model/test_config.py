@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 from fixtures_tiny import TINY
 
@@ -120,6 +121,13 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
 def test_the_readme_lists_every_family() -> None:
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
     assert f"({', '.join(family.title for family in FAMILIES.values())})" in readme
+
+
+@pytest.mark.parametrize("document", families.DOCUMENTS, ids=lambda path: path.name)
+def test_lists_of_families_are_those_of_the_table(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert "<!-- families: " in text
+    assert families.renewed(text) == text, "write it anew: python -m tests.families"
 
 
 LONG = {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]}

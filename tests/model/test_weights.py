@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,44 @@ def test_shards_hold_the_same_model(tmp_path: Path, tiny: Callable[[str], Path])
         found = tensors_of(many.layer(index, torch.float32))
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["phi3", "llama3"])
+def test_tensors_that_lie_anywhere_in_two_files(name: str, tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    """Fused or tied, each second one in the other file, and none at a multiple of its dtype's size."""
+    stored = load_file(tiny(name) / WEIGHTS)
+    index = {tensor: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, tensor in enumerate(stored)}
+    for file in set(index.values()):
+        save_file({tensor: stored[tensor] for tensor, of in index.items() if of == file}, tmp_path / file)
+        data = (tmp_path / file).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        (tmp_path / file).write_bytes(
+            (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+        )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "config.json").write_text((tiny(name) / "config.json").read_text())
+    one, two = Transformer.from_checkpoint(tiny(name)), Transformer.from_checkpoint(tmp_path)
+    assert two.lm_head is two.embedding
+    assert torch.equal(one.forward(torch.arange(5), 0, one.cache(8)), two.forward(torch.arange(5), 0, two.cache(8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "role"),
+    [
+        ("olmo2", "model.layers.2.post_feedforward_layernorm.weight", "mlp_post_norm of the family olmo2"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", "q, k, v of the family phi3"),
+        ("granite", "model.embed_tokens.weight", "embedding of the family granite"),
+    ],
+)
+def test_the_part_of_the_row_is_named(name: str, tensor: str, role: str, tmp_path: Path, tiny: Any) -> None:
+    stored = load_file(tiny(name) / WEIGHTS)
+    (tmp_path / "config.json").write_text((tiny(name) / "config.json").read_text())
+    for change, said in (({}, "lacks"), ({tensor: torch.ones(3)}, r"has the shape \[3\]")):
+        save_file({**{n: t for n, t in stored.items() if n != tensor}, **change}, tmp_path / WEIGHTS)
+        with pytest.raises(TealError, match=said) as caught:
+            Checkpoint(tmp_path)
+        assert tensor in caught.value.message
+        assert f"({role})" in caught.value.message
 
 
 def test_loading_reports_every_layer(tiny: Callable[[str], Path]) -> None:
