@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Synthetic:
     """The rows of `fixtures_store`; `before` is called before each of them."""
 
     batch = 1
+    side_by_side = 1
     sequences = SEQUENCES
 
     def __init__(self, before: Callable[[int], None] = lambda sequence: None) -> None:
@@ -41,12 +42,16 @@ class Synthetic:
     def most(self, sequence: int) -> int:
         return SEQUENCE_TOKENS
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
+    def write(
+        self, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
+    ) -> Iterator[int]:
+        (level,) = levels
+        known = held[level.name]
         for sequence in sequences:
             for index in range(SEQUENCE_TOKENS):
                 token = token_of(sequence * SEQUENCE_TOKENS + index)
-                if index < len(held):
-                    assert held[index] == token["token_id"]
+                if index < len(known):
+                    assert known[index] == token["token_id"]
                     continue
                 self._before(sequence)
                 views = level.begin(**token)
@@ -54,7 +59,7 @@ class Synthetic:
                     views[site].copy_(values)
                 level.end()
                 yield 1
-            held = held[:0]
+            known = known[:0]
 
 
 def alone(path: Path) -> None:

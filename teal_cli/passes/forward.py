@@ -23,8 +23,9 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import Rotation
 from teal_cli.model.transformer import Attend, Project, attend_alone, block, dense
 from teal_cli.model.weights import LayerWeights
+from teal_cli.passes.crew import Crew
 from teal_cli.passes.layers import Layers
-from teal_cli.passes.projector import PlanProjector
+from teal_cli.passes.projector import PlanProjector, products
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.matrix import Matrix
 
@@ -114,6 +115,7 @@ def forward(
     dense_rows: bool = True,
     visit: Visit | None = None,
     sink: Sink | None = None,
+    crew: Crew | None = None,
 ) -> Iterator[Advance]:
     """Run token blocks through a model.
 
@@ -125,6 +127,7 @@ def forward(
         dense_rows: run every position densely too; without it only the dense positions that a variant needs.
         visit: called with the input of every site.
         sink: called with the last hidden states of each sequence.
+        crew: threads that run several sequences at a time and call `visit` and `sink`, those of one sequence in order.
 
     Yields:
         Advance after each layer of a sequence.
@@ -138,7 +141,10 @@ def forward(
     begun, done, total = time.perf_counter(), 0, config.layers * len(tokens)
     every = range(len(tokens))
     rope = layers.rope.at(0, max(map(len, tokens)))
-    for group in [[index] for index in every] if layers.resident else [list(every)]:
+    size = crew.size if crew is not None and layers.resident else 1 if layers.resident else len(tokens)
+    each = map if crew is None else crew.each
+    for start in range(0, len(tokens), size):
+        group = every[start : start + size]
         with torch.inference_mode():
             embedded = layers.embed([torch.tensor(tokens[index], device=layers.device) for index in group])
             states = [_first_states(x, variants, dense_rows) for x in embedded]
@@ -146,14 +152,13 @@ def forward(
         for index in range(config.layers):
             weights = layers.layer(index)
             layer = Layer(config, index, weights, rope[index], variants, visit)
-            for sequence, state in zip(group, states, strict=True):
-                layer.advance(state, sequence)
+            for _ in each(layer.advance, states, group):
                 done += 1
                 yield Advance(done, total, config.layers, time.perf_counter() - begun)
             del layer, weights  # the next layer must not be loaded beside this one
         if sink is not None:
-            for sequence, state in zip(group, states, strict=True):
-                sink(sequence, state)
+            for _ in each(sink, group, states):
+                pass
 
 
 def _first_states(embedded: Tensor, variants: Sequence[Sparse], dense_rows: bool) -> States:
@@ -194,19 +199,33 @@ class Layer:
                 dense_kv.append(kv)
                 return alone(layer, q, kv)
 
-            states.dense = self._run(states.dense, 0, noted, self._dense(sequence))
-        for number, variant in enumerate(self._variants):
-            if len(states.sparse[number]):
-                start = variant.position(states.length)
-                attend = attend_alone(self._config, dense_kv[0][:start] if start else None)
-                project = self._sparse(number, sequence, start)
-                states.sparse[number] = self._run(states.sparse[number], start, attend, project)
+            states.dense = self._run(states.dense, [slice(0, len(states.dense))], noted, self._dense(sequence))
+        there = [number for number in range(len(self._variants)) if len(states.sparse[number])]
+        if there:
+            starts = {number: self._variants[number].position(states.length) for number in there}
+            spans = [slice(starts[number], states.length) for number in there]
+            attend = self._attend_apart(spans, dense_kv)
+            project = self._sparse(there, sequence, spans)
+            hidden = self._run(torch.cat([states.sparse[number] for number in there]), spans, attend, project)
+            for number, rows in zip(there, hidden.split([x.stop - x.start for x in spans]), strict=True):
+                states.sparse[number] = rows
 
-    def _run(self, hidden: Tensor, start: int, attend: Attend, project: Project) -> Tensor:
+    def _run(self, hidden: Tensor, spans: Sequence[slice], attend: Attend, project: Project) -> Tensor:
+        """The layer over rows at the positions of some spans, one after the other."""
         cos, sin = self._rope
-        stop = start + len(hidden)
-        rope = cos[start:stop], sin[start:stop]
+        rope = torch.cat([cos[span] for span in spans]), torch.cat([sin[span] for span in spans])
         return block(self._config, self._index, self._weights, hidden, rope, attend, project)
+
+    def _attend_apart(self, spans: Sequence[slice], dense_kv: Sequence[Tensor]) -> Attend:
+        """Each span by itself, after the dense positions before it."""
+        sizes = [span.stop - span.start for span in spans]
+        each = [attend_alone(self._config, dense_kv[0][: x.start] if x.start else None) for x in spans]
+
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            parts = zip(each, q.split(sizes), kv.split(sizes), strict=True)
+            return torch.cat([alone(layer, own_q, own_kv) for alone, own_q, own_kv in parts])
+
+        return attend
 
     def _dense(self, sequence: int) -> Project:
         visit = self._visit
@@ -219,15 +238,19 @@ class Layer:
 
         return project
 
-    def _sparse(self, number: int, sequence: int, start: int) -> Project:
-        projector, visit = self._projectors[number], self._visit
-        kept_entries = self._variants[number].kept
-        counts = None if kept_entries is None else kept_entries[self._index]
+    def _sparse(self, numbers: Sequence[int], sequence: int, spans: Sequence[slice]) -> Project:
+        projectors, visit = [self._projectors[number] for number in numbers], self._visit
+        every = [self._variants[number].kept for number in numbers]
+        counts = [None if kept is None else kept[self._index] for kept in every]
+        sizes = [span.stop - span.start for span in spans]
 
         def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
-            kept, out = projector(site, x, matrix, counts)
+            parts = x.split(sizes)
+            kept = [projector.kept(site, part) for projector, part in zip(projectors, parts, strict=True)]
+            out = products(projectors, site, kept, matrix, counts)
             if visit is not None:
-                visit(Where(layer, site, sequence, number, start), x, kept)
+                for number, span, part, rows in zip(numbers, spans, parts, kept, strict=True):
+                    visit(Where(layer, site, sequence, number, span.start), part, rows)
             return out
 
         return project

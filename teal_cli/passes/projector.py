@@ -1,10 +1,14 @@
 """The product of many rows under a plan: what a sparse decode step computes for one row, as a matrix product.
 
-Dropped entries are set to zero and multiplied; skipping their weight rows gains nothing when there are many rows. The
-comparison is the step's own, so the same entries are dropped.
+Dropped entries are set to zero. From half of them on a CPU skips their weight rows (`ops/sparse_gemm`), for the rows of
+several plans at once; below, multiplying by zero is faster. The comparison is the step's own, so the same entries are
+dropped.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,8 +18,13 @@ from torch import Tensor
 
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.matrix import Matrix
+from teal_kernels.ops.sparse_gemm.op import skips_zeros, sparse_gemm
+from teal_kernels.ops.sparse_gemm.reference import sparse_gemm_reference
 from teal_kernels.ops.threshold.reference import row_thresholds, threshold_reference
 from teal_kernels.spec import SITES, columns
+
+_SKIPPING_FROM: Final = 0.5
+"""Target of a plan from which skipping zeros is as fast as multiplying by them."""
 
 
 class PlanProjector:
@@ -28,6 +37,7 @@ class PlanProjector:
 
     def __init__(self, plan: Plan, layer: int, device: torch.device) -> None:
         thresholds = plan.applied()
+        self._often_zero = plan.target >= _SKIPPING_FROM
         self._ranked = thresholds.ranked
         self._limits = {site: torch.from_numpy(thresholds.site(layer, site)).to(device) for site in SITES}
         self._lowest = {site: torch.from_numpy(thresholds.lowest(layer, site)).to(device) for site in SITES}
@@ -37,23 +47,12 @@ class PlanProjector:
         }
         self._centre = {site: torch.from_numpy(c[layer]).to(device) for site, c in plan.scoring.centre.items()}
 
-    def __call__(
-        self, site: str, x: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The product of a site.
-
-        Args:
-            x: [S, K]; matrix: [K, N].
-            counts: int64 [7], to which the number of entries that each projection keeps is added.
-
-        Returns:
-            What any projection of the site reads [S, K], dropped entries zero (with a centre c it is x - c that is
-            read), and the product [S, N].
-        """
+    def kept(self, site: str, x: Tensor) -> Tensor:
+        """What any projection of a site reads of x [S, K], dropped entries zero; with a centre c it is x - c that is
+        read."""
         x = self.centred(site, x)
         numbers = self._numbers.get(site)
-        kept = shrink(x, min(numbers)) if numbers else threshold_reference(x, self._cut(site, x))
-        return kept, self.product(site, kept, matrix, counts)
+        return shrink(x, min(numbers)) if numbers else threshold_reference(x, self._cut(site, x))
 
     def centred(self, site: str, x: Tensor) -> Tensor:
         """What entries of x are compared: x, or where the site has a centre c, x - c in x's dtype."""
@@ -70,30 +69,85 @@ class PlanProjector:
         return row_thresholds(x, lowest[None]) if self._ranked else lowest
 
     def product(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None = None) -> Tensor:
-        """What follows from the entries that were kept; arguments as for a call."""
-        out = self._multiply(site, kept, matrix, counts)
-        centre = self._centre.get(site)
-        if centre is not None:
-            out += matrix.dense(centre.to(kept.dtype)[None])
-        return out
+        """What follows from the entries that were kept; arguments as for `products`."""
+        return products([self], site, [kept], matrix, [counts])
 
-    def _multiply(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None) -> Tensor:
+    def skips(self, matrix: Matrix) -> bool:
+        """Whether products with a matrix skip what is dropped."""
+        return self._often_zero and skips_zeros(matrix)
+
+    def reads(self, site: str, kept: Tensor, counts: NDArray[np.int64] | None) -> list[Tensor]:
+        """What each projection of a site reads [S, K], or once what all of them do; adds to counts what they keep."""
         group = columns(site)
         if self._shared[site]:
             if counts is not None:
                 counts[group] += int(torch.count_nonzero(kept))
-            return matrix.dense(kept)
-        parts: list[Tensor] = []
+            return [kept]
         every = self._limits[site]
         if self._ranked:
             every = row_thresholds(kept, every).T[..., None]
-        numbers = self._numbers.get(site)
+        numbers, found = self._numbers.get(site), []
         for projection, limits in enumerate(every):
             read = shrink(kept, numbers[projection]) if numbers else threshold_reference(kept, limits)
             if counts is not None:
                 counts[group.start + projection] += int(torch.count_nonzero(read))
-            parts.append(matrix.dense(read, projection))
-        return torch.cat(parts, dim=1)
+            found.append(read)
+        return found
+
+    def add_centre(self, site: str, out: Tensor, matrix: Matrix) -> None:
+        """Adds to a product what the centre of the site gives, if it has one."""
+        centre = self._centre.get(site)
+        if centre is not None:
+            out += matrix.dense(centre.to(out.dtype)[None])
+
+
+def products(
+    projectors: Sequence[PlanProjector],
+    site: str,
+    kept: Sequence[Tensor],
+    matrix: Matrix,
+    counts: Sequence[NDArray[np.int64] | None],
+) -> Tensor:
+    """The product of a site under several plans.
+
+    Args:
+        kept: of each plan [S, K], what its `kept` gave.
+        matrix: [K, N].
+        counts: of each plan int64 [7], to which the number of entries that each projection keeps is added; or None.
+
+    Returns:
+        [sum of S, N], the rows of one plan after those of another.
+    """
+    every = zip(projectors, kept, counts, strict=True)
+    skipping: list[list[Tensor]] = []
+    out: list[Tensor] = []
+
+    def skipped() -> None:
+        if skipping:
+            out.append(_multiply(sparse_gemm, skipping, matrix))
+            skipping.clear()
+
+    for projector, x, count in every:
+        reads = projector.reads(site, x, count)
+        if projector.skips(matrix):
+            skipping.append(reads)
+        else:
+            skipped()
+            out.append(_multiply(sparse_gemm_reference, [reads], matrix))
+    skipped()
+    result = torch.cat(out) if len(out) > 1 else out[0]
+    for projector, rows in zip(projectors, result.split([len(x) for x in kept]), strict=True):
+        projector.add_centre(site, rows, matrix)
+    return result
+
+
+def _multiply(multiply: Callable[..., Tensor], reads: Sequence[list[Tensor]], matrix: Matrix) -> Tensor:
+    """The product of what `PlanProjector.reads` gave of several plans, [sum of S, N]."""
+    parts = max(map(len, reads))
+    if parts == 1:
+        return multiply(torch.cat([read[0] for read in reads]), matrix)
+    each = [torch.cat([read[min(p, len(read) - 1)] for read in reads]) for p in range(parts)]
+    return torch.cat([multiply(x, matrix, p) for p, x in enumerate(each)], dim=1)
 
 
 def shrink(x: Tensor, t: float) -> Tensor:

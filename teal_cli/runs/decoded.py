@@ -27,6 +27,7 @@ class Decoding:
     """
 
     batch = 1
+    side_by_side = 1
 
     def __init__(
         self,
@@ -46,9 +47,12 @@ class Decoding:
         """Rows that a sequence has at each level, at most."""
         return self._most - 1 + (len(self._prompts[sequence].token_ids) if self._prefill != "none" else 0)
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
+    def write(
+        self, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
+    ) -> Iterator[int]:
         """Decode sequences into a level; see `Producer`."""
-        capture, told = _Resumable(level, held), 0
+        (level,) = levels
+        capture, told = _Resumable(level, held[level.name]), 0
         for sequence in sequences:
             for _ in self._decoders[level.name].generate(
                 self._prompts[sequence].token_ids,

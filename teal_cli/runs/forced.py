@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.data.prompts import Prompt
+from teal_cli.passes.crew import Crew, crew
 from teal_cli.passes.forward import Sparse, States, Where, forward
-from teal_cli.passes.layers import Layers, available_bytes
+from teal_cli.passes.layers import Head, Layers, available_bytes
 from teal_cli.passes.score import log_probabilities
-from teal_cli.runs.job import other_tokens
+from teal_cli.runs.job import batches, other_tokens
 from teal_cli.sparsity.plan import Plan
 from teal_cli.store.schema import PHASES
 from teal_cli.store.writer import LevelWriter
@@ -29,10 +30,10 @@ _SMALL: Final = 1 << 32  # bytes that are free, where the system does not tell
 
 
 class Forcing:
-    """Runs prompts and the tokens that follow them through the pass; a `Producer`.
+    """Runs prompts and the tokens that follow them through the pass, under several plans at once; a `Producer`.
 
-    Where the layers are not in memory, it takes as many sequences at a time as have room, since each pass reads the
-    whole checkpoint.
+    Sequences of a model in memory go through it side by side, one on each core. Where layers are read one at a time, it
+    takes as many sequences at a time as have room, since each pass reads the whole checkpoint.
 
     Args:
         layers: the model.
@@ -45,24 +46,35 @@ class Forcing:
         self, layers: Layers, plans: Mapping[str, Plan], prompts: Sequence[Prompt], prefill: str = "none"
     ) -> None:
         self._layers, self._plans, self._prompts, self._prefill = layers, plans, prompts, prefill
+        self._dense = any(plan.target == 0 for plan in plans.values())
+        self._crew = crew(layers.device)
         self.sequences = len(prompts)
-        self.batch = 1 if layers.resident else self._room()
+        cores = self._crew.size if self._crew is not None else 1
+        room = self._room()  # for so many sequences at one level
+        self.side_by_side = max(1, min(len(plans), room // cores))
+        self.batch = min(cores, self.sequences) if layers.resident else max(1, room // self.side_by_side)
 
     def most(self, sequence: int) -> int:
         """Rows that a sequence has at each level."""
         prompt = self._prompts[sequence]
         return max(0, len(prompt.following) - 1) + (len(prompt.token_ids) if self._prefill != "none" else 0)
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
+    def write(
+        self, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
+    ) -> Iterator[int]:
         """Write the rows of sequences; see `Producer`."""
-        wanted = [s for s in sequences if self.most(s) > (len(held) if s == sequences[0] else 0)]
+        there = min(len(held[level.name]) for level in levels)
+        wanted = [s for s in sequences if self.most(s) > (there if s == sequences[0] else 0)]
         prompts = [self._prompts[sequence] for sequence in wanted]
-        found = forced_rows(self._layers, self._plans[level.name], prompts, self._prefill)
-        for sequence, rows in zip(wanted, found, strict=True):
-            yield _write(level, rows, sequence, held if sequence == sequences[0] else held[:0])
+        plans = [self._plans[level.name] for level in levels]
+        every = forced_rows(self._layers, plans, prompts, self._prefill, dense_rows=self._dense, crew=self._crew)
+        for sequence, found in zip(wanted, every, strict=True):
+            for level, rows in zip(levels, found, strict=True):
+                known = held[level.name]
+                yield _write(level, rows, sequence, known if sequence == sequences[0] else known[:0])
 
     def _room(self) -> int:
-        """Sequences whose rows fit a quarter of the memory that is free, the copy that is stacked included."""
+        """Sequences whose rows fit a quarter of the memory that is free, the copy that is written included."""
         config, free = self._layers.config, available_bytes(self._layers.device) or _SMALL
         row = config.layers * sum(config.channels(site) for site in SITES) * self._layers.dtype.itemsize
         longest = max(map(self.most, range(self.sequences)), default=0)
@@ -88,58 +100,106 @@ class ForcedRows:
     logprob: np.ndarray
 
 
-def forced_rows(layers: Layers, plan: Plan, prompts: Sequence[Prompt], prefill: str = "none") -> Iterator[ForcedRows]:
-    """Run prompts, and then the `following` tokens of each but the last, a row each; yields in their order.
-
-    The rows of all of them are in memory before the first comes, where `layers` are not.
+def forced_rows(
+    layers: Layers,
+    plans: Sequence[Plan],
+    prompts: Sequence[Prompt],
+    prefill: str = "none",
+    *,
+    dense_rows: bool,
+    crew: Crew | None,
+) -> Iterator[list[ForcedRows]]:
+    """What decode steps fed with the following tokens of each prompt would have consumed, in order.
 
     Args:
-        prefill: `none`: the prompt is dense and has no rows; `dense`: it has; `sparse`: it is run under the plan, too.
+        plans: a target of 0 is the dense model.
+        prefill: `none`: rows of the following tokens alone. `dense`, `sparse`: the prompt's too, run so.
+        dense_rows: run the following tokens densely too, which a target of 0 needs. Sums of the prompt's rows may come
+            in another order then, so a row comes out again with the value that it had.
+        crew: as in `passes.forward.forward`.
+
+    Yields:
+        For each prompt its rows under every plan.
 
     Raises:
         TealError: a logit is not finite.
     """
-    if layers.resident:
-        groups = [[prompt] for prompt in prompts]
-    else:  # a pass has one place at which its sequences become sparse
-        groups = [list(group) for _, group in groupby(prompts, lambda prompt: len(prompt.token_ids))]
-    for group in groups:
-        yield from _one_pass(layers, plan, group, prefill)
+    most = 1 if crew is None else crew.size
+    for _, same in groupby(prompts, lambda prompt: len(prompt.token_ids)):  # a pass has one place at which plans begin
+        group = list(same)
+        for part in batches(group, most if layers.resident else len(group)):
+            yield from _one_pass(layers, plans, part, prefill, dense_rows, crew)
 
 
-def _one_pass(layers: Layers, plan: Plan, prompts: Sequence[Prompt], prefill: str) -> Iterator[ForcedRows]:
-    """`forced_rows` of prompts of one length."""
-    prompted = len(prompts[0].token_ids)
-    fed = [np.array([*prompt.token_ids, *prompt.following], np.int64) for prompt in prompts]
-    first = prompted if prefill == "none" else 0
-    variants = [] if plan.target == 0 else [Sparse(plan, 0 if prefill == "sparse" else prompted)]
-    parts: list[dict[str, tuple[list[Tensor], list[Tensor]]]] = [{site: ([], []) for site in SITES} for _ in prompts]
-    chances: list[Tensor] = []
+def _one_pass(
+    layers: Layers, plans: Sequence[Plan], prompts: Sequence[Prompt], prefill: str, dense_rows: bool, crew: Crew | None
+) -> Iterator[list[ForcedRows]]:
+    """`forced_rows` of prompts that go through each layer one after the other."""
+    sequences = [_Sequence(layers, plans, prompt, prefill) for prompt in prompts]
     head = layers.open_head()
+    sparse = [number for number, plan in enumerate(plans) if plan.target]
+    variants = [Sparse(plans[number], sequences[0].start) for number in sparse]
 
     def visit(where: Where, x: Tensor, kept: Tensor) -> None:
-        # A copy of what is asked for, where it is part of more.
-        rows = kept[first:].clone() if where.variant is None and first else kept
-        parts[where.sequence][where.site][where.variant is not None].append(rows)
+        sequences[where.sequence].add(where, kept, None if where.variant is None else sparse[where.variant])
 
     def sink(sequence: int, states: States) -> None:
-        hidden = torch.cat([states.dense, *states.sparse])[first:]
-        targets = torch.tensor(fed[sequence][first + 1 :], device=layers.device)
-        chances.append(log_probabilities(head, layers.config.vocab, hidden, targets)[0])
+        sequences[sequence].score(head, layers, states)
 
-    for _ in forward(layers, [x[:-1] for x in fed], variants, dense_rows=not variants, visit=visit, sink=sink):
+    fed = [sequence.fed[:-1] for sequence in sequences]
+    for _ in forward(layers, fed, variants, dense_rows=dense_rows, visit=visit, sink=sink, crew=crew):
         pass
-    for tokens, sites, chance in zip(fed, parts, chances, strict=True):
-        rows = {}
-        for site, kinds in sites.items():
-            rows[site] = torch.cat([torch.stack(kind) for kind in kinds if kind], dim=1)
-            for kind in kinds:
-                kind.clear()  # the next site needs the memory
-        count = len(tokens) - 1 - first
-        phase = np.full(count, PHASES["forced"], np.uint8)
-        phase[: prompted - first] = PHASES["prefill"]
-        logprob = np.minimum(chance.cpu().numpy(), np.float32(0))
-        yield ForcedRows(first, tokens[first:-1], phase, rows, logprob)
+    while sequences:
+        yield sequences.pop(0).rows()
+
+
+class _Sequence:
+    """Gathers what one sequence gives under every plan.
+
+    Attributes:
+        fed: its tokens. start: where plans begin.
+    """
+
+    def __init__(self, layers: Layers, plans: Sequence[Plan], prompt: Prompt, prefill: str) -> None:
+        config, self._prompted = layers.config, len(prompt.token_ids)
+        self.fed = np.array([*prompt.token_ids, *prompt.following], np.int64)
+        self.start = 0 if prefill == "sparse" else self._prompted
+        self._first = self._prompted if prefill == "none" else 0
+        self._is_dense = [plan.target == 0 for plan in plans]
+        shape = {site: (config.layers, len(self.fed) - 1 - self._first, config.channels(site)) for site in SITES}
+        self._rows = [
+            {site: torch.empty(size, dtype=layers.dtype, device=layers.device) for site, size in shape.items()}
+            for _ in plans
+        ]
+        self._chances = np.zeros((len(plans), 0), np.float32)
+
+    def add(self, where: Where, kept: Tensor, number: int | None) -> None:
+        """What a site read, densely or under the plan of this number."""
+        if number is not None:
+            self._rows[number][where.site][where.layer, where.start - self._first :].copy_(kept)
+            return
+        for rows, is_dense in zip(self._rows, self._is_dense, strict=True):
+            part = kept[self._first : len(kept) if is_dense else self.start]
+            rows[where.site][where.layer, : len(part)].copy_(part)
+
+    def score(self, head: Head, layers: Layers, states: States) -> None:
+        """The last hidden states, under every plan."""
+        prompt, sparse = states.dense[self._first : self.start], iter(states.sparse)
+        parts = [
+            states.dense[self._first :] if is_dense else torch.cat((prompt, next(sparse)))
+            for is_dense in self._is_dense
+        ]
+        targets = torch.tensor(self.fed[self._first + 1 :], device=layers.device).repeat(len(parts))
+        found, _ = log_probabilities(head, layers.config.vocab, torch.cat(parts), targets)
+        self._chances = np.minimum(found.cpu().numpy().reshape(len(parts), -1), np.float32(0))
+
+    def rows(self) -> list[ForcedRows]:
+        """Everything, plan after plan."""
+        tokens = self.fed[self._first : -1]
+        phase = np.full(len(tokens), PHASES["forced"], np.uint8)
+        phase[: self._prompted - self._first] = PHASES["prefill"]
+        each = zip(self._rows, self._chances, strict=True)
+        return [ForcedRows(self._first, tokens, phase, rows, chance) for rows, chance in each]
 
 
 def _write(level: LevelWriter, found: ForcedRows, sequence: int, held: np.ndarray) -> int:

@@ -8,14 +8,17 @@ written. Where rows come from is a producer's business, how they reach the disk 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate, groupby
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from teal_cli.errors import TealError
 from teal_cli.store.writer import LevelWriter, StoreWriter
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Progress:
     """Where a job stands; one comes after every row that is decoded, and after every sequence.
 
     Attributes:
-        level: the level's name, e.g. s0.50.
+        level: the level's name, e.g. s0.50; of several that are written side by side, the first and the last one's.
         sequences, rows: done so far over all levels, rows that a resumed store already had included. A sequence that
             ended early counts with all the rows that it might have had, once it is done.
         total_sequences, total_rows: at most to come; sequences that end early leave rows unused.
@@ -46,20 +49,24 @@ class Producer(Protocol):
     Attributes:
         sequences: how many there are.
         batch: how many it is given at a time, in rising order.
+        side_by_side: how many levels it is given at a time.
     """
 
     sequences: int
     batch: int
+    side_by_side: int
 
     def most(self, sequence: int) -> int:
         """Rows that a sequence has at each level, at most."""
         ...
 
-    def write(self, level: LevelWriter, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
-        """Write the rows of sequences into a level.
+    def write(
+        self, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
+    ) -> Iterator[int]:
+        """Write the rows of sequences into levels.
 
         Args:
-            held: token ids of the first rows, which the level has already.
+            held: level name -> token ids of the first rows of the first sequence, which the level has already.
 
         Yields:
             How many rows were written since it last did.
@@ -71,7 +78,7 @@ class Producer(Protocol):
 
 
 def run_job(writer: StoreWriter, producer: Producer) -> Iterator[Progress]:
-    """Write every sequence at every level into an open writer, level after level.
+    """Write every sequence at every level into an open writer, as many levels at a time as the producer takes.
 
     Args:
         writer: a store created or resumed with these very settings; entered and left here.
@@ -79,18 +86,35 @@ def run_job(writer: StoreWriter, producer: Producer) -> Iterator[Progress]:
     Raises:
         TealError: as `Producer.write`.
     """
-    clock = Clock(len(writer.names), producer)
+    clock = Clock(writer.names, producer)
     with writer:
-        for number, name in enumerate(writer.names):
-            level = writer.level(name)
-            todo, held = left_over(level, range(producer.sequences))
-            clock.skip(number, producer.sequences - len(todo))
-            for batch in batches(todo, producer.batch):
-                yield from clock.during(name, producer.write(level, batch, held), len(held))
-                yield clock.after(name, batch)
-                held = held[:0]
-            level.finish()
+        for names in batches(writer.names, producer.side_by_side):
+            levels = [writer.level(name) for name in names]
+            left = {level.name: left_over(level, range(producer.sequences)) for level in levels}
+            held = {name: tokens for name, (_, tokens) in left.items()}
+            for name in names:
+                clock.skip(name, producer.sequences - len(left[name][0]))
+            for lacking, batch in _shared(levels, {name: set(todo) for name, (todo, _) in left.items()}, producer):
+                wanted, there = [level.name for level in lacking], sum(len(held[level.name]) for level in lacking)
+                yield from clock.during(wanted, producer.write(lacking, batch, held), there)
+                yield clock.after(wanted, len(batch))
+                held |= {level.name: held[level.name][:0] for level in lacking}
+            for level in levels:
+                level.finish()
         writer.complete()
+
+
+def _shared(
+    levels: Sequence[LevelWriter], todo: Mapping[str, set[int]], producer: Producer
+) -> Iterator[tuple[list[LevelWriter], list[int]]]:
+    """Sequences in order, so many at a time, with the levels that all of them are still to be written to."""
+
+    def lacking(sequence: int) -> tuple[LevelWriter, ...]:
+        return tuple(level for level in levels if sequence in todo[level.name])
+
+    for wanted, sequences in groupby(range(producer.sequences), lacking):
+        for batch in batches(list(sequences), producer.batch) if wanted else ():
+            yield list(wanted), batch
 
 
 def left_over(level: LevelWriter, sequences: Sequence[int]) -> tuple[list[int], np.ndarray]:
@@ -104,9 +128,9 @@ def left_over(level: LevelWriter, sequences: Sequence[int]) -> tuple[list[int], 
     return todo, tokens["token_id"][tokens["sequence"] == last]
 
 
-def batches(sequences: Sequence[int], size: int) -> list[list[int]]:
-    """The sequences, so many at a time."""
-    return [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+def batches(items: Sequence[_T], size: int) -> list[list[_T]]:
+    """Items in order, so many at a time."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def other_tokens(sequence: int, position: int) -> TealError:
@@ -118,32 +142,39 @@ def other_tokens(sequence: int, position: int) -> TealError:
 
 
 class Clock:
-    """Counts what is done, and tells it as `Progress`."""
+    """Counts what is done, and tells it as `Progress`.
 
-    def __init__(self, levels: int, producer: Producer) -> None:
+    Args:
+        levels: their names.
+    """
+
+    def __init__(self, levels: Sequence[str], producer: Producer) -> None:
         self._begun = time.perf_counter()
-        self._each = [producer.most(sequence) for sequence in range(producer.sequences)]
-        self._levels, self._done, self._rows, self._new = levels, 0, 0, 0
+        each = [producer.most(sequence) for sequence in range(producer.sequences)]
+        self._rows = [0, *accumulate(each)]  # of so many sequences
+        self._done, self._new = dict.fromkeys(levels, 0), 0
 
-    def skip(self, level: int, sequences: int) -> None:
-        """So many sequences of a level are there, and all of those before it."""
-        self._done = level * len(self._each) + sequences
-        self._rows = level * sum(self._each) + sum(self._each[:sequences])
+    def skip(self, level: str, sequences: int) -> None:
+        """So many sequences of a level are there."""
+        self._done[level] = sequences
 
-    def during(self, name: str, written: Iterable[int], held: int = 0) -> Iterator[Progress]:
+    def during(self, levels: Sequence[str], written: Iterable[int], held: int = 0) -> Iterator[Progress]:
         """Sequences are being written: `written` are the new rows each time, `held` those that were there."""
-        rows = self._rows + held
+        more = held
         for new in written:
-            rows, self._new = rows + new, self._new + new
-            yield self._at(name, rows)
+            more, self._new = more + new, self._new + new
+            yield self._at(levels, more)
 
-    def after(self, name: str, batch: Sequence[int]) -> Progress:
-        """Sequences have been written."""
-        self._done += len(batch)
-        self._rows += sum(self._each[sequence] for sequence in batch)
-        return self._at(name, self._rows)
+    def after(self, levels: Sequence[str], sequences: int) -> Progress:
+        """So many sequences have been written to some levels."""
+        for level in levels:
+            self._done[level] += sequences
+        return self._at(levels, 0)
 
-    def _at(self, name: str, rows: int) -> Progress:
-        sequences, most = self._levels * len(self._each), self._levels * sum(self._each)
-        seconds = time.perf_counter() - self._begun
-        return Progress(name, self._done, sequences, min(rows, most), most, self._new, seconds)
+    def _at(self, levels: Sequence[str], more: int) -> Progress:
+        """So many rows more than those of whole sequences are there."""
+        name = levels[0] if len(levels) == 1 else f"{levels[0]} to {levels[-1]}"
+        done, most = self._done.values(), len(self._done) * self._rows[-1]
+        rows = min(sum(self._rows[count] for count in done) + more, most)
+        sequences, seconds = len(self._done) * (len(self._rows) - 1), time.perf_counter() - self._begun
+        return Progress(name, sum(done), sequences, rows, most, self._new, seconds)

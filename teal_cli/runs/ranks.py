@@ -89,20 +89,20 @@ def _levels(board: Board, writers: Sequence[StoreWriter], producer: Producer) ->
     held = {name: [s for w in writers for s in w.level(name).sequences()] for name in names}
     board.put(f"held/{board.rank}", json.dumps(held))
     everywhere = [json.loads(board.get(f"held/{rank}")) for rank in range(board.size)]
-    clock = Clock(len(names), producer)
-    for number, name in enumerate(names):
+    clock = Clock(names, producer)
+    for name in names:
         taken = {sequence for of_rank in everywhere for sequence in of_rank.get(name, ())}
         free = [sequence for sequence in range(producer.sequences) if sequence not in taken]
-        clock.skip(number, producer.sequences - len(free))
+        clock.skip(name, producer.sequences - len(free))
         handed = batches(free, min(producer.batch, max(1, len(free) // board.size)))
         unfinished = [writer.level(name) for writer in writers if not writer.level(name).complete]
         for level in unfinished:
             again, known = left_over(level, ())
             for batch in batches(again, producer.batch):
-                yield from clock.during(name, producer.write(level, batch, known))
+                yield from clock.during([name], producer.write([level], batch, {name: known}))
             while level is unfinished[-1] and (index := board.add(f"next/{name}", 1) - 1) < len(handed):
-                yield from clock.during(name, producer.write(level, handed[index], known[:0]))
+                yield from clock.during([name], producer.write([level], handed[index], {name: known[:0]}))
                 done = board.add(f"written/{name}", len(handed[index]))
-                clock.skip(number, producer.sequences - len(free) + done - len(handed[index]))
-                yield clock.after(name, handed[index])
+                clock.skip(name, producer.sequences - len(free) + done - len(handed[index]))
+                yield clock.after([name], len(handed[index]))
             level.finish()

@@ -22,6 +22,7 @@ from teal_cli.decoding.projector import PromptRecorder, empty_rows
 from teal_cli.errors import HardwareError, NotFoundError, TealError
 from teal_cli.model.transformer import attend_alone, block, dense, embed
 from teal_cli.model.weights import config_sha256
+from teal_cli.passes.crew import crew
 from teal_cli.passes.projector import PlanProjector
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.forced import forced_rows
@@ -31,6 +32,7 @@ from teal_cli.sparsity.criterion import Scoring
 from teal_cli.sparsity.plan import Plan
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.reader import ActivationStore, Level
+from teal_cli.store.schema import parse_level
 from teal_cli.store.verify import Problem
 from teal_kernels.matrix import Matrix
 from teal_kernels.spec import SITES
@@ -187,7 +189,9 @@ def _prefill(level: Level) -> str:
 
 def _forced(session: Session, level: Level, prompt: Prompt, rows: list[int]) -> Iterator[Mapping[str, Tensor]]:
     """The same from the pass that forced dumps take."""
-    (found,) = forced_rows(session.layers, stored_plan(level), [prompt], _prefill(level))
+    dense = any(parse_level(name) == 0 for name in level.store.levels)
+    layers, plans = session.layers, [stored_plan(level)]
+    ((found,),) = forced_rows(layers, plans, [prompt], _prefill(level), dense_rows=dense, crew=crew(layers.device))
     for row in rows:
         yield {site: found.rows[site][:, int(level.tokens.position[row]) - found.first] for site in SITES}
 

@@ -183,11 +183,12 @@ def _union_across(batch: Batch) -> np.ndarray:
 def _imbalance(batch: Batch) -> np.ndarray:
     """Per P: sum over rows with a kept entry of largest part over mean part; last, such rows: [len(PARTITIONS) + 1]."""
     most = max(PARTITIONS)
-    below = bits.prefix_counts(batch.words, batch.channels * np.arange(most + 1) // most)
-    kept = below[:, -1]
-    below, kept = below[kept > 0], kept[kept > 0]
-    sums = [float((np.diff(below[:, :: most // parts]).max(axis=1) * parts / kept).sum()) for parts in PARTITIONS]
-    return np.array([*sums, float(len(kept))])
+    below = bits.prefix_counts(batch.words, batch.channels * np.arange(most + 1) // most).T
+    kept = below[-1]
+    some = kept > 0
+    per_part = [np.diff(below[:: most // parts], axis=0).max(axis=0)[some] * parts for parts in PARTITIONS]
+    sums = [float((largest / kept[some]).sum()) for largest in per_part]
+    return np.array([*sums, float(some.sum())])
 
 
 def _positions(batch: Batch) -> np.ndarray:

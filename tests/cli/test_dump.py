@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from fixtures_cli import Teal, interruptible
 from teal_cli import open_store
 from teal_cli.runs.recipe import KEYS, load_recipe, shipped_recipes
 from teal_cli.store.schema import parse_levels
+from teal_cli.store.writer import LevelWriter
 
 pytestmark = pytest.mark.usefixtures("ready")
 
@@ -113,9 +114,11 @@ def test_a_resumed_run_goes_on_counting(teal: Teal, prompts: Path, tmp_path: Pat
     store, write = tmp_path / "out.zarr", Decoding.write
     monkeypatch.setattr("teal_cli.store.header.block_tokens", lambda channels, itemsize: 16)
 
-    def cut_off(self: Decoding, level: object, sequences: Sequence[int], held: np.ndarray) -> Iterator[int]:
-        for number, new in enumerate(write(self, level, sequences, held)):  # type: ignore[arg-type]
-            if level.name == "s0.50" and sequences[0] == 1 and number == 9:  # type: ignore[attr-defined]
+    def cut_off(
+        self: Decoding, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
+    ) -> Iterator[int]:
+        for number, new in enumerate(write(self, levels, sequences, held)):
+            if levels[0].name == "s0.50" and sequences[0] == 1 and number == 9:
                 raise KeyboardInterrupt
             yield new
 

@@ -25,6 +25,7 @@ from fixtures_store import (
 
 from teal_cli import open_store
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.store.shards import SiteFiles
 from teal_cli.store.writer import StoreWriter
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, SITES
 
@@ -146,6 +147,21 @@ def test_block_boundaries(tmp_path: Path, count: int) -> None:
             if count:
                 np.testing.assert_array_equal(rows, dense(head, site, 0, count))
         assert np.isnan(level.realised()).all() == (count == 0)
+
+
+def test_blocks_are_read_as_zarr_reads_them(store: Path) -> None:
+    """All layers and some, the last block too, which is not full."""
+    root, head = zarr.open_group(store, mode="r"), open_store(store).header
+    for site in SITES:
+        values, mask, row_nnz = (root[f"s0.50/{site}/{name}"] for name in ("values", "mask", "row_nnz"))
+        files = SiteFiles(store / "s0.50" / site, head, CHANNELS[site])
+        for layers in (range(3), range(1, 2)):
+            for block, tokens in ((0, 16), (6, 4)):
+                found = files.read(block, layers, tokens)
+                chosen, rows = slice(layers.start, layers.stop), slice(16 * block, 16 * block + tokens)
+                np.testing.assert_array_equal(found[0], values[chosen, block])
+                np.testing.assert_array_equal(found[1], mask[chosen, rows])
+                np.testing.assert_array_equal(found[2], row_nnz[chosen, rows])
 
 
 def test_names_and_codecs_are_those_of_the_schema(store: Path) -> None:

@@ -160,6 +160,17 @@ def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def add_times(typingctx: Any, total: Any, x: Any, a: Any) -> Any:
+    """add_times(total, float32, a) -> Floats: total + x * a."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total, x, a = args
+        return _fused(builder, _repeated(builder, x, LANES), a, total)
+
+    return floats(floats, types.float32, floats), codegen
+
+
+@intrinsic
 def add(typingctx: Any, a: Any, b: Any) -> Any:
     """add(a, b) -> Floats."""
 

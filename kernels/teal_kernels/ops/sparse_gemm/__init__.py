@@ -1,0 +1,1 @@
+"""`sparse_gemm`: many rows with zeros, times a matrix."""
