@@ -3,7 +3,7 @@ command.
 
     python benchmarks/quality.py OUT --models smollm2-135m,gemma3-270m
 
-For each level it makes the plans that the models lack (`teal plan make`), runs them side by side over each text
+It makes the plans that the models lack (`teal plan make`), runs them side by side over each text
 (`teal eval --json`), and writes OUT/quality.json, table.md and quality.png anew. Started again it goes on where it
 stopped: plans are in the registry, evaluations in OUT. A plan rarely drops the very bytes of another one, so its loss
 is compared with what uniform plans by magnitude lose at the bytes that it really dropped on that text.
@@ -114,15 +114,17 @@ def texts(out: Path) -> dict[str, Path]:
     return found
 
 
-def make_plans(model: str, level: float, kinds: list[Kind], tokens: int) -> list[str]:
-    """The names of a level's plans, made where the registry lacks them."""
+def make_plans(model: str, levels: list[float], kinds: list[Kind], tokens: int) -> dict[float, list[str]]:
+    """The names of each level's plans; what the registry lacks of a kind is made in one search."""
     there = {plan["name"] for plan in teal("plan", "ls", "-m", model)["plans"]}
-    wanted = [(UNIFORM, round(level - BELOW, 4)), *((kind, level) for kind in kinds)]
-    for kind, target in wanted:
-        if kind.name(target) not in there:
+    lower = {level: round(level - BELOW, 4) for level in levels}
+    for kind in kinds:
+        targets = {*levels, *(lower.values() if kind == UNIFORM else ())}
+        lacking = sorted(target for target in targets if kind.name(target) not in there)
+        if lacking:
             options = ("--allocation", kind.allocation, "--criterion", kind.criterion, "--tokens", tokens)
-            teal("plan", "make", "-m", model, "-s", target, *options)
-    return [kind.name(target) for kind, target in wanted]
+            teal("plan", "make", "-m", model, "-s", ",".join(f"{target:g}" for target in lacking), *options)
+    return {level: [UNIFORM.name(lower[level]), *(kind.name(level) for kind in kinds)] for level in levels}
 
 
 def evaluate(out: Path, model: str, text: Path, name: str, levels: list[object], windows: int, window: int) -> Any:
@@ -265,13 +267,13 @@ def main() -> None:
     wanted = {UNIFORM, *(Kind(*name.split("-")) for name in given.kinds.split(",") if name)}
     kinds = [kind for kind in KINDS if not given.kinds or kind in wanted]
     sources = texts(out)
-    for level in given.levels:
-        for model in given.models:
-            names = make_plans(model, level, kinds, given.tokens)
+    for model in given.models:
+        plans = make_plans(model, given.levels, kinds, given.tokens)
+        for level in given.levels:
             for text in sources.values():
                 evaluate(out, model, text, "dense", ["-s", 0], given.windows, given.window)
-                plans = [part for name in names for part in ("--plan", name)]
-                evaluate(out, model, text, f"{level:g}", plans, given.windows, given.window)
+                chosen = [part for name in plans[level] for part in ("--plan", name)]
+                evaluate(out, model, text, f"{level:g}", chosen, given.windows, given.window)
                 write(out, given.models)
 
 

@@ -52,7 +52,16 @@ def plan() -> None:
 def make(
     *,
     model: options.ModelOption = None,
-    sparsity: SparsityOption = 0.5,
+    sparsity: Annotated[
+        str,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            metavar="LEVELS",
+            help="Part of all weight bytes to leave unread; for a list 0.4,0.5 or a range 0.25:0.75:0.25 a plan each.",
+            autocompletion=completion.sparsities,
+        ),
+    ] = "0.5",
     allocation: Annotated[
         Literal["uniform", "greedy", "fisher"],
         typer.Option("--allocation", help="How the budget is spread over layers and projections."),
@@ -93,23 +102,25 @@ def make(
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Make a plan: thresholds for every layer and projection that together leave a part of the bytes unread.
+    """Make plans: thresholds for every layer and projection that together leave a part of the bytes unread.
 
     uniform gives every projection the same sparsity. greedy is TEAL's Algorithm 1, block by block. fisher spreads the
     budget over the whole model by what the loss of each projection's dropped entries costs, from one backward pass;
     its plan is checked on held-out text, and never handed out where a uniform one is better. Interrupted, greedy goes
-    on after the last layer that was done when the same command runs again.
+    on after the last layer that was done when the same command runs again. Several levels share one search.
 
     Examples:
         teal plan make -s 0.5
+        teal plan make -s 0.25,0.4,0.5,0.65
         teal plan make -s 0.4 --allocation uniform --name gentle
     """
     from teal_cli.registry.registry import Registry
     from teal_cli.runs.make_plan import PlanMaker, PlanRequest
+    from teal_cli.store.schema import parse_levels
 
     out = output(json, quiet)
     request = PlanRequest(
-        sparsity,
+        parse_levels(sparsity),
         name,
         model=model,
         calibration=calibration,
@@ -126,25 +137,29 @@ def make(
         device=device,
         force=force,
     )
-    made = _watch(out, PlanMaker(Registry(), request))
-    for note in made.notes:
-        out.note(note)
-    payload = _payload(made.named)
-    out.result(payload, lambda console: _show_made(console, made))
+    plans = _watch(out, PlanMaker(Registry(), request))
+    for made in plans:
+        for note in made.notes:
+            out.note(note)
+    payloads = [_payload(made.named) for made in plans]
+    out.result(payloads[0] if len(plans) == 1 else {"plans": payloads}, lambda console: _show_made(console, plans))
 
 
-def _watch(out: Output, maker: PlanMaker) -> MadePlan:
+def _watch(out: Output, maker: PlanMaker) -> list[MadePlan]:
     from teal_cli.runs.make_plan import MadePlan
 
+    plans: list[MadePlan] = []
     with progress(out) as bars:
         stages: dict[str, Any] = {}
         for event in maker.run(loading(bars, maker.entry.size_bytes)):
             if isinstance(event, MadePlan):
-                return event
+                plans.append(event)
+                stages.pop("checking", None)  # the next target has a check of its own
+                continue
             if event.stage not in stages:
                 stages[event.stage] = bars.task(event.stage.capitalize(), unit="steps")
             stages[event.stage].update(done=event.done, total=event.total)
-    raise AssertionError("making a plan ends with the plan")
+    return plans
 
 
 @app.command("ls")
@@ -271,18 +286,16 @@ def _payload(named: NamedPlan) -> dict[str, Any]:
     return {**_summary(named), "levels": levels, "thresholds": named.plan.by_projection()}
 
 
-def _show_made(console: Console, made: MadePlan) -> None:
-    named = made.named
-    gain = named.made.get("kl_to_uniform")
-    if gain is not None:
-        console.print(
-            f"on held-out text it is {gain:.2f} times as far from dense (KL) as a uniform plan of equal bytes"
-        )
-    console.print(
-        f"plan [bold]{named.name}[/bold] of {named.model} is ready; next: [cyan]teal plan show {named.name}[/cyan], "
-        f"[cyan]teal generate --plan {named.name}[/cyan]",
-        soft_wrap=True,
-    )
+def _show_made(console: Console, plans: list[MadePlan]) -> None:
+    for made in plans:
+        named = made.named
+        gain = named.made.get("kl_to_uniform")
+        said = f"plan [bold]{named.name}[/bold] of {named.model} is ready"
+        if gain is not None:
+            said += f": on held-out text {gain:.2f} times as far from dense (KL) as a uniform plan of equal bytes"
+        console.print(said, soft_wrap=True)
+    name = plans[-1].named.name
+    console.print(f"next: [cyan]teal plan show {name}[/cyan], [cyan]teal generate --plan {name}[/cyan]", soft_wrap=True)
 
 
 _SHADES = " ░▒▓█"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -37,7 +37,7 @@ def greedy(
     tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64],
     plan: Plan,
     threshold: Threshold,
-    target: float,
+    targets: Sequence[float],
     start: int,
     known: Sequence[NDArray[np.float64]] = (),
     keep: Callable[[NDArray[np.float64]], None] = lambda levels: None,
@@ -48,20 +48,21 @@ def greedy(
         tokens: token ids of each sequence; the blocks read what the dense model gives them.
         plan: any plan of the model; its criterion is used, its thresholds are not.
         threshold: of a projection at a level.
-        target: part of each block's bytes to drop.
+        targets: parts of each block's bytes to drop, T of them; one search finds for each what a search for it alone
+            would find.
         start: rows from this position on are sparse.
-        known: levels [7] of the first layers, as an earlier run of the same search found them.
-        keep: called with the levels of all layers so far, [n, 7], after each one that was searched.
+        known: levels [T, 7] of the first layers, as an earlier run of the same search found them.
+        keep: called with the levels of all layers so far, [n, T, 7], after each one that was searched.
 
     Yields:
-        Advance after each layer, and the levels float64 [layers, 7] last.
+        Advance after each layer, and the levels float64 [layers, T, 7] last.
 
     Raises:
         UsageError, TealError: as `passes.forward.forward`.
     """
     config = layers.config
     weights = np.array(list(config.projection_sizes().values()), np.float64)
-    found = np.zeros((config.layers, len(PROJECTIONS)))
+    found = np.zeros((config.layers, len(targets), len(PROJECTIONS)))
     count = max(map(len, tokens))
     rope = layers.rope.at(0, count)
     hidden = layers.embed([torch.tensor(row, device=layers.device) for row in tokens])
@@ -71,7 +72,7 @@ def greedy(
         if index < len(known):
             found[index] = known[index]
         else:
-            found[index] = block.levels(weights, target)
+            found[index] = block.levels(weights, targets)
             keep(found[: index + 1])
         hidden = block.dense
         yield Advance(index + 1, config.layers, config.layers, time.perf_counter() - begun)
@@ -122,21 +123,58 @@ class _Block:
             total += float((out.float() - dense[len(dense) - len(out) :].float()).square().sum(dtype=torch.float64))
         return total
 
-    def levels(self, weights: NDArray[np.float64], target: float) -> NDArray[np.float64]:
-        """Levels [7] that drop `target` of the block's bytes."""
-        levels, error, room = np.zeros(len(PROJECTIONS)), 0.0, target * weights.sum()
-        prices = [(0.0, column) for column in range(len(PROJECTIONS))]  # price of raising it, as last known
-        while room > _ROUNDING * weights.sum() and prices:
-            _, column = heapq.heappop(prices)
-            raised = levels.copy()
-            raised[column] = min(levels[column] + STEP, levels[column] + room / weights[column])
-            added = self.error(raised) - error
-            price = added / ((raised[column] - levels[column]) * weights[column])
-            if prices and price > prices[0][0]:
-                heapq.heappush(prices, (price, column))
-                continue
-            room -= (raised[column] - levels[column]) * weights[column]
-            levels, error = raised, error + added
-            if levels[column] + STEP <= HIGHEST:
-                heapq.heappush(prices, (price, column))
-        return levels
+    def levels(self, weights: NDArray[np.float64], targets: Sequence[float]) -> NDArray[np.float64]:
+        """Levels [T, 7] that drop each target of the block's bytes."""
+        search = _Search(self.error, weights)
+        found = {target: search.until(target) for target in sorted(set(targets))}
+        return np.stack([found[target] for target in targets])
+
+
+@dataclass(eq=False)
+class _Search:
+    """The levels of one block on their way up.
+
+    Attributes:
+        error: of the block's output at levels [7]. weights: [7], bytes of each matrix.
+        levels: [7]; reached: their error.
+        prices: heap of (error per byte of raising a projection, as last known, its column).
+    """
+
+    error: Callable[[NDArray[np.float64]], float]
+    weights: NDArray[np.float64]
+    levels: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(PROJECTIONS)))
+    reached: float = 0.0
+    prices: list[tuple[float, int]] = field(default_factory=lambda: [(0.0, c) for c in range(len(PROJECTIONS))])
+
+    def until(self, target: float) -> NDArray[np.float64]:
+        """Levels [7] that drop `target` of the bytes, no less than any target before.
+
+        The steps that end at a target are cut to fit, on a copy; a later target goes on from the whole steps.
+        """
+        while self._goes_on(target) and self._room(target) >= STEP * self.weights[self.prices[0][1]]:
+            self._step(target)
+        last = replace(self, prices=self.prices.copy())
+        while last._goes_on(target):
+            last._step(target)
+        return last.levels
+
+    def _room(self, target: float) -> float:
+        return float(target * self.weights.sum() - (self.levels * self.weights).sum())
+
+    def _goes_on(self, target: float) -> bool:
+        return bool(self.prices) and self._room(target) > _ROUNDING * self.weights.sum()
+
+    def _step(self, target: float) -> None:
+        """Raise what heads the list, or put it where its new price belongs."""
+        _, column = heapq.heappop(self.prices)
+        size = min(STEP, self._room(target) / self.weights[column])
+        raised = self.levels.copy()
+        raised[column] += size
+        added = self.error(raised) - self.reached
+        price = added / (size * self.weights[column])
+        if self.prices and price > self.prices[0][0]:
+            heapq.heappush(self.prices, (price, column))
+            return
+        self.levels, self.reached = raised, self.reached + added
+        if raised[column] + STEP <= HIGHEST:
+            heapq.heappush(self.prices, (price, column))

@@ -1,14 +1,15 @@
-"""`teal plan make`: a plan under a criterion and an allocation, checked on rows that it was not made from.
+"""`teal plan make`: plans under a criterion and an allocation, checked on rows that they were not made from.
 
-A plan is judged by its divergence from the dense model beside a uniform plan that really drops as many bytes; one that
-loses more is not handed out, the uniform one is.
+Gradients and block errors do not depend on the target, so several targets cost little more than one. A plan is judged
+by its divergence from the dense model beside a uniform plan that really drops as many bytes; one that loses more is not
+handed out, the uniform one is.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -55,14 +56,20 @@ _HELD_OUT: Final = 4
 """Of so many sequences, one is held out."""
 _GREEDY_SEQUENCES: Final = 1
 
+Allocation = Callable[[float, float], NDArray[np.float64]]
+"""(target, nominal target) -> levels [layers, 7]. A plan rarely drops just what its levels say, so the nominal target
+is moved until it does."""
+Maker = Callable[[float], Plan]
+"""Nominal target -> plan."""
+
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What plan to make.
+    """What plans to make.
 
     Attributes:
-        sparsity: target over the model, in (0, 1).
-        name: of the plan; None makes one.
+        targets: of sparsity over the model, each in (0, 1) and once: a plan each.
+        name: of the plan, where there is one target; None makes a name.
         model, calibration: as `Registry` finds them; None takes the default ones.
         allocation: one of `ALLOCATIONS`. criterion: one of `CRITERIA`.
         closed_loop: thresholds from what the sparse model computes.
@@ -76,7 +83,7 @@ class PlanRequest:
         force: replace a plan of that name.
     """
 
-    sparsity: float
+    targets: tuple[float, ...]
     name: str | None = None
     model: str | None = None
     calibration: str | None = None
@@ -117,18 +124,23 @@ class MadePlan:
 
 
 class PlanMaker:
-    """A plan that can be made: names are checked and the text is there.
+    """Plans that can be made: names are checked and the text is there.
 
     Raises:
-        UsageError: a sparsity outside (0, 1), an unknown allocation or criterion, a name that is taken or none, a text
-            that is too short.
+        UsageError: a sparsity outside (0, 1), an unknown allocation or criterion, a name that is taken, none or for
+            several plans, a text that is too short.
         NotFoundError: no such model, calibration or dataset.
     """
 
     def __init__(self, registry: Registry, request: PlanRequest) -> None:
-        check_sparsity(request.sparsity)
-        if request.sparsity == 0:
+        for target in request.targets:
+            check_sparsity(target)
+        if 0 in request.targets:
             raise UsageError("a plan at sparsity 0 drops nothing", hint="use --sparsity 0 where a plan is asked for")
+        if request.name is not None and len(request.targets) > 1:
+            raise UsageError(
+                f"one name for {len(request.targets)} plans", hint="leave --name away: each is named after its target"
+            )
         if request.closed_loop and request.criterion == TOPK:
             raise UsageError(
                 "topk drops as much of any row, so there is no loop to close", hint="leave --closed-loop away"
@@ -142,9 +154,9 @@ class PlanMaker:
         self.calibration = Calibration.load(registry.find_calibration(self.entry.name, request.calibration))
         self.notes = remarks(self.entry, request.calibration)
         self.notes += check_fits(self.calibration, self.config, self.entry.path, self.dtype)
-        self.name = request.name or _name(request)
-        check_new(self.entry, self.name, force=request.force)
-        self.folder = plan_folder(self.entry, self.name)
+        self.names = {target: request.name or _name(request, target) for target in request.targets}
+        for name in self.names.values():
+            check_new(self.entry, name, force=request.force)
         self._tokens, self._held, self._text = self._read_text()
         self._found: SavedLevels | None = None
 
@@ -186,7 +198,7 @@ class PlanMaker:
         return [row for i, row in rows if i not in chosen], [row for i, row in rows if i in chosen], about
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Making | MadePlan]:
-        """Make the plan, check it and keep it; it comes last.
+        """Make the plans, check them and keep them; each comes once it is kept, in the order of the targets.
 
         Args:
             progress: called with (layers loaded, layers) where the whole model is loaded.
@@ -194,40 +206,47 @@ class PlanMaker:
         Raises:
             TealError: the checkpoint is damaged, an activation is not finite, or the disk refuses.
         """
-        begun, about = time.perf_counter(), dict(self._text)
+        begun, layers = time.perf_counter(), None
+        scoring, threshold = Scoring(), self._magnitudes
+        levels: dict[str, Allocation] = {"uniform": self._uniform}
         if self._needs_text:
             dtype, checkpoint = getattr(torch, self.dtype), Checkpoint(self.entry.path)
             layers = choose_layers(checkpoint, dtype, choose_device(self.request.device), None, progress)
-            plan = yield from self._make(layers, about)
-        else:
-            plan = _plan(self, Scoring(), self._magnitudes, self._uniform(self.request.sparsity))
-        about["seconds"] = time.perf_counter() - begun
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        named = NamedPlan(self.name, plan, self.entry.name, config_sha256(self.entry.path), created, about)
-        with self._registry.lock(self.entry.name):
-            named.save(self.folder)
+            scoring, threshold = yield from self._score(layers)
+            levels |= yield from self._allocations(layers, scoring, threshold)
+        for target in self.names:
+            makers = {name: partial(self._plan, scoring, threshold, found, target) for name, found in levels.items()}
+            about = dict(self._text)
+            if layers is None or (len(makers) == 1 and not self.request.closed_loop):
+                plan = makers["uniform"](target)
+            else:
+                plan = yield from self._best(layers, makers, target, about)
+            yield self._keep(plan, {**about, "seconds": time.perf_counter() - begun})
+            begun, self.notes = time.perf_counter(), []
         if self._found is not None:
             self._found.remove()
-        yield MadePlan(named, self.folder, tuple(self.notes))
 
-    def _make(self, layers: Layers, about: dict[str, Any]) -> Any:
-        request = self.request
-        scoring, threshold = yield from self._score(layers)
-        uniform = partial(self._levelled, scoring, threshold, self._uniform)
-        makers: dict[str, Callable[[float], Plan]] = {"uniform": uniform}
-        if request.allocation == "fisher":
-            yield from self._add_fisher(layers, scoring, threshold, makers)
-        elif request.allocation == "greedy":
-            levels = yield from _staged("allocating", self._greedy(layers, scoring, threshold, about))
-            makers["greedy"] = partial(self._levelled, scoring, threshold, partial(_scaled, levels, request.sparsity))
-        if request.closed_loop:
-            return (yield from self._close(layers, makers, about))
-        if request.allocation == "uniform":
-            return uniform(request.sparsity)
+    def _keep(self, plan: Plan, about: dict[str, Any]) -> MadePlan:
+        """Put a plan in the registry."""
+        name, created = self.names[plan.target], datetime.now(UTC).isoformat(timespec="seconds")
+        folder = plan_folder(self.entry, name)
+        named = NamedPlan(name, plan, self.entry.name, config_sha256(self.entry.path), created, about)
+        with self._registry.lock(self.entry.name):
+            named.save(folder)
+        return MadePlan(named, folder, tuple(self.notes))
+
+    def _best(self, layers: Layers, makers: Mapping[str, Maker], target: float, about: dict[str, Any]) -> Any:
+        """The candidate that is nearest to dense on held-out rows, at the bytes of the target."""
+        start, candidates = self.request.start, dict(makers)
+        if self.request.closed_loop:  # thresholds are then what the sparse model itself needs for the target
+            for name, maker in makers.items():
+                plan = maker(target)
+                thresholds = yield from _staged("closing the loop", close_loop(layers, self._tokens, plan, start))
+                candidates[name] = partial(_ignoring_target, replace(plan, thresholds=thresholds))
         judged: list[Judged] = yield from _staged(
-            "checking", settle(layers, self._held, list(makers.values()), request.sparsity, request.start)
+            "checking", settle(layers, self._held, list(candidates.values()), target, start)
         )
-        return self._choose(dict(zip(makers, judged, strict=True)), about)
+        return self._choose(dict(zip(candidates, judged, strict=True)), about)
 
     def _choose(self, judged: dict[str, Judged], about: dict[str, Any]) -> Plan:
         """The best on held-out rows, at equal realised bytes; a uniform plan where nothing is better."""
@@ -240,21 +259,7 @@ class PlanMaker:
         if best == "uniform":
             worse = f"{self.request.allocation} loses more than uniform on held-out text"
             self.notes.append(f"{worse}, so the plan is uniform")
-        found = judged[best]
-        return replace(found.plan, target=self.request.sparsity)
-
-    def _close(self, layers: Layers, makers: dict[str, Callable[[float], Plan]], about: dict[str, Any]) -> Any:
-        """Every candidate with thresholds from the sparse model itself."""
-        request = self.request
-        closed: dict[str, Callable[[float], Plan]] = {}
-        for name, maker in makers.items():
-            plan = maker(request.sparsity)
-            thresholds = yield from _staged("closing the loop", close_loop(layers, self._tokens, plan, request.start))
-            closed[name] = partial(_ignoring_target, replace(plan, thresholds=thresholds))
-        judged = yield from _staged(
-            "checking", settle(layers, self._held, list(closed.values()), request.sparsity, request.start)
-        )
-        return self._choose(dict(zip(closed, judged, strict=True)), about)
+        return judged[best].plan
 
     def _score(self, layers: Layers) -> Any:
         """The criterion's factors and constants, and its thresholds."""
@@ -276,57 +281,55 @@ class PlanMaker:
         channels = self.config.channels(PROJECTION_SITE[projection])
         return float(min(channels - 1, math.ceil(sparsity * channels - 1e-9)))
 
-    def _uniform(self, target: float) -> NDArray[np.float64]:
-        return np.full((self.config.layers, len(PROJECTIONS)), target)
+    def _uniform(self, target: float, nominal: float) -> NDArray[np.float64]:
+        return np.full((self.config.layers, len(PROJECTIONS)), nominal)
 
-    def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold, about: dict[str, Any]) -> Iterator[Any]:
+    def _allocations(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Any:
+        """What the asked allocation has to offer beside a uniform one: name -> levels."""
+        if self.request.allocation == "fisher":
+            return (yield from self._fisher(layers, scoring, threshold))
+        if self.request.allocation == "greedy":
+            found = yield from _staged("allocating", self._greedy(layers, scoring, threshold))
+            by_target = dict(zip(self.names, np.moveaxis(found, 1, 0), strict=True))
+            return {"greedy": lambda target, nominal: _scaled(by_target[target], target, nominal)}
+        return {}
+
+    def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Iterator[Any]:
         """The search, which goes on after the last layer that an interrupted one with the same settings had done."""
-        request = self.request
-        plan = _plan(self, scoring, threshold, self._uniform(request.sparsity))
-        settings = {**about, "config_sha256": config_sha256(self.entry.path), "sparsity": request.sparsity}
+        request, targets = self.request, list(self.names)
+        plan = self._plan(scoring, threshold, self._uniform, targets[0], targets[0])
+        settings = {**self._text, "config_sha256": config_sha256(self.entry.path), "targets": targets}
         settings |= {"calibration": self.calibration.id, "criterion": request.criterion}
-        self._found = SavedLevels(self.folder.with_name(f".{self.name}.greedy.json"), settings)
+        folder = plan_folder(self.entry, self.names[targets[0]])
+        self._found = SavedLevels(folder.with_name(f".{folder.name}.greedy.json"), settings)
         known = self._found.load()
         if known:
             self.notes.append(f"went on after layer {len(known) - 1}, where an earlier run had stopped")
         tokens, start = self._tokens[:_GREEDY_SEQUENCES], request.start
-        return greedy(layers, tokens, plan, threshold, request.sparsity, start, known, self._found.keep)
+        return greedy(layers, tokens, plan, threshold, targets, start, known, self._found.keep)
 
-    def _add_fisher(
-        self, layers: Layers, scoring: Scoring, threshold: Threshold, makers: dict[str, Callable[[float], Plan]]
-    ) -> Any:
+    def _fisher(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Any:
         config = layers.config
         losses = FisherLosses(level_thresholds(config.layers, threshold), scoring, self.request.start)
         yield from _staged("gradients", gradients(layers, self._tokens, losses.visit, seed=self.request.seed))
         sizes = np.tile(np.array(list(config.projection_sizes().values()), np.float64), config.layers)
         flat = losses.losses().reshape(len(sizes), -1)
 
-        def levels(bound: float, target: float) -> NDArray[np.float64]:
+        def levels(bound: float, target: float, nominal: float) -> NDArray[np.float64]:
             every = np.ones(len(sizes))
-            low, high = max(0.0, target - bound), min(float(LEVELS[-1]), target + bound)
-            found = spend(flat, LEVELS, sizes, target, lowest=low * every, highest=high * every)
+            low, high = max(0.0, nominal - bound), min(float(LEVELS[-1]), nominal + bound)
+            found = spend(flat, LEVELS, sizes, nominal, lowest=low * every, highest=high * every)
             return found.reshape(config.layers, len(PROJECTIONS))
 
-        for bound in BOUNDS:
-            makers[f"fisher {bound:g}"] = partial(self._levelled, scoring, threshold, partial(levels, bound))
+        return {f"fisher {bound:g}": partial(levels, bound) for bound in BOUNDS}
 
-    def _levelled(
-        self,
-        scoring: Scoring,
-        threshold: Threshold,
-        levels: Callable[[float], NDArray[np.float64]],
-        target: float,
-    ) -> Plan:
-        return _plan(self, scoring, threshold, levels(target))
-
-
-def _plan(maker: PlanMaker, scoring: Scoring, threshold: Threshold, levels: NDArray[np.float64]) -> Plan:
-    """A plan with these levels [layers, 7]."""
-    thresholds = np.zeros(levels.shape, np.float32)
-    for layer, column in np.argwhere(levels > 0):
-        thresholds[layer, column] = threshold(int(layer), PROJECTIONS[column], float(levels[layer, column]))
-    request = maker.request
-    return Plan(request.sparsity, request.allocation, levels, thresholds, maker.calibration.id, scoring)
+    def _plan(self, scoring: Scoring, threshold: Threshold, levels: Allocation, target: float, nominal: float) -> Plan:
+        """The plan for a target, with the levels that an allocation gives for a nominal one."""
+        found = levels(target, nominal)
+        thresholds = np.zeros(found.shape, np.float32)
+        for layer, column in np.argwhere(found > 0):
+            thresholds[layer, column] = threshold(int(layer), PROJECTIONS[column], float(found[layer, column]))
+        return Plan(target, self.request.allocation, found, thresholds, self.calibration.id, scoring)
 
 
 def _scaled(levels: NDArray[np.float64], made_for: float, target: float) -> NDArray[np.float64]:
@@ -341,10 +344,10 @@ def _ignoring_target(plan: Plan, target: float) -> Plan:
     return plan
 
 
-def _name(request: PlanRequest) -> str:
+def _name(request: PlanRequest, target: float) -> str:
     parts = [request.allocation]
     parts += [request.criterion] * (request.criterion != MAGNITUDE) + ["closed"] * request.closed_loop
-    return f"{'-'.join(parts)}-{request.sparsity:g}"
+    return f"{'-'.join(parts)}-{target:g}"
 
 
 def _staged(stage: str, events: Iterator[Any]) -> Any:

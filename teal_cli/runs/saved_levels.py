@@ -26,17 +26,17 @@ class SavedLevels:
     settings: Mapping[str, Any]
 
     def load(self) -> Sequence[NDArray[np.float64]]:
-        """The levels [7] of each layer that is done; none where there is no such file, or one of other settings."""
+        """The levels [T, 7] of each layer that is done; none where there is no such file, or one of other settings."""
         try:
             state = read_json(self.file)
             found = np.array(state["levels"], np.float64)
-            usable = state["settings"] == self.settings and found.ndim == 2 and found.shape[1] == len(PROJECTIONS)
+            usable = state["settings"] == self.settings and found.ndim == 3 and found.shape[2] == len(PROJECTIONS)
         except (OSError, ValueError, KeyError, TypeError):
             return ()
         return tuple(found) if usable and ((found >= 0) & (found < 1)).all() else ()
 
     def keep(self, levels: NDArray[np.float64]) -> None:
-        """Keep the levels [n, 7] of all layers so far.
+        """Keep the levels [n, T, 7] of all layers so far.
 
         Raises:
             TealError: the disk refuses.

@@ -134,11 +134,11 @@ def test_greedy_goes_on_after_the_last_layer(ready: Path, teal: Teal, monkeypatc
     searched: list[int] = []
     search = module._Block.levels
 
-    def levels(self: Any, weights: Any, target: float) -> Any:
+    def levels(self: Any, weights: Any, targets: Any) -> Any:
         searched.append(self._index)
         if len(searched) == 3:
             raise KeyboardInterrupt
-        return search(self, weights, target)
+        return search(self, weights, targets)
 
     monkeypatch.setattr(module._Block, "levels", levels)
     assert teal(*arguments, "--name", "part").code == 130
@@ -149,6 +149,20 @@ def test_greedy_goes_on_after_the_last_layer(ready: Path, teal: Teal, monkeypatc
     whole, part = (find_plan(Registry().get("tiny"), name).plan.to_json() for name in ("whole", "part"))
     assert part == whole
     assert [file.name for file in (Registry().get("tiny").home / "plans").iterdir() if file.is_file()] == []
+
+
+def test_one_search_finds_the_plan_of_every_target(ready: Path, teal: Teal) -> None:
+    options = ("--allocation", "greedy", "--tokens", 64, *SMALL[2:], "--json")
+    together = teal("plan", "make", "-m", "tiny", "-s", "0.3,0.55", *options)
+    assert together.code == 0, together.err
+    plans = together.json["plans"]
+    assert [plan["name"] for plan in plans] == ["greedy-0.3", "greedy-0.55"]
+    for plan in plans:
+        alone = teal("plan", "make", "-m", "tiny", "-s", plan["sparsity"], "--name", "alone", "--force", *options).json
+        assert alone["levels"] == plan["levels"]
+        assert alone["thresholds"] == plan["thresholds"]
+        assert alone["made"]["candidates"] == plan["made"]["candidates"]
+    assert teal("plan", "make", "-m", "tiny", "-s", "0.3,0.55", "--name", "both").code == 2
 
 
 def test_a_closed_loop_drops_what_it_says(tiny: Callable[[str], Path]) -> None:
