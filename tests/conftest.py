@@ -10,4 +10,5 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 pytest_plugins = [
     "fixtures_cli", "fixtures_tiny", "fixtures_smollm2", "fixtures_hub", "fixtures_ready", "fixtures_talker",
+    "fixtures_s3",
 ]  # fmt: skip

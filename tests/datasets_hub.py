@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
 
-from fixtures_hub import Hub, Repo, _Handler
+from fixtures_hub import Hub, Repo, _Handler, _Server, serving
 
 
 class _DatasetsHandler(_Handler):
@@ -43,11 +41,5 @@ class _DatasetsHandler(_Handler):
 @contextmanager
 def datasets_hub(hub: Hub) -> Iterator[str]:
     """Serve the repositories of `hub` as datasets; gives the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_DatasetsHandler,), {"hub": hub}))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(_Server(("127.0.0.1", 0), type("Handler", (_DatasetsHandler,), {"hub": hub}))) as url:
+        yield url

@@ -11,6 +11,7 @@ import json
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -172,11 +173,14 @@ class _Handler(BaseHTTPRequestHandler):
         entry: dict[str, Any] = {key: path, "size": len(data)}
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         entry["oid" if key == "path" else "blobId"] = oid
-        if _is_large(path):
+        if self._is_large(path, data):
             sha = hashlib.sha256(data).hexdigest()
             hashed = {"oid": sha} if key == "path" else {"sha256": sha}
             entry["lfs"] = {**hashed, "size": len(data), "pointerSize": 130}
         return entry
+
+    def _is_large(self, path: str, data: bytes) -> bool:
+        return _is_large(path)
 
     def _json(self, value: Any) -> None:
         body = json.dumps(value).encode()
@@ -200,17 +204,18 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = files[path]
         requested = self.headers.get("Range")
-        start = int(requested.removeprefix("bytes=").split("-")[0]) if requested else 0
+        first, _, last = (requested or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
         self.send_response(206 if requested else 200)
         if requested:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
         self.send_header("ETag", f'"{_etag(path, data)}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if self.command == "GET":
-            self._send(path, data, start)
+            self._send(path, data[:stop], start)
 
     def _send(self, path: str, data: bytes, start: int) -> None:
         hub, end = self.hub, len(data)
@@ -247,31 +252,41 @@ def _etag(path: str, data: bytes) -> str:
 def hub_server() -> Iterator[Hub]:
     """A running stand-in that nothing points at yet."""
     hub = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = _Server(("127.0.0.1", 0), handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield hub
-    if hub.hold is not None:
-        hub.hold.set()
-    server.shutdown()
-    server.server_close()
+    with serving(_Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))) as hub.url:
+        yield hub
+        if hub.hold is not None:
+            hub.hold.set()
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Runs a server in a thread, and gives its address."""
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
 def hub(hub_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The stand-in, with this process's huggingface_hub talking to it, an empty cache and no token."""
+    point_at(hub_server.url, monkeypatch)
+    no_account(tmp_path, monkeypatch)
+    return hub_server
+
+
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give huggingface_hub of this process an empty cache, no token, and the network."""
     from huggingface_hub import constants
 
-    point_at(hub_server.url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
-    return hub_server
 
 
 def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from teal_cli.commands.copying import copied
 from teal_cli.commands.gathering import gathered
 from teal_cli.commands.opening import load
 from teal_cli.commands.store_tables import show_info, show_stats, show_verified
 from teal_cli.errors import UsageError, counted
-from teal_cli.files import check_new_file, disk_errors, readable_size, write_bytes
+from teal_cli.files import check_new_file, disk_errors, write_bytes
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import Output, output
@@ -314,31 +315,27 @@ def convert(
 @app.command()
 def copy(
     store: StoreArgument,
-    target: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the store should go.")],
+    target: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR|URL", help="A folder, a URL, or a dataset: hf://datasets/ORG/NAME."
+        ),
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a new dataset of the hub private.")] = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Bring a store here from a URL or folder, verified by its checksums; run it again to go on.
+    """Bring a store here, send it to a URL, or push it to the hub with a card; verified by its checksums.
+
+    Run it again to go on where it stopped. Pushing takes the token of `hf auth login` or HF_TOKEN.
 
     Examples:
         teal store copy activations.zarr -o copied.zarr
         teal store copy collection.zarr -o copied.zarr --force
+        teal store copy activations.zarr -o hf://datasets/org/name
     """
-    from teal_cli.store.copy import copy as bring
-    from teal_cli.store.reader import open_store
-    from teal_cli.store.remote import place_of
-
-    out = output(json, quiet)
-    size = fetched = 0
-    with progress(out) as bars:
-        task = bars.task("Copying", unit="B")
-        for event in bring(store, target, force=force):
-            size, fetched = event.total, event.fetched
-            task.update(done=event.done, total=event.total)
-    digest = open_store(target).state.digest
-    payload = {"store": str(place_of(store)), "output": target, "bytes": size, "fetched": fetched, "digest": digest}
-    out.result(payload, lambda console: console.print(f"{readable_size(size)} in {target}", markup=False))
+    copied(output(json, quiet), store, target, private=private, force=force)
 
 
 @app.command()

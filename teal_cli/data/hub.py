@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
+from teal_cli.registry.sources.hub import transport_error
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
@@ -77,22 +78,15 @@ def _probe(repository: str) -> None:
         raise _missing(repository) from error
     except HfHubHTTPError as error:
         raise TealError(f"the hub refused to show the dataset {repository}: {_first_line(error)}") from error
-    except (OSError, _transport_error()) as error:
+    except (OSError, transport_error()) as error:
         raise _unreachable(repository) from error
-
-
-def _transport_error() -> type[Exception]:
-    """What the hub's HTTP library raises without a network; it is httpx or httpx2, as huggingface_hub chose."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
 def _streaming(repository: str, split: Any) -> Rows:
     def rows() -> Iterator[dict[str, Any]]:
         try:
             yield from split
-        except (OSError, ValueError, RuntimeError, _transport_error()) as error:
+        except (OSError, ValueError, RuntimeError, transport_error()) as error:
             raise TealError(
                 f"reading the dataset {repository} failed: {_first_line(error)}",
                 hint="run it again; if it fails again, choose another dataset",

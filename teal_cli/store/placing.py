@@ -21,7 +21,6 @@ from teal_cli.store.header import (
     StoreHeader,
     differing_fields,
     differing_level_fields,
-    is_level_name,
 )
 from teal_cli.store.levels import ActivationStore
 from teal_cli.store.metadata import (
@@ -34,8 +33,9 @@ from teal_cli.store.metadata import (
     schema_of,
 )
 from teal_cli.store.remote import local
-from teal_cli.store.schema import SCHEMAS, blocks_of, is_part_name
+from teal_cli.store.schema import SCHEMAS, blocks_of
 from teal_cli.store.shards import SiteFiles
+from teal_cli.store.whole import is_ours
 from teal_cli.version import __version__
 from teal_kernels.spec import SITES
 
@@ -80,10 +80,6 @@ def destination(path: Path) -> Path:
         raise UsageError(f"{path} cannot be followed: its links lead in a circle", hint="name another folder") from None
 
 
-def _is_ours(name: str) -> bool:
-    return name == "zarr.json" or is_level_name(name) or is_part_name(name) or name.endswith(".partial")
-
-
 def check_target(path: Path, *, force: bool) -> bool:
     """Whether something is where a new store should go; cheap, so that it can be asked before a model is loaded.
 
@@ -98,7 +94,7 @@ def check_target(path: Path, *, force: bool) -> bool:
         raise UsageError(f"{path} exists and is not a teal store", hint="choose another output; teal leaves it alone")
     if schema not in SCHEMAS:
         raise UsageError(f"{path} exists and has another schema", hint="choose another output; teal leaves it alone")
-    if strangers := [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]:
+    if strangers := [entry.name for entry in path.iterdir() if not is_ours(entry.name)]:
         what = f"{path} exists and holds files that teal did not write, such as {strangers[0]}"
         raise UsageError(what, hint="move them away, or choose another output")
     if not force:

@@ -1,7 +1,7 @@
 """A folder behind a URL, read through fsspec: `s3://`, `gs://`, `hf://datasets/...`, `https://`, whatever is installed.
 
 Nothing is read but what is asked for: the root's zarr.json, which holds a copy of all metadata of a finished store, and
-then the chunks. Stores are written to local disks only, where a commit can be atomic.
+then the chunks. Stores are written to local disks only, where a commit can be atomic; `send` copies finished ones.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Remote:
         return Remote(self.root, self.inner.rpartition("/")[0], self._nodes)
 
     @cached_property
-    def _place(self) -> tuple[Any, str]:
+    def file_system(self) -> tuple[Any, str]:
         """fsspec's file system and the path in it.
 
         Raises:
@@ -95,7 +95,7 @@ class Remote:
         Raises:
             FileNotFoundError: it is not there. OSError: it cannot be reached.
         """
-        fs, path = self._place
+        fs, path = self.file_system
         try:
             return bytes(fs.cat_file(f"{path}/{name}", start=0, end=most))  # a range spares asking for its size
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -105,7 +105,7 @@ class Remote:
 
     def sizes(self) -> dict[str, int]:
         """Path -> bytes of every file below it; raises TealError where it cannot be listed."""
-        fs, path = self._place
+        fs, path = self.file_system
         try:
             found = fs.find(path, detail=True)
         except Exception as error:  # as in `read`

@@ -226,7 +226,7 @@ class _Tally:
 
     def add(self, block: Block) -> None:
         """The next rows."""
-        halves = block.values.view(np.uint16).reshape(len(block.values), -1)
+        halves = block.values.view(np.uint16).reshape(-1, block.values.itemsize // 2)
         for half, counts in enumerate(self._pairs):
             counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
         self._counting.add(to_words(block.kept))

@@ -281,12 +281,18 @@ def _translate(error: Exception, repo: str, revision: str | None, token: str | N
         return _by_status(error.response.status_code, repo, page, token)
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"{repo!r} is not a repository of the hub", hint="write it as org/repo")
-    transport = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-    if isinstance(error, transport | ConnectionError | TimeoutError):
+    if isinstance(error, transport_error() | ConnectionError | TimeoutError):
         return _unreachable(repo)
     if "Consistency check failed" in str(error):
         return UnreachableError(f"a file of {repo} did not arrive completely", hint="run the same command again")
     return None
+
+
+def transport_error() -> type[Exception]:
+    """What the hub's HTTP library raises without a network; it is httpx or httpx2, as huggingface_hub chose."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
 def _gated(repo: str, page: str, token: str | None) -> AuthError:
