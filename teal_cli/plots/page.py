@@ -33,6 +33,7 @@ th:first-child, td:first-child { text-align: left; }
   padding: 0.75rem; min-width: 0; }
 blockquote { margin: 0.5rem 0; padding-left: 0.75rem; border-left: 3px solid var(--line); }
 mark { background: var(--mark); color: var(--mark-ink); text-decoration: underline; }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
 figure.picture { background: #ffffff; color: #1b1f24; } figure.picture svg { width: 100%; }
 svg { display: block; max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.1rem 1rem; font-size: 0.875rem; }

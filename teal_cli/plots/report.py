@@ -60,7 +60,7 @@ def report_page(facts: Facts) -> str:
 def _pictures(facts: Facts) -> Iterable[str]:
     for name, kind in KINDS.items():
         yield f'<section id="{name}"><h2>{text(kind.name)}</h2><p class="soft">{text(kind.about)}</p>'
-        yield '<div class="beside">'
+        yield '<div class="beside pictures">'
         for number, panel in enumerate(kind.panels(facts)):
             svg = svg_of(panel, f"{name}{number}")
             label = text(f"{kind.name}: {panel.title}")
