@@ -40,11 +40,36 @@ def test_decode(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens are the same" in lines[2]
 
 
-def test_sparse_matrix(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load("sparse_matrix").main(str(store))
-    out = capsys.readouterr().out
-    assert "16 rows of 100 channels" in out
-    assert float(out.split()[-1]) < 1e-4
+def test_spmv(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("spmv").main(str(store))
+    replayed, rows, *products = capsys.readouterr().out.splitlines()
+    assert replayed == "4 of 4 random rows came out again bit for bit"
+    assert rows.startswith("16 rows of 100 channels")
+    assert [line.partition(":")[0] for line in products] == ["scipy", "teal_kernels"]
+    assert all(float(line.split()[-1]) < 1e-4 for line in products)
+
+
+def test_density(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("density").main(str(store), str(tmp_path / "density.png"))
+    assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    level = teal_cli.open_store(store).level(0.5)
+    kept = np.mean([(level.projection(layer, "gate")[:] != 0).mean() for layer in range(level.store.header.layers)])
+    assert shown["gate"] == f"{kept:.1%}"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # SCALE-Sim leaves files open
+def test_simulate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("simulate").main(str(store), str(tmp_path / "scalesim"))
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        f"layer_0_{name}" for name in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
+    for line in lines:
+        _, _, dense, sparse = line.split()
+        assert 0 < int(sparse) <= int(dense)
+    _, ratio, dense, sparse = lines[-1].split()
+    assert int(sparse) < int(dense), f"{ratio} of 100 channels fill fewer passes over 32 rows"
 
 
 def test_overlap(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
