@@ -333,7 +333,6 @@ def copy(
     Examples:
         teal store copy activations.zarr -o copied.zarr
         teal store copy collection.zarr -o copied.zarr --force
-        teal store copy activations.zarr -o hf://datasets/org/name
     """
     copied(output(json, quiet), store, target, private=private, force=force)
 
