@@ -17,6 +17,7 @@ from scalesim.single_layer_sim import single_layer_sim
 from scalesim.topology_utils import topologies
 
 import teal_cli
+from teal_cli.registry.registry import Registry
 from teal_cli.store.export import convert
 from teal_cli.store.selection import select
 
@@ -58,7 +59,8 @@ UseRamulatorTrace = False
 
 def main(path: str, folder: str, level: str = "0.5", layer: str = "0") -> None:
     store, out = teal_cli.open_store(path), Path(folder)
-    for _ in convert(store, out, "scalesim", select(store, levels=[level], layers=[int(layer)])):
+    part = select(store, levels=[level], layers=[int(layer)])
+    for _ in convert(store, out, "scalesim", part, registry=Registry()):  # the model says how wide its outputs are
         pass
     topology = topologies()
     topology.load_arrays(str(out / f"{store.level(level).name}.csv"), mnk_inputs=True)

@@ -28,12 +28,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 0.25rem 0.75rem 0.25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
+@media (max-width: 30rem) { table { font-size: 0.8125rem; } th, td { padding-right: 0.5rem; } }
 .beside { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
 .beside > * { background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
   padding: 0.75rem; min-width: 0; }
 blockquote { margin: 0.5rem 0; padding-left: 0.75rem; border-left: 3px solid var(--line); }
 mark { background: var(--mark); color: var(--mark-ink); text-decoration: underline; }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
 figure.picture { background: #ffffff; color: #1b1f24; } figure.picture svg { width: 100%; }
 svg { display: block; max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.1rem 1rem; font-size: 0.875rem; }

@@ -129,6 +129,8 @@ def _density(facts: Facts) -> list[Panel]:
 
 
 def _thresholds(facts: Facts) -> list[Panel]:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
     store, levels = facts.store, [facts.store.level(name) for name in facts.levels]
     layer, fullest = store.header.layers // 2, levels[0]
 
@@ -141,13 +143,16 @@ def _thresholds(facts: Facts) -> list[Panel]:
             if len(values):
                 axes.hist(values, np.geomspace(values.min(), values.max() * 1.001, 60).tolist(), color="0.75")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(_short)
+            axes.xaxis.set_minor_formatter(NullFormatter())
             for number, level in enumerate(levels):
                 limit = float(np.min(level.limits(layer, site)))
                 if limit > 0:
                     axes.axvline(limit, color=_COLOURS[number], linestyle=_DASHES[number], label=level.name)
             axes.set_xlabel("|x|")
             axes.set_ylabel("stored entries")
-            axes.yaxis.set_major_locator(_few_ticks())
+            axes.yaxis.set_major_locator(MaxNLocator(4))
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=8)
 
@@ -156,10 +161,8 @@ def _thresholds(facts: Facts) -> list[Panel]:
     return [panel(site) for site in SITES]
 
 
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
+def _short(value: float, _: object = None) -> str:
+    return f"{value:g}"
 
 
 def _raster(facts: Facts) -> list[Panel]:
@@ -239,6 +242,7 @@ def _bars(facts: Facts, groups: Sequence[str], value: Callable[[str, str], float
         axes.set_xticks(range(len(groups)), groups)
         axes.yaxis.set_major_formatter(_percent)
         axes.set_ylim(0, 1.25)
+        axes.set_yticks(np.linspace(0, 1, 6))
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
 
     return Panel(label, draw)

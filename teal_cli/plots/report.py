@@ -60,8 +60,9 @@ def report_page(facts: Facts) -> str:
 def _pictures(facts: Facts) -> Iterable[str]:
     for name, kind in KINDS.items():
         yield f'<section id="{name}"><h2>{text(kind.name)}</h2><p class="soft">{text(kind.about)}</p>'
-        yield '<div class="beside pictures">'
-        for number, panel in enumerate(kind.panels(facts)):
+        panels = kind.panels(facts)
+        yield f'<div class="beside{"" if len(panels) == 3 else " pictures"}">'  # three in a row, or two
+        for number, panel in enumerate(panels):
             svg = svg_of(panel, f"{name}{number}")
             label = text(f"{kind.name}: {panel.title}")
             named = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
