@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from teal_cli.model.families import FAMILIES, Family
+from teal_cli.model.mixtures import MIXTURES
 
 ROOT: Final = Path(__file__).parents[1]
 DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "families.md")
@@ -32,12 +33,13 @@ def _table() -> str:
     ]
     for name, row in FAMILIES.items():
         gguf = "" if row.gguf is None else f"`{row.gguf}`"
-        rows.append(f"| {row.title} | `{name}` | `{row.architecture}` | {gguf} | {', '.join(_differs(row))} |")
+        rows.append(f"| {row.title} | `{name}` | `{row.architecture}` | {gguf} | {', '.join(_differs(name, row))} |")
     return "\n".join(rows)
 
 
-def _differs(row: Family) -> list[str]:
-    return [
+def _differs(name: str, row: Family) -> list[str]:
+    own = ["mixture of experts"] if name in MIXTURES else []
+    return own + [
         f.name
         for f in fields(row)
         if f.name not in _NAMES and getattr(row, f.name) != getattr(FAMILIES["llama"], f.name)

@@ -166,6 +166,37 @@ TINY: dict[str, Tiny] = {
 }
 """Name of a tiny model -> what it is: every family, every rotary type, every kind of bias and window."""
 
+_MIXTURE = {"intermediate_size": 28, "num_experts_per_tok": 2, "tie_word_embeddings": False, "pad_token_id": None}
+MIXTURES: dict[str, Tiny] = {
+    "mixtral": Tiny("mixtral", _MIXTURE | {"num_local_experts": 5, "sliding_window": 8}),
+    "qwen3-moe": Tiny(
+        "qwen3_moe",
+        _MIXTURE
+        | {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "intermediate_size": 60,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": Tiny("olmoe", _MIXTURE | {"num_experts": 4}),
+    "granite-moe": Tiny(
+        "granitemoe",
+        _MIXTURE
+        | {
+            "num_local_experts": 4,
+            "attention_multiplier": 0.4,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.37,
+            "logits_scaling": 2.5,
+        },
+    ),
+}
+"""As `TINY`, mixtures of experts; no whole-step backend takes them."""
+
 TINY_FAMILIES = (
     "llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2", "olmo3", "phi3",
 )  # fmt: skip
@@ -209,7 +240,7 @@ def make_tiny(
     max_shard_size: str = "1GB",
     **changes: Any,
 ) -> Path:
-    """Writes the tiny checkpoint `name` of `TINY` into `folder` and returns it.
+    """Writes the tiny checkpoint `name` of `TINY` or `MIXTURES` into `folder` and returns it.
 
     Args:
         dtype: what the weights are stored in, and config.json says so.
@@ -220,7 +251,7 @@ def make_tiny(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     eos = make_tokenizer(folder)
-    tiny = TINY[name]
+    tiny = (TINY | MIXTURES)[name]
     fields = {**_COMMON, "eos_token_id": eos, "bos_token_id": None, **tiny.changes, **changes}
     config = AutoConfig.for_model(tiny.family, **fields)
     generator = torch.Generator().manual_seed(seed)
@@ -233,14 +264,14 @@ def make_tiny(
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function: name in `TINY` -> folder of that checkpoint in float32, made once. Do not write there."""
+    """A function: name in `TINY` or `MIXTURES` -> folder of that float32 checkpoint, made once. Do not write there."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -251,7 +282,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.fixture(params=sorted(TINY))
+@pytest.fixture(params=sorted(TINY | MIXTURES))
 def tiny_model(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
     """The folder of every tiny checkpoint in turn."""
     return tiny(request.param)

@@ -26,17 +26,51 @@ MODULES = {
 
 
 def unfused(model: Any) -> Any:
-    """transformers' model with a linear layer for each projection, so that each can be watched by its name."""
+    """transformers' model with a linear layer for each projection, so that each can be watched by its name; in a
+    mixture of experts with what stands for it: see `SplitExperts`."""
     config = model.config
+    for layer in model.model.layers:
+        block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+        if hasattr(block, "experts"):
+            block.experts = SplitExperts(block.experts, block)
+            layer.mlp = block
     kv = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     for layer in model.model.layers:
         for parent, name, widths in (
             (layer.self_attn, "qkv_proj", {"q": config.hidden_size, "k": kv, "v": kv}),
             (layer.mlp, "gate_up_proj", dict.fromkeys(("gate", "up"), config.intermediate_size)),
         ):
-            if hasattr(parent, name):
+            if hasattr(parent, name) and not hasattr(parent, "experts"):
                 setattr(parent, name, Split(parent, getattr(parent, name).weight, widths))
     return model
+
+
+class SplitExperts(torch.nn.Module):
+    """transformers' experts of a layer, one token at a time, reading what passes three modules of its MLP that do
+    nothing: `gate_proj` and `up_proj` the token's vector, `down_proj` the vectors between the two halves of its
+    experts, by their numbers, one after the other."""
+
+    def __init__(self, experts: Any, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.act = experts.gate_up_proj, experts.down_proj, experts.act_fn
+        self.taps = [torch.nn.Identity() for _ in range(3)]
+        self.seen: list[Tensor] = []
+        """Of each call the experts of its tokens, [S, k] ascending."""
+        for name, tap in zip(("gate_proj", "up_proj", "down_proj"), self.taps, strict=True):
+            block.add_module(name, tap)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        order = experts.argsort(-1)
+        experts, weights = experts.gather(-1, order), weights.gather(-1, order)
+        self.seen.append(experts)
+        gate, up = (tap(x[None])[0] for tap in self.taps[:2])
+        gates, ups = self.gate_up.chunk(2, dim=1)
+        pairs = list(zip(experts.tolist(), range(len(x)), strict=True))
+        mid = torch.stack([torch.cat([self.act(gates[e] @ gate[t]) * (ups[e] @ up[t]) for e in es]) for es, t in pairs])
+        mid = self.taps[2](mid[None])[0].unflatten(1, (experts.shape[1], -1))
+        return torch.stack(
+            [sum(weights[t, j] * (self.down[e] @ mid[t, j]) for j, e in enumerate(es)) for es, t in pairs]
+        ).to(x.dtype)
 
 
 class Split(torch.nn.Module):

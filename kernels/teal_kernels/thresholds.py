@@ -73,6 +73,8 @@ class Thresholds:
             mostly empty.
         ranked: the score of an entry is 1 + how many entries of its row have a smaller magnitude, and the table says
             how many entries are dropped (`ops.threshold.reference.row_thresholds`). There is neither scale nor centre.
+        experts: float32 [layers, E], of a mixture of experts: what the part of a vector at `mlp_mid` that is an
+            expert's is compared with, in place of the table's number for `down`; None where that serves all.
 
     Raises:
         ValueError: a shape or dtype that does not fit, a negative number, or one that is not finite.
@@ -82,11 +84,20 @@ class Thresholds:
     scale: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     centre: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     ranked: bool = False
+    experts: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         table = self.table
         if table.ndim != 2 or table.shape[1] != len(PROJECTIONS) or table.dtype != np.float32 or not (table >= 0).all():
             raise ValueError(f"thresholds must be float32 [layers, {len(PROJECTIONS)}] and not negative")
+        of_experts = self.experts
+        if of_experts is not None and (
+            of_experts.ndim != 2
+            or len(of_experts) != len(table)
+            or of_experts.dtype != np.float32
+            or not (of_experts >= 0).all()
+        ):
+            raise ValueError("thresholds of experts must be float32 [layers, E] and not negative")
         for name, arrays, lead in (("scale", self.scale, 3), ("centre", self.centre, 2)):
             for site, array in arrays.items():
                 group = columns(site)

@@ -22,7 +22,7 @@ from teal_cli.bench.shapes import ModelShape
 from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.steps import PlainStep, choose_step
 from teal_cli.errors import HardwareError, NotFoundError, UsageError
-from teal_cli.model.config import ModelConfig, load_config
+from teal_cli.model.config import ModelConfig, load_config, refuse_mixture
 from teal_cli.model.quantized import WIDTHS
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import LayerWeights
@@ -85,6 +85,7 @@ def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int
         NotFoundError: a sparsity above 0 and no calibration.
         UsageError: the prompt does not fit the model's context.
     """
+    refuse_mixture(session.config, "the benchmark", "time `teal generate`, whose result says its speed")
     if prompt_tokens >= session.config.context:
         raise UsageError(
             f"a prompt of {prompt_tokens} tokens does not fit the context of {session.config.context}",

@@ -58,12 +58,19 @@ def calibrate(
     from teal_cli.registry.registry import Registry
     from teal_cli.runs import calibrate as library
     from teal_cli.runs.session import choose_device
+    from teal_cli.sparsity.calibration import FEW_TOKENS
 
     out, registry = output(json, quiet), Registry()
     text = library.Text(dataset, split, text_column, num_sequences, seq_len)
     events = library.calibrate(registry, model, text, dtype=dtype, device=choose_device(device), name=name, force=force)
     made: Calibrated = watch(out, f"Calibrating on {text.dataset}", events)
     out.result(about(made), lambda console: show_made(console, made))
+    if scarce := made.calibration.scarce_experts():
+        layer, expert, tokens = scarce[0]
+        out.note(
+            f"{counted(len(scarce), 'expert')} saw fewer than {FEW_TOKENS} tokens and take the thresholds of their "
+            f"layer, such as {expert} of layer {layer}, which saw {tokens}; more text with --num-sequences"
+        )
     for note in remarks(registry.find(model), None):
         out.note(note)
 
@@ -84,11 +91,13 @@ def about(made: Calibrated) -> dict[str, Any]:
     from teal_cli.runs.calibrate import mean_thresholds
 
     means = {f"{level:.2f}": mean_thresholds(made.calibration, level) for level in SHOWN}
+    scarce = [{"layer": i, "expert": e, "tokens": n} for i, e, n in made.calibration.scarce_experts()]
     return {
         **made.calibration.manifest(),
         "folder": made.folder,
         "reused": made.reused,
         "mean_thresholds": means,
+        **({"scarce_experts": scarce} if scarce else {}),
     }
 
 

@@ -7,6 +7,7 @@ the sparse kernel reads, so what a dump holds is what the kernel consumed, bit f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
+from teal_kernels.experts import ExpertOutputs, expert_limits, experts_of
 from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.threshold.op import threshold
@@ -22,12 +24,25 @@ from teal_kernels.spec import SITES
 from teal_kernels.thresholds import Thresholds
 
 Rows = Mapping[str, Tensor]
-"""One token's input vectors, site -> [layers, K]; dropped entries are zero."""
+"""One token's input vectors, site -> [layers, K]; dropped entries are zero. In a mixture of experts also `EXPERT` ->
+int [layers, k], the token's experts; layers without are left as they are."""
+
+EXPERT: Final = "expert"
 
 
 def empty_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Room for one token's vectors at every site of every layer."""
-    return {site: torch.zeros(config.layers, config.channels(site), dtype=dtype, device=device) for site in SITES}
+    rows = {site: torch.zeros(config.layers, config.channels(site), dtype=dtype, device=device) for site in SITES}
+    if config.mixture is not None:
+        rows[EXPERT] = torch.full((config.layers, config.mixture.routed), -1, dtype=torch.int32, device=device)
+    return rows
+
+
+def _note_experts(rows: Rows, layer: int, matrix: Matrix) -> None:
+    """Leave in rows the experts of the one token that a matrix is for, if it is one of experts."""
+    experts = experts_of(matrix)
+    if experts is not None and EXPERT in rows:
+        rows[EXPERT][layer].copy_(experts[0])
 
 
 class SparseProjector:
@@ -58,12 +73,18 @@ class SparseProjector:
             return [{site: torch.tensor(find(layer, site), device=device) for site in SITES} for layer in layers]
 
         self._ranked = thresholds.ranked
+        self._experts = None if thresholds.experts is None else torch.tensor(thresholds.experts, device=device)
         self._thresholds, self._lowest = on_device(thresholds.site), on_device(thresholds.lowest)
         self._centre = {site: torch.tensor(centre, device=device) for site, centre in thresholds.centre.items()}
         self._biases: dict[tuple[int, str], Tensor] = {}
 
     def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         kept, thresholds = self.rows[site][layer], self._thresholds[layer][site]
+        _note_experts(self.rows, layer, matrix)
+        if self._experts is not None and isinstance(matrix, ExpertOutputs):
+            thresholds = expert_limits(self._experts[layer], matrix.known, matrix.width)
+            kept.copy_(threshold(x[0], thresholds[0]))
+            return sparse_gemv(kept, matrix, thresholds, backend=self.backend)[None]
         if self._ranked:
             thresholds = row_thresholds(x, thresholds)[0]
             kept.copy_(threshold(x[0], thresholds.min()))
@@ -88,6 +109,7 @@ class DenseProjector:
     def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         if self.rows is not None:
             self.rows[site][layer].copy_(x[0])
+            _note_experts(self.rows, layer, matrix)
         return matrix.dense(x)
 
 
@@ -96,13 +118,17 @@ class PromptRecorder:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[Tensor]] = {site: [] for site in SITES}
+        self._experts: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         self._rows[site].append(x)
+        if (experts := experts_of(matrix)) is not None:
+            self._experts[layer] = experts
         return matrix.dense(x)
 
     def copy(self, position: int, rows: Rows | None) -> None:
         """Fill the rows of a token, site -> [layers, K]; None: of a token that nobody wants."""
         for site, row in (rows or {}).items():
-            for layer, x in enumerate(self._rows[site]):
+            found = self._experts.items() if site == EXPERT else enumerate(self._rows[site])
+            for layer, x in found:
                 row[layer].copy_(x[position])

@@ -198,8 +198,14 @@ def _spec(model: Transformer) -> StepSpec:
 
 
 def open_step(model: Transformer, cache: KVCache, thresholds: Thresholds | None, backend: str, sparsity: float) -> Step:
-    """The step that `choose_step` named. Raises as `check_step`."""
+    """The step that `choose_step` named.
+
+    Raises:
+        BackendError: as `check_step`; or the model is a mixture of experts, and the backend takes none.
+    """
     check_step(thresholds, backend)
+    if model.config.mixture is not None and backend in (NUMBA, TRITON_GRAPH):
+        raise BackendError(f"backend {backend!r} cannot run a mixture of experts; {REFERENCE}, {CPU}, triton can")
     if backend == NUMBA:
         return NumbaStep(model, cache, thresholds)
     if backend == TRITON_GRAPH:
@@ -220,11 +226,12 @@ def check_step(thresholds: Thresholds | None, backend: str) -> None:
         raise BackendError(f"backend {backend!r} cannot run a fixed count per row; {REFERENCE}, {CPU} can")
 
 
-def choose_step(device: torch.device, requested: str | None) -> tuple[str, str | None]:
+def choose_step(device: torch.device, requested: str | None, *, mixture: bool = False) -> tuple[str, str | None]:
     """Which step will run: the fastest that works on the device, or the one that was asked for.
 
     Args:
         device: of the weights.
+        mixture: the model is a mixture of experts, which no whole step takes.
         requested: "triton-graph", "triton", "numba", "cpu" or "reference"; None for the fastest.
 
     Returns:
@@ -235,11 +242,12 @@ def choose_step(device: torch.device, requested: str | None) -> tuple[str, str |
     """
     whole = NUMBA if device.type == "cpu" else TRITON_GRAPH
     if requested is None:
-        problem = step_problem(whole, device)
+        problem = f"{whole} takes no mixture of experts" if mixture else step_problem(whole, device)
         return (whole, None) if problem is None else (choose_backend(device.type), problem)
     if requested not in (NUMBA, TRITON_GRAPH):
         return choose_backend(device.type, requested), None
-    if problem := step_problem(requested, device):
+    problem = "it takes no mixture of experts" if mixture else step_problem(requested, device)
+    if problem is not None:
         raise BackendError(f"backend {requested!r} cannot be used here: {problem}")
     return requested, None
 

@@ -16,7 +16,8 @@ from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import read_json
 from teal_cli.model.families import FAMILIES, Family
 from teal_cli.model.fp8 import fp8_of
-from teal_kernels.spec import Geometry
+from teal_cli.model.mixtures import MIXTURES, Mixture
+from teal_kernels.spec import SITE_PROJECTIONS, Geometry
 from teal_kernels.traits import GELU_TANH, SILU, Traits
 
 SUPPORTED_ROPE: Final[tuple[str, ...]] = ("default", "linear", "llama3", "yarn", "longrope")
@@ -43,7 +44,8 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig(Geometry):
-    """The shape of one decoder-only transformer.
+    """The shape of one decoder-only transformer. In a mixture of experts a token's experts are one MLP as wide as they
+    are together: that is `intermediate`.
 
     Attributes:
         family: `model_type` of config.json, one of `FAMILIES`.
@@ -56,6 +58,7 @@ class ModelConfig(Geometry):
         qkv_bias: q, k and v have a bias.
         o_bias: o has one.
         qk_norm: each head of q and k passes an RMSNorm before the rotation.
+        mixture: the experts of its layers; None where every token passes the same MLP.
         tied: the config says that the output head is the embedding.
         eos_ids: tokens that end a sequence; empty if the checkpoint names none.
         torch_dtype: the dtype the checkpoint asks to be run in, one of `SUPPORTED_DTYPES`.
@@ -75,11 +78,20 @@ class ModelConfig(Geometry):
     rotary_dim: int
     rope_switch: int | None
     traits: Traits
+    mixture: Mixture | None
     tied: bool
     eos_ids: tuple[int, ...]
     bos_id: int | None
     torch_dtype: str
     hf: Any
+
+    def layer_entries(self, index: int) -> int:
+        """Entries of the matrices of a layer, those of all its experts."""
+        sizes, mixture = self.projection_sizes(), self.mixture
+        if mixture is None or not mixture.layers[index]:
+            return sum(sizes.values())
+        mlp = sum(sizes[projection] for site in ("mlp_in", "mlp_mid") for projection in SITE_PROJECTIONS[site])
+        return sum(sizes.values()) + mlp // mixture.routed * (mixture.experts - mixture.routed)
 
 
 _SIZES: Final = {
@@ -89,6 +101,11 @@ _SIZES: Final = {
     "head_dim": 1 << 20,
     "hidden_size": 1 << 24,
     "intermediate_size": 1 << 24,
+    "moe_intermediate_size": 1 << 24,
+    "num_experts": 1 << 15,
+    "num_local_experts": 1 << 15,
+    "num_experts_per_tok": 1 << 15,
+    "decoder_sparse_step": 10_000,
     "vocab_size": 1 << 28,
     "max_position_embeddings": 1 << 31,
 }
@@ -127,13 +144,14 @@ def load_config(path: str | Path) -> ModelConfig:
     hf = _load_hf(folder)
     family = FAMILIES[hf.model_type]
     _refuse_unsupported_parts(family, hf)
+    mixture = _mixture(hf, folder)
     heads: int = hf.num_attention_heads
     head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     config = ModelConfig(
         family=hf.model_type,
         layers=hf.num_hidden_layers,
         hidden=hf.hidden_size,
-        intermediate=hf.intermediate_size,
+        intermediate=hf.intermediate_size if mixture is None else mixture.routed * mixture.width,
         heads=heads,
         kv_heads=hf.num_key_value_heads,
         head_dim=head_dim,
@@ -148,6 +166,7 @@ def load_config(path: str | Path) -> ModelConfig:
         rotary_dim=int(head_dim * family.rotary_share(hf)),
         rope_switch=_rope_switch(family, hf),
         traits=_traits(family, hf),
+        mixture=mixture,
         tied=bool(hf.tie_word_embeddings),
         eos_ids=_eos_ids(hf, _read_json(folder / "generation_config.json") or {}),
         bos_id=hf.bos_token_id,
@@ -156,6 +175,20 @@ def load_config(path: str | Path) -> ModelConfig:
     )
     _check_shape(config, folder)
     return config
+
+
+def refuse_mixture(config: ModelConfig, what: str, hint: str) -> None:
+    """Refuse a mixture of experts where something is not made for it.
+
+    Args:
+        what: what cannot be done, as the subject of a sentence.
+
+    Raises:
+        UsageError: the model is one.
+    """
+    if config.mixture is not None:
+        title = FAMILIES[config.family].title
+        raise UsageError(f"{what} takes no mixture of experts, which {title} is", hint=hint)
 
 
 def _read_json(file: Path) -> Mapping[str, Any] | None:
@@ -282,6 +315,28 @@ def _longrope_problem(config: ModelConfig) -> str | None:
         if type(switch) is not int or switch < 2 or switch != config.rope_switch:
             return f"original_max_position_embeddings must be one number of at least 2, not {switch}"
     return None
+
+
+def _mixture(hf: Any, folder: Path) -> Mixture | None:
+    if hf.model_type not in MIXTURES:
+        return None
+    mixture = MIXTURES[hf.model_type].numbers(hf)
+    if not any(mixture.layers):
+        return None
+    if mixture.routed > mixture.experts:
+        raise TealError(
+            f"{folder / 'config.json'} is not a valid config: a token passes {mixture.routed} of {mixture.experts} "
+            "experts",
+            hint=_HINT,
+        )
+    wide = mixture.routed * mixture.width
+    if not all(mixture.layers) and hf.intermediate_size != wide:
+        raise UsageError(
+            f"some layers have experts and others an MLP of width {hf.intermediate_size}, and teal takes them only as "
+            f"wide as a token's {mixture.routed} experts of {mixture.width} together",
+            hint="choose a model whose layers all have experts, or whose MLPs are as wide as its routed experts",
+        )
+    return mixture
 
 
 def _traits(family: Family, hf: Any) -> Traits:

@@ -3,8 +3,7 @@
 A row says two kinds of things: what its checkpoints call their tensors, and how the model computes what lies between
 the matrices. What a model's own config decides is a function of transformers' config object. Nothing is imported here,
 so that the registry reads the same table without loading torch; `config` turns a row and a config into numbers.
-
-Mixture-of-experts families have no place yet: `layer` would gain one part per expert.
+What a mixture of experts adds to a row is in `mixtures`.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ class Family:
     gguf: str | None = None
     gguf_norm_offset: float = 0.0
     gguf_interleaved: bool = False
-    layer: Mapping[str, Name]
+    layer: dict[str, Name]
     qkv_bias: Callable[[Hf], bool] = _never
     o_bias: Callable[[Hf], bool] = _never
     windows: Callable[[Hf], Windows] = _no_windows
@@ -160,11 +159,11 @@ class Family:
     logit_cap: Callable[[Hf], float | None] = _nothing
     refused: Callable[[Hf], str | None] = _nothing
 
-    def parts(self, hf: Hf) -> tuple[str, ...]:
-        """The parts of a layer that a checkpoint with this config has."""
+    def parts(self, hf: Hf) -> dict[str, Name]:
+        """The parts of a layer that a checkpoint with this config has, and their tensors."""
         absent = set() if self.qkv_bias(hf) else {"q_bias", "k_bias", "v_bias"}
         absent |= set() if self.o_bias(hf) else {"o_bias"}
-        return tuple(part for part in self.layer if part not in absent)
+        return {part: name for part, name in self.layer.items() if part not in absent}
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -286,6 +285,40 @@ FAMILIES: Final[Mapping[str, Family]] = {
         layer=_FUSED,
         windows=_same_windows,
         rotary_share=lambda hf: float(hf.rope_parameters["partial_rotary_factor"]),
+    ),
+    "mixtral": Family(
+        title="Mixtral",
+        architecture="MixtralForCausalLM",
+        layer=_LLAMA,
+        windows=_same_windows,
+    ),
+    "qwen3_moe": Family(
+        title="Qwen3-MoE",
+        architecture="Qwen3MoeForCausalLM",
+        layer=_LLAMA | _BIASES | _HEAD_NORMS,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        windows=_same_windows,
+    ),
+    "olmoe": Family(
+        title="OLMoE",
+        architecture="OlmoeForCausalLM",
+        layer=_LLAMA | _BIASES | _HEAD_NORMS,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        wide_head_norms=True,
+        refused=lambda hf: None if hf.clip_qkv is None else "clipped queries, keys and values (clip_qkv)",
+    ),
+    "granitemoe": Family(
+        title="Granite 3 MoE",
+        architecture="GraniteMoeForCausalLM",
+        layer=_LLAMA | _BIASES,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        attention_scale=lambda hf: float(hf.attention_multiplier),
+        embedding_scale=lambda hf: float(hf.embedding_multiplier),
+        residual_scale=lambda hf: float(hf.residual_multiplier),
+        logit_scale=lambda hf: float(1.0 / hf.logits_scaling),
     ),
 }
 """`model_type` of config.json -> its row."""

@@ -21,6 +21,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.memory import WeightMemory
 from teal_cli.model.rope import RopeTable, Rotation, rotate_
 from teal_cli.model.weights import Checkpoint, Device, LayerWeights
+from teal_kernels.experts import Experts, route
 from teal_kernels.matrix import Matrix
 from teal_kernels.traits import GELU_TANH, LLAMA, Traits
 
@@ -188,10 +189,23 @@ def block(
     if weights.o_bias is not None:
         out += weights.o_bias
     hidden = residual(hidden, out, weights.attn_post_norm)
-    gate, up = project(index, "mlp_in", norm(hidden, weights.mlp_norm), weights.gate_up).chunk(2, dim=-1)
+    x = norm(hidden, weights.mlp_norm)
+    gate_up, down = _mlp(config, weights, x)
+    gate, up = project(index, "mlp_in", x, gate_up).chunk(2, dim=-1)
     active = F.gelu(gate, approximate="tanh") if traits.activation == GELU_TANH else F.silu(gate)
-    out = project(index, "mlp_mid", active.mul_(up), weights.down)
+    out = project(index, "mlp_mid", active.mul_(up), down)
     return residual(hidden, out, weights.mlp_post_norm)
+
+
+def _mlp(config: ModelConfig, weights: LayerWeights, x: Tensor) -> tuple[Matrix, Matrix]:
+    """gate_up and down for tokens whose MLP reads x [S, hidden]."""
+    gate_up, down, mixture = weights.gate_up, weights.down, config.mixture
+    if mixture is None or weights.router is None:
+        return gate_up, down
+    assert isinstance(gate_up, Experts)
+    assert isinstance(down, Experts)
+    routing = route(x, weights.router, mixture.routed, normalised=mixture.normalised)
+    return gate_up.routed(routing), down.routed(routing)
 
 
 class Transformer:

@@ -8,7 +8,7 @@ so that no tensor, let alone a model, is held twice. This module does not know w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from teal_cli.model.config import ModelConfig, load_config
 from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.model.fp8 import SCALE_DTYPES, SCALES, Fp8, fp8_of, scale_name
 from teal_cli.model.fp8 import STORED as FP8
+from teal_cli.model.parts import of_one_expert, parts_of
 from teal_cli.model.quantized import Quantization, packed_name, packed_table, quantization_of
 from teal_cli.model.rope import head_order
 from teal_kernels.matrix import FloatMatrix, Matrix
@@ -50,6 +51,7 @@ _VECTORS: Final = {
     "mlp_norm": ("mlp_norm",),
     "attn_post_norm": ("attn_post_norm",),
     "mlp_post_norm": ("mlp_post_norm",),
+    "router": ("router",),
 }
 """Our field -> the parts of a layer, as `families` calls them, that lie in it one after the other."""
 
@@ -70,6 +72,7 @@ class LayerWeights:
         attn_out: [Nq, hidden].  o_bias: [hidden] or None.
         gate_up: [hidden, 2 intermediate], the columns of gate, then up.
         down: [intermediate, hidden].
+        router: [E, hidden] of a layer with a mixture of experts, whose gate_up and down are `Experts`; else None.
     """
 
     attn_norm: Tensor | None
@@ -84,6 +87,7 @@ class LayerWeights:
     down: Matrix
     attn_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
+    router: Tensor | None = None
 
     def matrix(self, site: str) -> Matrix:
         """What the vector of a site is multiplied by."""
@@ -113,8 +117,10 @@ class Checkpoint:
         family = FAMILIES[self.config.family]
         self.quantization: Quantization | None = _quantization(self.path)
         self.fp8: Fp8 | None = fp8_of(read_json(self.path / "config.json"))
-        self._names = {part: family.layer[part][0] for part in family.parts(self.config.hf)}
-        self._shapes, self._rows = _parts(self.config, self._names)
+        mixture = self.config.mixture
+        mixed = (False,) * self.config.layers if mixture is None else mixture.layers
+        kinds = {kind: parts_of(self.config, family, mixed=kind) for kind in set(mixed)}
+        self._parts = [kinds[kind] for kind in mixed]
         self._order = head_order(self.config)
         self._files: dict[str, Path] = _index(self.path)
         self._check()
@@ -124,25 +130,43 @@ class Checkpoint:
     ) -> LayerWeights:
         """The weights of one layer, cast to `dtype` on `device`; new memory at each call, matrices from `empty`."""
         fields: dict[str, Matrix | Tensor | None] = {}
-        prefix = _layer(index)
+        config = self.config
         with self._reading() as read:
             for field, site in MATRICES.items():
-                widths = self.config.segments(site)
+                widths = config.segments(site)
                 if self.quantization is not None:
                     fields[field] = self._packed(read, packed_name(index, field), widths, dtype, device, empty)
                     continue
-                fused = empty(self.config.channels(site), sum(widths), dtype=dtype, device=device)
-                for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
-                    _transpose_into(columns, self._part(read, prefix, part))
-                fields[field] = FloatMatrix(fused, widths)
+                experts = self._parts[index][SITE_PROJECTIONS[site][0]].experts
+                if experts is None or config.mixture is None:
+                    fused = empty(config.channels(site), sum(widths), dtype=dtype, device=device)
+                    self._read_matrix(read, index, site, fused, widths)
+                    fields[field] = FloatMatrix(fused, widths)
+                    continue
+                kind, channels, widths = of_one_expert(config, config.mixture, site)
+                each = empty(experts, channels, sum(widths), dtype=dtype, device=device)
+                for expert, matrix in enumerate(each):
+                    self._read_matrix(read, index, site, matrix, widths, expert)
+                fields[field] = kind(each, widths, config.mixture.routed)
             for field, parts in _VECTORS.items():
-                vectors = [self._part(read, prefix, part).to(device, dtype) for part in parts if part in self._names]
+                vectors = [
+                    self._part(read, index, part).to(device, dtype) for part in parts if part in self._parts[index]
+                ]
                 fields[field] = torch.cat(vectors) if vectors else None
         return LayerWeights(**fields)  # type: ignore[arg-type]
 
-    def _part(self, read: Any, prefix: str, part: str) -> Tensor:
+    def _read_matrix(
+        self, read: Any, index: int, site: str, fused: Tensor, widths: tuple[int, ...], expert: int | None = None
+    ) -> None:
+        """fused [K, N] = the projections of a site, or those of one expert, side by side."""
+        for part, columns in zip(SITE_PROJECTIONS[site], fused.split(widths, dim=1), strict=True):
+            _transpose_into(columns, self._part(read, index, part, expert))
+
+    def _part(self, read: Any, index: int, part: str, expert: int | None = None) -> Tensor:
         """A part of a layer out of the tensor that it lies in, heads in our order; not to be written to."""
-        tensor = self._floats(read, prefix + self._names[part], self._rows[part])
+        found = self._parts[index][part]
+        name = _layer(index) + found.name.format(expert)
+        tensor = read(name)[expert][found.rows] if found.stacked else self._floats(read, name, found.rows)
         if self._order is None or part not in _ROTATED:
             return tensor
         return tensor.unflatten(0, (-1, len(self._order)))[:, self._order].flatten(0, 1)
@@ -227,10 +251,11 @@ class Checkpoint:
         config = self.config
         packed = {part for parts in SITE_PROJECTIONS.values() for part in parts} if self.quantization else set()
         expected = {  # parts of one name: the last of them ends where the tensor does
-            f"{_layer(i)}{name}": (self._rows[part].stop, *self._shapes[part][1:])
-            for i in range(config.layers)
-            for part, name in self._names.items()
+            _layer(i) + name: found.stored
+            for i, parts in enumerate(self._parts)
+            for part, found in parts.items()
             if part not in packed
+            for name in found.names()
         }
         expected[_NORM] = (config.hidden,)
         embedding, head = self._stored_name(_EMBEDDING), self._stored_name(_HEAD)
@@ -278,10 +303,11 @@ class Checkpoint:
 
     def _role(self, name: str) -> str:
         """For messages: which parts of its family's row a tensor is, or its scales are of."""
-        tables = {part: of for part, (of, _) in TOP.items()}
-        within = name.split(".", 3)[-1] if name.startswith(_LAYERS) else name
-        weight = next((within.removesuffix(end) for end in SCALES if within.endswith(end)), within)
-        parts = [part for part, of in (tables | self._names).items() if of == weight]
+        weight = next((name.removesuffix(end) for end in SCALES if name.endswith(end)), name)
+        parts = [part for part, (of, _) in TOP.items() if of == weight]
+        if name.startswith(_LAYERS):
+            _, _, index, within = weight.split(".", 3)
+            parts = [part for part, found in self._parts[int(index)].items() if within in found.names()]
         return f" ({', '.join(parts)} of the family {self.config.family})" if parts else ""
 
     @contextmanager
@@ -363,25 +389,6 @@ def _transpose_into(columns: Tensor, tensor: Tensor) -> None:
     rows = _TURNED_ROWS if columns.device.type == "cpu" else len(tensor)
     for part, target in zip(tensor.split(rows), columns.split(rows, dim=1), strict=True):
         target.copy_(part.to(target.device, target.dtype).t().contiguous())
-
-
-def _parts(config: ModelConfig, names: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, slice]]:
-    """Of every part of a layer its shape, and which rows of its tensor it is."""
-    wide = config.traits.wide_head_norms
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (config.hidden,))  # but for these, a norm over all of it
-    shapes["q_norm"] = ((config.heads if wide else 1) * config.head_dim,)
-    shapes["k_norm"] = ((config.kv_heads if wide else 1) * config.head_dim,)
-    for site, projections in SITE_PROJECTIONS.items():
-        for part, width in zip(projections, config.segments(site), strict=True):
-            shapes[part] = (width, config.channels(site))
-            shapes[f"{part}_bias"] = (width,)
-    rows: dict[str, slice] = {}
-    ends: dict[str, int] = {}
-    for part, name in names.items():
-        start = ends.get(name, 0)
-        ends[name] = start + shapes[part][0]
-        rows[part] = slice(start, ends[name])
-    return shapes, rows
 
 
 def _layer(index: int) -> str:

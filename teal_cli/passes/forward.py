@@ -27,6 +27,7 @@ from teal_cli.passes.crew import Crew
 from teal_cli.passes.layers import Layers
 from teal_cli.passes.projector import PlanProjector, products
 from teal_cli.sparsity.plan import Plan
+from teal_kernels.experts import Experts, experts_of
 from teal_kernels.matrix import Matrix
 
 
@@ -58,6 +59,8 @@ class Where:
         sequence: index of the token block.
         variant: index of the `Sparse` that the rows were run under; None for dense rows.
         start: position of the first row in its sequence.
+        experts: int64 [S, k], at `mlp_mid` of a layer with a mixture of experts: whose parts a row has, in their order;
+            else None.
     """
 
     layer: int
@@ -65,6 +68,7 @@ class Where:
     sequence: int
     variant: int | None
     start: int
+    experts: Tensor | None = None
 
 
 Visit: TypeAlias = Callable[[Where, Tensor, Tensor], None]
@@ -233,24 +237,29 @@ class Layer:
             return dense
 
         def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
-            visit(Where(layer, site, sequence, None, 0), x, x)
+            visit(Where(layer, site, sequence, None, 0, experts_of(matrix)), x, x)
             return matrix.dense(x)
 
         return project
 
     def _sparse(self, numbers: Sequence[int], sequence: int, spans: Sequence[slice]) -> Project:
         projectors, visit = [self._projectors[number] for number in numbers], self._visit
-        every = [self._variants[number].kept for number in numbers]
-        counts = [None if kept is None else kept[self._index] for kept in every]
+        sums = [self._variants[number].kept for number in numbers]
+        counts = [None if kept is None else kept[self._index] for kept in sums]
         sizes = [span.stop - span.start for span in spans]
 
         def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
             parts = x.split(sizes)
-            kept = [projector.kept(site, part) for projector, part in zip(projectors, parts, strict=True)]
-            out = products(projectors, site, kept, matrix, counts)
+            own = matrix.split(sizes) if isinstance(matrix, Experts) else [matrix] * len(sizes)
+            kept = [p.kept(site, part, of) for p, part, of in zip(projectors, parts, own, strict=True)]
+            if isinstance(matrix, Experts):  # which is another matrix for each token
+                every = zip(projectors, kept, own, counts, strict=True)
+                out = torch.cat([p.product(site, rows, of, count) for p, rows, of, count in every])
+            else:
+                out = products(projectors, site, kept, matrix, counts)
             if visit is not None:
-                for number, span, part, rows in zip(numbers, spans, parts, kept, strict=True):
-                    visit(Where(layer, site, sequence, number, span.start), part, rows)
+                for number, span, part, rows, of in zip(numbers, spans, parts, kept, own, strict=True):
+                    visit(Where(layer, site, sequence, number, span.start, experts_of(of)), part, rows)
             return out
 
         return project

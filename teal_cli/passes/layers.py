@@ -129,7 +129,7 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bo
     """Whether a model takes less than half of the memory that is free, or nobody tells how much that is."""
     config, free = checkpoint.config, available_bytes(device)
     heads = config.vocab * config.hidden * (1 if checkpoint.tied() else 2)
-    size = (config.layers * sum(config.projection_sizes().values()) + heads) * dtype.itemsize
+    size = (sum(map(config.layer_entries, range(config.layers))) + heads) * dtype.itemsize
     return free is None or size <= free / 2
 
 

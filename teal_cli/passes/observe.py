@@ -21,7 +21,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.weights import Checkpoint
 from teal_cli.passes.forward import Advance, Where, forward
 from teal_cli.passes.layers import StreamedLayers
-from teal_cli.sparsity.histogram import MAGNITUDES, MagnitudeHistogram
+from teal_cli.sparsity.histogram import MAGNITUDES, ExpertHistogram, MagnitudeHistogram
 from teal_kernels.spec import SITES
 
 
@@ -64,10 +64,15 @@ def observe(
     start = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    histogram = MagnitudeHistogram.empty(layers.config.layers, str(dtype).removeprefix("torch."))
+    config, mixture = layers.config, layers.config.mixture
+    histogram = MagnitudeHistogram.empty(config.layers, str(dtype).removeprefix("torch."))
+    if mixture is not None:
+        histogram.experts = ExpertHistogram.empty(histogram.dtype, config.layers, mixture.experts, mixture.width)
 
     def count(where: Where, x: Tensor, kept: Tensor) -> None:
         histogram.add(where.layer, where.site, x)
+        if where.experts is not None and histogram.experts is not None:
+            histogram.experts.add(where.layer, x, where.experts)
 
     yield from forward(layers, tokens, visit=count)
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -117,8 +122,9 @@ def expected_peak(
     config: ModelConfig, *, sequences: int, seq_len: int, itemsize: int, device: str = "cpu"
 ) -> ExpectedPeak:
     """What `observe` will need beyond Python and its libraries; `itemsize` is that of the dtype to run in."""
-    layer = sum(config.projection_sizes().values()) * itemsize
+    layer = max(map(config.layer_entries, range(config.layers))) * itemsize
     hidden = seq_len * config.hidden
+    counted = len(SITES) + (0 if config.mixture is None else config.mixture.experts)
     # The widest moment is the MLP: its input and output, gate and up, their product; float32 inside the norm.
     workspace = (4 * hidden + 3 * seq_len * config.intermediate) * itemsize + 8 * hidden
     return ExpectedPeak(
@@ -126,6 +132,6 @@ def expected_peak(
         layer=layer,
         mapped=layer if device == "cpu" else 0,
         hidden=sequences * hidden * itemsize,
-        histogram=config.layers * len(SITES) * MAGNITUDES * 8 if device == "cpu" else 0,
+        histogram=config.layers * counted * MAGNITUDES * 8 if device == "cpu" else 0,
         workspace=workspace,
     )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.sparsity.plan import Plan
+from teal_kernels.experts import ExpertOutputs, expert_limits
 from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemm.op import skips_zeros, sparse_gemm
 from teal_kernels.ops.sparse_gemm.reference import sparse_gemm_reference
@@ -41,30 +42,39 @@ class PlanProjector:
         self._ranked = thresholds.ranked
         self._limits = {site: torch.from_numpy(thresholds.site(layer, site)).to(device) for site in SITES}
         self._lowest = {site: torch.from_numpy(thresholds.lowest(layer, site)).to(device) for site in SITES}
+        self._experts = None if thresholds.experts is None else torch.tensor(thresholds.experts[layer], device=device)
         self._shared = {site: bool((limits == limits[0]).all()) for site, limits in self._limits.items()}
         self._numbers = {
             site: limits.tolist() for site, limits in self._limits.items() if limits.ndim == 1 and not self._ranked
         }
         self._centre = {site: torch.from_numpy(c[layer]).to(device) for site, c in plan.scoring.centre.items()}
 
-    def kept(self, site: str, x: Tensor) -> Tensor:
-        """What any projection of a site reads of x [S, K], dropped entries zero; with a centre c it is x - c that is
-        read."""
+    def kept(self, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+        """What any projection of a site reads of x [S, K], which a matrix [K, N] is for, dropped entries zero; with a
+        centre c it is x - c that is read."""
         x = self.centred(site, x)
         numbers = self._numbers.get(site)
-        return shrink(x, min(numbers)) if numbers else threshold_reference(x, self._cut(site, x))
+        of_experts = self._experts is not None and isinstance(matrix, ExpertOutputs)
+        return (
+            shrink(x, min(numbers))
+            if numbers and not of_experts
+            else threshold_reference(x, self._cut(site, x, matrix))
+        )
 
     def centred(self, site: str, x: Tensor) -> Tensor:
         """What entries of x are compared: x, or where the site has a centre c, x - c in x's dtype."""
         centre = self._centre.get(site)
         return x if centre is None else (x.float() - centre).to(x.dtype)
 
-    def beyond(self, site: str, x: Tensor) -> Tensor:
+    def beyond(self, site: str, x: Tensor, matrix: Matrix) -> Tensor:
         """By how much entries of a centred x [S, K] exceed what drops them, float32; 0 where they are dropped."""
-        return (x.float().abs() - self._cut(site, x)).clamp_min(0)
+        return (x.float().abs() - self._cut(site, x, matrix)).clamp_min(0)
 
-    def _cut(self, site: str, x: Tensor) -> Tensor:
-        """What decides that the site keeps an entry: [] or [K], or where a count is dropped of each row [S, 1]."""
+    def _cut(self, site: str, x: Tensor, matrix: Matrix) -> Tensor:
+        """What decides that the site keeps an entry: [] or [K], or where a count is dropped of each row [S, 1], or
+        where it is an expert's [S, K]."""
+        if self._experts is not None and isinstance(matrix, ExpertOutputs):
+            return expert_limits(self._experts, matrix.known, matrix.width)
         lowest = self._lowest[site]
         return row_thresholds(x, lowest[None]) if self._ranked else lowest
 

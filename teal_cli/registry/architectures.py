@@ -20,7 +20,7 @@ def unsupported(architecture: str, where: str) -> UsageError:
     titles = ", ".join(row.title for row in FAMILIES.values())
     return UsageError(
         f"{where} has the architecture {architecture}, which teal does not support",
-        hint=f"supported are {', '.join(ARCHITECTURES)}: dense {titles}",
+        hint=f"supported are {', '.join(ARCHITECTURES)}: {titles}",
     )
 
 

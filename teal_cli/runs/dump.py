@@ -19,6 +19,7 @@ from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.files import require_space, sizes_below
+from teal_cli.model.config import refuse_mixture
 from teal_cli.model.weights import config_sha256
 from teal_cli.runs.board import Board, LocalBoard
 from teal_cli.runs.decoded import Decoding
@@ -290,6 +291,7 @@ def store_headers(
         max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
         source: where the prompts come from.
     """
+    refuse_mixture(session.config, "a store", "generate and evaluate without one")
     plans, names = [level.plan for level in levels], [level.name for level in levels if level.name]
     header = StoreHeader(
         model=session.entry.name,

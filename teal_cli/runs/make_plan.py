@@ -25,7 +25,7 @@ from teal_cli.data.blocks import pack
 from teal_cli.data.sources import open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.errors import UsageError
-from teal_cli.model.config import load_config
+from teal_cli.model.config import load_config, refuse_mixture
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.closed_loop import close_loop
 from teal_cli.passes.fisher import LEVELS, FisherLosses, level_thresholds
@@ -45,8 +45,8 @@ from teal_cli.sparsity.calibration import Calibration, check_fits
 from teal_cli.sparsity.criteria import CRITERIA, Material
 from teal_cli.sparsity.criterion import MAGNITUDE, TOPK, Scoring, Threshold
 from teal_cli.sparsity.named import NamedPlan
-from teal_cli.sparsity.plan import Plan
-from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS
+from teal_cli.sparsity.plan import Plan, expert_thresholds
+from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
 
 ALLOCATIONS: Final = ("uniform", "greedy", "fisher")
 BOUNDS: Final = (0.15, 0.30)
@@ -148,6 +148,11 @@ class PlanMaker:
         self.request, self._registry = request, registry
         self.entry = registry.get(request.model)
         self.config = load_config(self.entry.path)
+        if request.allocation != "uniform" or request.criterion != MAGNITUDE or request.closed_loop:
+            what = f"allocation {request.allocation}, criterion {request.criterion}"
+            what += ", closed loop" if request.closed_loop else ""
+            hint = "make a uniform plan by the criterion magnitude, its loop open"
+            refuse_mixture(self.config, f"a plan ({what})", hint)
         own = self.config.torch_dtype
         wide = request.allocation == "greedy" or own == "float16"
         self.dtype = request.dtype or ("float32" if wide else own)
@@ -329,7 +334,10 @@ class PlanMaker:
         thresholds = np.zeros(found.shape, np.float32)
         for layer, column in np.argwhere(found > 0):
             thresholds[layer, column] = threshold(int(layer), PROJECTIONS[column], float(found[layer, column]))
-        return Plan(target, self.request.allocation, found, thresholds, self.calibration.id, scoring)
+        experts = None
+        if scoring.criterion == MAGNITUDE:
+            experts = expert_thresholds(self.calibration, found[:, PROJECTION_INDEX["down"]].tolist())
+        return Plan(target, self.request.allocation, found, thresholds, self.calibration.id, scoring, experts)
 
 
 def _scaled(levels: NDArray[np.float64], made_for: float, target: float) -> NDArray[np.float64]:

@@ -38,6 +38,8 @@ class Level:
         """What identifies the plan among results: its label, and a digest of what it drops."""
         scoring = self.plan.scoring
         digest = hashlib.sha256(self.plan.thresholds.tobytes() + scoring.criterion.encode())
+        if self.plan.experts is not None:
+            digest.update(self.plan.experts.tobytes())
         for arrays in (scoring.scale, scoring.centre):
             for site in sorted(arrays):
                 digest.update(site.encode() + arrays[site].tobytes())

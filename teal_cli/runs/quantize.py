@@ -23,7 +23,7 @@ from torch import Tensor
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import disk_errors, new_file, require_space, sha256_of, write_json
 from teal_cli.model import fp8
-from teal_cli.model.config import ModelConfig, load_config
+from teal_cli.model.config import ModelConfig, load_config, refuse_mixture
 from teal_cli.model.families import FAMILIES, TOP
 from teal_cli.model.quantized import SECTION, WIDTHS, Quantization, packed_name, packed_table
 from teal_cli.model.weights import Checkpoint, config_sha256
@@ -86,6 +86,7 @@ def quantize_model(
             f"{entry.name} is quantised already, from {entry.parent}",
             hint=f"quantise that: `teal quantize {entry.parent} --to {width}`",
         )
+    refuse_mixture(load_config(entry.path), "quantisation", "calibrate, generate and evaluate it as it is")
     if width not in WIDTHS:
         raise UsageError(
             f"weights are quantised to {' or '.join(WIDTHS)}, not to {width}", hint="--to int8 or --to int4"

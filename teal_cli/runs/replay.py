@@ -240,7 +240,7 @@ def _links(session: Session, level: Level, prompt: Prompt, sequence: int) -> np.
 
         def project(layer: int, site: str, x: Tensor, matrix: Matrix, projector: PlanProjector = projector) -> Tensor:
             x = projector.centred(site, x)
-            return projector.product(site, compared(layer, site, x, start, projector.beyond(site, x)), matrix)
+            return projector.product(site, compared(layer, site, x, start, projector.beyond(site, x, matrix)), matrix)
 
         (cos, sin) = rope[index]
         if start:

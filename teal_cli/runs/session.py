@@ -258,14 +258,14 @@ def open_session(
     """
     _survive_forks()
     entry = Registry().get(model)
-    where = choose_device(device)
+    where, config = choose_device(device), load_config(entry.path)
+    requested = None if backend in (None, "auto") else backend
     try:
-        chosen, slower = choose_step(where, None if backend in (None, "auto") else backend)
+        chosen, slower = choose_step(where, requested, mixture=config.mixture is not None)
     except BackendError as error:
         hint = "`teal doctor` shows what this machine can run; --backend auto takes what works"
         raise HardwareError(str(error), hint=hint) from None
     notes = [f"decoding with the {chosen} backend, which is slower: {slower}"] if slower else []
-    config = load_config(entry.path)
     session = Session(entry, config, dtype or config.torch_dtype, where, chosen, calibration, notes)
     if load:
         session.load()

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, new_folder, read_json, write_json
 from teal_cli.sparsity.criterion import MAGNITUDE
-from teal_cli.sparsity.histogram import MagnitudeHistogram
+from teal_cli.sparsity.histogram import ExpertHistogram, MagnitudeHistogram
 from teal_cli.sparsity.teal_format import RULES, TealHistogram
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 SCHEMA: Final = "teal-calibration/1"
 MANIFEST: Final = "calibration.json"
 COUNTS: Final = "histogram.npz"
+FEW_TOKENS: Final = 32
+"""An expert that saw fewer has no thresholds of its own."""
 
 Histogram: TypeAlias = MagnitudeHistogram | TealHistogram
 
@@ -100,6 +103,30 @@ class Calibration:
         """
         return 0.0 if sparsity == 0.0 else self.histogram.threshold(layer, site, sparsity)
 
+    def expert_thresholds(self, layer: int, sparsity: float) -> NDArray[np.float32] | None:
+        """The threshold of each expert at `mlp_mid`, float32 [E]; that of the whole site for an expert that saw fewer
+        than `FEW_TOKENS`. None where experts were not counted."""
+        experts = self.histogram.experts if isinstance(self.histogram, MagnitudeHistogram) else None
+        if experts is None:
+            return None
+        pooled = self.threshold(layer, "mlp_mid", sparsity)
+        enough = experts.tokens(layer) >= FEW_TOKENS
+        own = [experts.threshold(layer, i, sparsity) if sparsity and fine else pooled for i, fine in enumerate(enough)]
+        return np.array(own, np.float32)
+
+    def scarce_experts(self) -> list[tuple[int, int, int]]:
+        """(layer, expert, tokens) of the experts that saw fewer than `FEW_TOKENS`."""
+        experts = self.histogram.experts if isinstance(self.histogram, MagnitudeHistogram) else None
+        if experts is None:
+            return []
+        found = [(layer, experts.tokens(layer)) for layer in range(self.layers)]
+        return [
+            (layer, int(i), int(tokens[i]))
+            for layer, tokens in found
+            if tokens.any()  # of a layer without experts none saw any
+            for i in np.flatnonzero(tokens < FEW_TOKENS)
+        ]
+
     def manifest(self) -> dict[str, Any]:
         """What calibration.json holds: one flat object."""
         about = {"schema": SCHEMA, "id": self.id, "criterion": self.criterion, "rule": self.rule, "layers": self.layers}
@@ -144,13 +171,17 @@ class Calibration:
 def _arrays(histogram: Histogram) -> dict[str, Any]:
     if isinstance(histogram, TealHistogram):
         return {"counts": histogram.counts, "centers": histogram.centers}
-    return {"counts": histogram.counts, "grid": np.array(histogram.dtype)}
+    own = {"counts": histogram.counts, "grid": np.array(histogram.dtype)}
+    return own if histogram.experts is None else own | histogram.experts.arrays()
 
 
 def _histogram(manifest: Mapping[str, Any], arrays: Mapping[str, Any]) -> Histogram:
     if manifest["rule"] in RULES:
         return TealHistogram(arrays["counts"], arrays["centers"], manifest["rule"])
-    return MagnitudeHistogram(str(arrays["grid"]), arrays["counts"])
+    found = MagnitudeHistogram(str(arrays["grid"]), arrays["counts"])
+    if "expert_counts" in arrays:
+        found.experts = ExpertHistogram.of_arrays(found.dtype, found.layers, arrays)
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

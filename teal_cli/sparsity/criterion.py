@@ -45,10 +45,10 @@ class Scoring:
         """Whether scores are ranks, and thresholds counts."""
         return self.criterion == TOPK
 
-    def thresholds(self, table: NDArray[np.float32]) -> Thresholds:
-        """What steps compare with, for thresholds of scores float32 [layers, 7].
+    def thresholds(self, table: NDArray[np.float32], experts: NDArray[np.float32] | None = None) -> Thresholds:
+        """What steps compare with, for thresholds of scores float32 [layers, 7], and of experts [layers, E].
 
         A negative threshold, which an imported calibration of TEAL can give, drops nothing; 0 drops zeros only, which
         gives the same product, and takes its place.
         """
-        return Thresholds(np.maximum(table, np.float32(0)), self.scale, self.centre, self.ranked)
+        return Thresholds(np.maximum(table, np.float32(0)), self.scale, self.centre, self.ranked, experts)

@@ -9,7 +9,7 @@ threshold is used for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ class MagnitudeHistogram:
         dtype: `bfloat16` or `float16`, the grid of magnitudes.
         counts: int64 [layers, 4, 32768].
 
+    Attributes:
+        experts: of a mixture of experts, the same for each expert at `mlp_mid`; else None.
+
     Raises:
         TealError: counts of another shape, negative ones, or ones at magnitudes that are not finite.
     """
@@ -56,6 +59,7 @@ class MagnitudeHistogram:
         self.dtype = dtype
         self.counts = counts
         self._magnitudes = magnitudes(dtype)
+        self.experts: ExpertHistogram | None = None
 
     @classmethod
     def empty(cls, layers: int, dtype: str) -> MagnitudeHistogram:
@@ -93,12 +97,10 @@ class MagnitudeHistogram:
         Raises:
             TealError: nothing was counted there.
         """
-        cumulative = np.cumsum(self.counts[layer, SITE_INDEX[site]])
-        total = cumulative[-1]
-        if total == 0:
+        counts = self.counts[layer, SITE_INDEX[site]]
+        if not counts.any():
             raise TealError(f"layer {layer}, {site}: the histogram is empty")
-        # Dividing before comparing: k/n is rounded just as the decimal `sparsity` is, so equal means equal.
-        return float(self._magnitudes[np.searchsorted(cumulative / total, sparsity, side="left")])
+        return quantile(counts, self._magnitudes, sparsity)
 
     def cdf(self, layer: int, site: str, t: float) -> float:
         """P(|x| <= t): the sparsity that threshold t realises on what was counted.
@@ -110,6 +112,13 @@ class MagnitudeHistogram:
         return float(counts[:below].sum() / counts.sum())
 
 
+def quantile(counts: NDArray[np.int64], values: NDArray[np.float32], share: float) -> float:
+    """The smallest of ascending values t with P(value <= t) >= share, for counts [n] that are not all 0."""
+    cumulative = np.cumsum(counts)
+    # Dividing before comparing: k/n is rounded just as the decimal `share` is, so equal means equal.
+    return float(values[np.searchsorted(cumulative / cumulative[-1], share, side="left")])
+
+
 def count_magnitudes(x: Tensor, dtype: str) -> Tensor:
     """How often each magnitude of a 16-bit float occurs in x: int64 [32768] on the device of x."""
     import torch
@@ -119,3 +128,71 @@ def count_magnitudes(x: Tensor, dtype: str) -> Tensor:
     for piece in flat.split(_PIECE):
         counts += torch.bincount(piece.view(torch.int16).bitwise_and(MAGNITUDES - 1), minlength=MAGNITUDES)
     return counts
+
+
+class ExpertHistogram:
+    """How often each magnitude occurs at `mlp_mid`, per layer and expert of a mixture, over the tokens that passed it.
+
+    A vector there is that of a token's first expert, then of its second, and so on (`teal_kernels.experts`).
+
+    Args:
+        dtype: the grid of magnitudes, as in `MagnitudeHistogram`.
+        counts: int64 [layers, E, 32768]; zeros in a layer without experts.
+        width: of an expert.
+    """
+
+    def __init__(self, dtype: str, counts: NDArray[np.int64], width: int) -> None:
+        self.dtype, self.counts, self.width = dtype, counts, width
+        self._magnitudes = magnitudes(dtype)
+
+    @classmethod
+    def empty(cls, dtype: str, layers: int, experts: int, width: int) -> ExpertHistogram:
+        """No counts yet. Memory that is never counted in is never touched: most magnitudes never occur."""
+        return cls(dtype, np.zeros((layers, experts, MAGNITUDES), np.int64), width)
+
+    def add(self, layer: int, x: Tensor, experts: Tensor) -> None:
+        """Count the entries of x [S, k width] of tokens that passed experts [S, k]; all of them are finite."""
+        parts = x.unflatten(1, (experts.shape[1], self.width))
+        for expert in experts.unique().tolist():
+            self.counts[layer, expert] += count_magnitudes(parts[experts == expert], self.dtype).cpu().numpy()
+
+    def tokens(self, layer: int) -> NDArray[np.int64]:
+        """How many tokens passed each expert, int64 [E]."""
+        return self.counts[layer].sum(-1) // self.width
+
+    def threshold(self, layer: int, expert: int, sparsity: float) -> float:
+        """As `MagnitudeHistogram.threshold`, of an expert that saw a token."""
+        return quantile(self.counts[layer, expert], self._magnitudes, sparsity)
+
+    def dropped(self, layer: int, thresholds: NDArray[np.float32]) -> float:
+        """The share of all entries of a layer that thresholds [E] drop, each of its expert's."""
+        below = np.searchsorted(self._magnitudes, thresholds, side="right")
+        counts = self.counts[layer]
+        return float(sum(row[:stop].sum() for row, stop in zip(counts, below, strict=True)) / counts.sum())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a file holds: the counts from the first magnitude that occurs to the last."""
+        found = np.flatnonzero(self.counts.any((0, 1)))
+        first, stop = (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+        return {
+            "expert_counts": self.counts[..., first:stop],
+            "expert_first": np.array(first),
+            "expert_width": np.array(self.width),
+        }
+
+    @classmethod
+    def of_arrays(cls, dtype: str, layers: int, arrays: Mapping[str, Any]) -> ExpertHistogram:
+        """What `arrays` gave.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        counts, first, width = arrays["expert_counts"], int(arrays["expert_first"]), int(arrays["expert_width"])
+        stop = first + counts.shape[-1]
+        if counts.dtype != np.int64 or counts.ndim != 3 or len(counts) != layers or counts.min(initial=0) < 0:
+            raise ValueError(f"counts of experts are {counts.dtype} {list(counts.shape)}")
+        if first < 0 or stop > len(magnitudes(dtype)) or width < 1 or (counts.sum(-1) % width).any():
+            raise ValueError("counts of experts are not those of whole tokens")
+        found = cls.empty(dtype, layers, counts.shape[1], width)
+        found.counts[..., first:stop] = counts
+        return found

@@ -6,7 +6,8 @@ projection the same sparsity; other allocations make the same object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Plan:
             `topk` they are counts: how many entries of each row are dropped.
         calibration: id of the calibration that the thresholds come from; None for a plan that needs none.
         scoring: how entries are scored; by default by their magnitude.
+        experts: float32 [layers, E], of a mixture of experts: the thresholds of each expert's `down`, not negative,
+            in whose place `thresholds` has what the layer's experts give together; None where that serves all.
     """
 
     target: float
@@ -43,6 +46,7 @@ class Plan:
     thresholds: NDArray[np.float32]
     calibration: str | None
     scoring: Scoring = field(default_factory=Scoring)
+    experts: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         shape = self.thresholds.shape
@@ -50,6 +54,10 @@ class Plan:
             raise ValueError(f"a plan of shapes {self.sparsity.shape} and {shape}")
         self.sparsity.flags.writeable = False
         self.thresholds.flags.writeable = False
+        if self.experts is not None:
+            if self.experts.ndim != 2 or len(self.experts) != len(self.thresholds):
+                raise ValueError(f"a plan of {len(self.thresholds)} layers and experts {self.experts.shape}")
+            self.experts.flags.writeable = False
 
     @property
     def layers(self) -> int:
@@ -62,7 +70,7 @@ class Plan:
 
     def applied(self) -> Thresholds:
         """What steps and passes compare with."""
-        return self.scoring.thresholds(self.thresholds)
+        return self.scoring.thresholds(self.thresholds, self.experts)
 
     def by_projection(self) -> dict[str, list[float]]:
         """Projection -> its threshold in each layer."""
@@ -76,6 +84,7 @@ class Plan:
             "calibration": self.calibration,
             "sparsity": {name: self.sparsity[:, i].tolist() for i, name in enumerate(PROJECTIONS)},
             "thresholds": self.by_projection(),
+            **({} if self.experts is None else {"experts": self.experts.tolist()}),
         }
 
     @classmethod
@@ -88,7 +97,9 @@ class Plan:
         try:
             sparsity = np.array([value["sparsity"][name] for name in PROJECTIONS], np.float64).T.copy()
             thresholds = np.array([value["thresholds"][name] for name in PROJECTIONS], np.float32).T.copy()
-            return cls(value["target"], value["allocation"], sparsity, thresholds, value["calibration"])
+            experts = np.array(value["experts"], np.float32) if "experts" in value else None
+            found = cls(value["target"], value["allocation"], sparsity, thresholds, value["calibration"])
+            return replace(found, experts=experts)
         except (KeyError, TypeError, ValueError) as error:
             raise TealError(f"this is not a plan: {error}") from error
 
@@ -130,4 +141,12 @@ def uniform_plan(calibration: Calibration, sparsity: float) -> Plan:
     for layer in range(calibration.layers):
         for site in SITES:
             thresholds[layer, columns(site)] = calibration.threshold(layer, site, sparsity)
-    return Plan(sparsity, "uniform", np.full(thresholds.shape, sparsity), thresholds, calibration.id)
+    experts = expert_thresholds(calibration, [sparsity] * calibration.layers)
+    return Plan(sparsity, "uniform", np.full(thresholds.shape, sparsity), thresholds, calibration.id, experts=experts)
+
+
+def expert_thresholds(calibration: Calibration, levels: Sequence[float]) -> NDArray[np.float32] | None:
+    """Thresholds of each expert's `down`, for its sparsity in each layer: float32 [layers, E]; None where the
+    calibration knows no experts."""
+    found = [calibration.expert_thresholds(layer, level) for layer, level in enumerate(levels)]
+    return None if any(row is None for row in found) else np.array(found, np.float32)

@@ -74,6 +74,10 @@ def realised(histogram: MagnitudeHistogram, plan: Plan) -> Realised:
     pairs = []
     for layer in range(plan.layers):
         for site in SITES:
-            dropped = histogram.cdf(layer, site, plan.site_threshold(layer, site))
+            experts = histogram.experts if site == "mlp_mid" else None
+            if plan.experts is not None and experts is not None and experts.tokens(layer).any():
+                dropped = experts.dropped(layer, plan.experts[layer])
+            else:
+                dropped = histogram.cdf(layer, site, plan.site_threshold(layer, site))
             pairs.append(Pair(layer, site, float(plan.sparsity[layer, columns(site)].min()), dropped))
     return Realised(plan.target, tuple(pairs))

@@ -24,9 +24,11 @@ def open_checkpoint(store: ActivationStore, path: Path) -> Checkpoint:
         UsageError: its config.json is not that of the store's model, or its matrices are quantised.
         NotFoundError, TealError: as `Checkpoint`.
     """
+    from teal_cli.model.config import refuse_mixture
     from teal_cli.model.weights import Checkpoint, config_sha256
 
     checkpoint = Checkpoint(path)
+    refuse_mixture(checkpoint.config, "the export of weights", "convert without weights")
     if config_sha256(path) != store.header.config_sha256:
         raise UsageError(f"{path} is not the model that wrote {store.path}", hint="convert without weights")
     if checkpoint.quantization is not None:

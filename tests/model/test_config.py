@@ -9,7 +9,7 @@ from typing import Any
 
 import families
 import pytest
-from fixtures_tiny import TINY
+from fixtures_tiny import MIXTURES, TINY
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.config import ModelConfig, load_config
@@ -52,7 +52,7 @@ def test_widths_of_every_site(tmp_path: Path) -> None:
 
 
 def test_every_tiny_model_is_of_a_supported_family(tiny: Callable[[str], Path]) -> None:
-    families = {load_config(tiny(name)).family for name in TINY}
+    families = {load_config(tiny(name)).family for name in TINY | MIXTURES}
     assert families == set(FAMILIES)
 
 
@@ -113,6 +113,10 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
         "olmo2": (False, False, True),
         "olmo3": (False, False, True),
         "phi3": (False, False, False),
+        "mixtral": (False, False, False),
+        "qwen3_moe": (False, False, True),
+        "olmoe": (False, False, True),
+        "granitemoe": (False, False, False),
     }
     biased = read(tmp_path, attention_bias=True)
     assert (biased.qkv_bias, biased.o_bias) == (True, True)

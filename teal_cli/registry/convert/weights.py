@@ -65,7 +65,7 @@ def _names(gguf: GgufFile, config: dict[str, Any]) -> dict[str, str]:
     parts = family.parts(SimpleNamespace(attention_bias=False))
     wanted = {name: hf for hf, name in TOP.values() if name != "output.weight" or name in gguf.tensors}
     for i in range(config["num_hidden_layers"]):
-        for hf, name in (family.layer[part] for part in parts):
+        for hf, name in parts.values():
             wanted[f"blk.{i}.{name}"] = f"model.layers.{i}.{hf}"
     missing = [name for name in wanted if name not in gguf.tensors]
     if missing:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from teal_kernels.backends import CPU, NUMBA, REFERENCE, TRITON, choose_backend
 from teal_kernels.configs import gemv_config
+from teal_kernels.experts import Experts
 from teal_kernels.matrix import FLOATS, FloatMatrix, Matrix, floats
 from teal_kernels.ops.packed.op import packed_gemv_config
 from teal_kernels.ops.sparse_gemv.compiled import sparse_gemv_compiled
 from teal_kernels.ops.sparse_gemv.cpu import sparse_gemv_cpu
 from teal_kernels.ops.sparse_gemv.gather import GatherGemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
+from teal_kernels.ops.threshold.reference import threshold_reference
 from teal_kernels.packed import PackedMatrix
 
 
@@ -50,6 +52,16 @@ def _sparse_gemv_packed(x: Tensor, matrix: PackedMatrix, thresholds: Tensor) -> 
     product.gather(matrix, thresholds)
     product.reduce(out)
     return out
+
+
+def _sparse_gemv_experts(x: Tensor, matrix: Experts, thresholds: Tensor, backend: str) -> Tensor:
+    if len(matrix.segments) == 1:  # each expert reads a part of x: what is dropped of it is dropped here, for all
+        x, thresholds = threshold_reference(x, thresholds[0]), thresholds.new_zeros(1)
+
+    def multiply(part: Tensor, expert: Matrix) -> Tensor:
+        return sparse_gemv(part[0], expert, thresholds, backend=backend)[None]
+
+    return matrix.product(x[None], multiply)[0]
 
 
 _PACKED = {CPU: _unpacked_rows, NUMBA: sparse_gemv_compiled, TRITON: _sparse_gemv_packed}
@@ -100,7 +112,8 @@ def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str |
         x: [K], bfloat16, float16 or float32; thresholded already or not, both give the same.
         matrix: [K, N] of the dtype of `x`, with P projections: row i holds what input i contributes to every output.
             Every backend takes every kind: of packed rows the reference unpacks all and "cpu" those that are kept,
-            "numba" and "triton" multiply them as they are.
+            "numba" and "triton" multiply them as they are. Of a mixture of experts the matrices of the token's own are
+            multiplied, one after the other.
         thresholds: [P] or [P, K] float32, not negative, on the device of `x`; compared with |x| in float32.
         backend: "reference", "cpu", "numba" or "triton"; by default see `choose_backend`.
 
@@ -114,6 +127,8 @@ def sparse_gemv(x: Tensor, matrix: Matrix, thresholds: Tensor, *, backend: str |
     """
     name = choose_backend(x.device.type, backend)
     _check(x, matrix, thresholds)
+    if isinstance(matrix, Experts):
+        return _sparse_gemv_experts(x, matrix, thresholds, name)
     if isinstance(matrix, PackedMatrix) and name in _PACKED:
         return _PACKED[name](x, matrix, thresholds)
     weight = matrix.tensor() if name == REFERENCE else floats(matrix, f"the {name} backend")
