@@ -102,8 +102,10 @@ def judge(
     _check_token(verdict, output.logits[0, -1], tokens[0])
     for step in range(len(rows)):
         row = {key: torch.from_numpy(np.ascontiguousarray(values[step])) for key, values in captured.items()}
-        with _masked(model, row, level.thresholds, verdict):
+        limits = _expert_limits(level, rows[step], {key: len(values) for key, values in row.items()})
+        with _masked(model, row, level.thresholds, limits, verdict):
             output = model(torch.tensor([[tokens[step]]]), past_key_values=output.past_key_values, use_cache=True)
+        _check_experts(verdict, model, level, rows[step])
         if step + 1 < len(tokens):
             _check_token(verdict, output.logits[0, -1], tokens[step + 1])
         verdict.steps += 1
@@ -116,19 +118,28 @@ def _check_token(verdict: Verdict, logits: Tensor, token: int) -> None:
 
 @contextmanager
 def _masked(
-    model: PreTrainedModel, rows: dict[tuple[int, str], Tensor], thresholds: np.ndarray, verdict: Verdict
+    model: PreTrainedModel,
+    rows: dict[tuple[int, str], Tensor],
+    thresholds: np.ndarray,
+    limits: dict[tuple[int, str], Tensor],
+    verdict: Verdict,
 ) -> Iterator[None]:
-    """Hooks that compare each linear layer's input with the stored row, then let only the stored entries through."""
+    """Hooks that compare each linear layer's input with the stored row, then let only the stored entries through.
+
+    Thresholds are one for a projection, but where `limits` has one for each entry.
+    """
     handles = []
     for index, layer in enumerate(model.model.layers):
         for p in PROJECTIONS:
-            row, t = rows[index, p], float(thresholds[index, PROJECTION_INDEX[p]])
+            row, t = rows[index, p], torch.tensor(thresholds[index, PROJECTION_INDEX[p]]).expand_as(rows[index, p])
+            if (index, p) in limits:
+                t = limits[index, p]
 
             def hook(
                 module: nn.Module,
                 inputs: tuple[Tensor],
                 row: Tensor = row,
-                t: float = t,
+                t: Tensor = t,
                 where: str = f"layer {index} {p} ({PROJECTION_SITE[p]})",
             ) -> tuple[Tensor]:
                 (x,) = inputs
@@ -142,7 +153,25 @@ def _masked(
             handle.remove()
 
 
-def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> Tensor:
+def _expert_limits(level: Level, row: int, widths: dict[tuple[int, str], int]) -> dict[tuple[int, str], Tensor]:
+    """What each entry that a `down` reads of a token's experts is compared with."""
+    mixture, limits = level.store.header.mixture, {}
+    for layer in () if mixture is None else np.flatnonzero(mixture.layers).tolist():
+        own = level.expert_thresholds[layer][level.experts(layer)[row]]
+        limits[layer, "down"] = torch.from_numpy(np.repeat(own, widths[layer, "down"] // len(own)))
+    return limits
+
+
+def _check_experts(verdict: Verdict, model: PreTrainedModel, level: Level, row: int) -> None:
+    """The stored experts of a row against those that transformers routed its token to, in the step it has just done."""
+    mixture = level.store.header.mixture
+    for layer in () if mixture is None else np.flatnonzero(mixture.layers).tolist():
+        theirs = model.model.layers[layer].mlp.experts.seen[-1][0].tolist()
+        if level.experts(layer)[row].tolist() != theirs:
+            verdict.trouble.append(f"layer {layer}: experts are {level.experts(layer)[row]}, not {theirs}")
+
+
+def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: Tensor, where: str) -> Tensor:
     mask = row != 0
     masked = torch.where(mask, x, 0.0)
     scale = float(x.norm())
@@ -155,11 +184,11 @@ def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: float, where: str) -> 
     verdict.kept += int(mask.sum())
     verdict.entries += mask.numel()
     if differ.any():
-        distance = float(((x[differ].abs() - t).abs() / max(t, 1e-30)).max())
+        distance = float(((x[differ].abs() - t[differ]).abs() / t[differ].clamp_min(1e-30)).max())
         verdict.disagreements += int(differ.sum())
         verdict.threshold_distance = max(verdict.threshold_distance, distance)
         if not distance < 1e-4:
-            verdict.trouble.append(f"{where}: mask differs {distance:.2e} (relative) from the threshold {t:.3e}")
+            verdict.trouble.append(f"{where}: mask differs {distance:.2e} (relative) from the threshold")
     return masked
 
 

@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn, Self
+from typing import Final, NoReturn, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from teal_kernels.matrix import FloatMatrix, Matrix
+
+EXPERT: Final = "expert"
+"""Beside the sites, what rows have of a token's experts."""
 
 Multiply = Callable[[Tensor, Matrix], Tensor]
 """(x [n, K], matrix [K, N]) -> [n, N]."""

@@ -241,6 +241,8 @@ def stats(
         **({} if table is None else {"output": table}),
     }
     out.result(payload, lambda console: show_stats(console, found))
+    if opened.header.mixture is not None:
+        out.note("a channel of down is of another expert in each token: what follows channels over rows is of places")
 
 
 @app.command()

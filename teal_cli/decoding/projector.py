@@ -7,7 +7,6 @@ the sparse kernel reads, so what a dump holds is what the kernel consumed, bit f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
-from teal_kernels.experts import ExpertOutputs, expert_limits, experts_of
+from teal_kernels.experts import EXPERT, ExpertOutputs, expert_limits, experts_of
 from teal_kernels.matrix import Matrix
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.threshold.op import threshold
@@ -26,8 +25,6 @@ from teal_kernels.thresholds import Thresholds
 Rows = Mapping[str, Tensor]
 """One token's input vectors, site -> [layers, K]; dropped entries are zero. In a mixture of experts also `EXPERT` ->
 int [layers, k], the token's experts; layers without are left as they are."""
-
-EXPERT: Final = "expert"
 
 
 def empty_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

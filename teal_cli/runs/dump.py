@@ -19,7 +19,6 @@ from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.files import require_space, sizes_below
-from teal_cli.model.config import refuse_mixture
 from teal_cli.model.weights import config_sha256
 from teal_cli.runs.board import Board, LocalBoard
 from teal_cli.runs.decoded import Decoding
@@ -30,11 +29,12 @@ from teal_cli.runs.ranks import Target, run_ranks
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
+from teal_cli.store.fields import StoredMixture
 from teal_cli.store.manifest import is_collection
 from teal_cli.store.placing import check_resume, check_target, destination
 from teal_cli.store.schema import VALUE_DTYPES, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
-from teal_kernels.spec import SITES
+from teal_kernels.spec import PROJECTION_INDEX, SITES
 
 # Bytes on disk per byte of kept values, after byte shuffle and zstd-1: SmolLM2-135M at 50%, 2026-11-23.
 _VALUE_RATIO = {"bfloat16": 0.65, "float16": 0.78, "float32": 0.84}
@@ -291,7 +291,7 @@ def store_headers(
         max_new_tokens, sampling, stop: as `Decoder.generate` takes them.
         source: where the prompts come from.
     """
-    refuse_mixture(session.config, "a store", "generate and evaluate without one")
+    mixture = session.config.mixture
     plans, names = [level.plan for level in levels], [level.name for level in levels if level.name]
     header = StoreHeader(
         model=session.entry.name,
@@ -328,19 +328,24 @@ def store_headers(
             **({"plans": names} if names else {}),
         },
         columns=() if follow == "free" else ("logprob",),
+        mixture=None if mixture is None else StoredMixture(mixture.experts, mixture.routed, mixture.layers),
     )
     rows = _most_rows(prompts, max_new_tokens, prefill)
-    return header, [
-        LevelHeader(
-            plan.target,
-            plan.allocation,
-            np.maximum(plan.thresholds, 0),
-            rows,
-            scale=plan.scoring.scale,
-            centre=plan.scoring.centre,
-        )
-        for plan in plans
-    ]
+    return header, [_level_header(plan, rows, None if mixture is None else mixture.experts) for plan in plans]
+
+
+def _level_header(plan: Plan, rows: int, experts: int | None) -> LevelHeader:
+    """What a level says of its plan; `experts`: how many a layer has."""
+    table, of_experts = np.maximum(plan.thresholds, 0), None
+    if experts is not None:
+        down = table[:, PROJECTION_INDEX["down"]]
+        own = np.repeat(down[:, None], experts, axis=1) if plan.experts is None else plan.experts
+        of_experts = np.asarray(own, np.float32)
+        down[:] = of_experts.min(1)  # what is above it may be kept: whose threshold decides, `experts` of a row say
+    scoring = plan.scoring
+    return LevelHeader(
+        plan.target, plan.allocation, table, rows, scale=scoring.scale, centre=scoring.centre, experts=of_experts
+    )
 
 
 def _most_rows(prompts: Sequence[Prompt], max_new_tokens: int, prefill: str) -> int:

@@ -24,6 +24,7 @@ from teal_cli.runs.job import batches, other_tokens
 from teal_cli.sparsity.plan import Plan
 from teal_cli.store.schema import PHASES
 from teal_cli.store.writer import LevelWriter
+from teal_kernels.experts import EXPERT
 from teal_kernels.spec import SITES
 
 _SMALL: Final = 1 << 32  # bytes that are free, where the system does not tell
@@ -89,7 +90,8 @@ class ForcedRows:
         first: position of the first row.
         token_ids: int64 [rows], the tokens that were fed.
         phase: uint8 [rows], as in `schema.PHASES`.
-        rows: site -> [layers, rows, K], what the projections consumed.
+        rows: site -> [layers, rows, K], what the projections consumed; of a mixture also `EXPERT` -> int32 [layers,
+            rows, k], the experts of its rows, -1 in a layer without.
         logprob: float32 [rows], natural logarithm of the probability of the token that follows each row.
     """
 
@@ -171,16 +173,25 @@ class _Sequence:
             {site: torch.empty(size, dtype=layers.dtype, device=layers.device) for site, size in shape.items()}
             for _ in plans
         ]
+        if config.mixture is not None:
+            size = (*shape[SITES[0]][:2], config.mixture.routed)
+            for rows in self._rows:
+                rows[EXPERT] = torch.full(size, -1, dtype=torch.int32, device=layers.device)
         self._chances = np.zeros((len(plans), 0), np.float32)
 
     def add(self, where: Where, kept: Tensor, number: int | None) -> None:
         """What a site read, densely or under the plan of this number."""
+        self._put(where, where.site, kept, number)
+        if where.experts is not None:
+            self._put(where, EXPERT, where.experts, number)
+
+    def _put(self, where: Where, name: str, kept: Tensor, number: int | None) -> None:
         if number is not None:
-            self._rows[number][where.site][where.layer, where.start - self._first :].copy_(kept)
+            self._rows[number][name][where.layer, where.start - self._first :].copy_(kept)
             return
         for rows, is_dense in zip(self._rows, self._is_dense, strict=True):
             part = kept[self._first : len(kept) if is_dense else self.start]
-            rows[where.site][where.layer, : len(part)].copy_(part)
+            rows[name][where.layer, : len(part)].copy_(part)
 
     def score(self, head: Head, layers: Layers, states: States) -> None:
         """The last hidden states, under every plan."""

@@ -155,7 +155,8 @@ def stored_plan(level: Level) -> Plan:
     header = level.store.header
     scoring = Scoring(str(header.criterion["name"]), level.scale, level.centre)
     spread = np.full(level.thresholds.shape, level.target)
-    return Plan(level.target, level.allocation, spread, level.thresholds.copy(), header.calibration, scoring)
+    experts = None if level.target == 0 else level.expert_thresholds
+    return Plan(level.target, level.allocation, spread, level.thresholds.copy(), header.calibration, scoring, experts)
 
 
 def _is_decoded(header: StoreHeader) -> bool:

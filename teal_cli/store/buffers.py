@@ -12,6 +12,7 @@ import torch
 
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.schema import PHASES
+from teal_kernels.experts import EXPERT
 from teal_kernels.spec import SITES
 
 
@@ -28,22 +29,24 @@ class BlockBuffer:
 
     def __init__(self, header: StoreHeader, device: torch.device) -> None:
         shape = (header.layers, header.block_tokens)
-        self._dtype = getattr(torch, header.value_dtype)
+        dtype = getattr(torch, header.value_dtype)
         # [layers, T, K]: a layer's rows of a block are contiguous, which is the order they are packed in.
+        # In a mixture of experts also whose the parts of a row are, -1 until it is filled.
         # Not inference tensors, whatever mode the caller is in: the writer thread, in no such mode, clears
         # them.
         with torch.inference_mode(False):
             self._rows = {
-                site: torch.empty((*shape, header.channels[site]), dtype=self._dtype, device=device) for site in SITES
+                site: torch.empty((*shape, header.channels[site]), dtype=dtype, device=device) for site in SITES
             }
-            for rows in self._rows.values():
-                rows.fill_(float("nan"))
+            if header.mixture is not None:
+                self._rows[EXPERT] = torch.empty((*shape, header.mixture.routed), dtype=torch.int32, device=device)
+            self._empty()
         self.tokens = {name: np.zeros(header.block_tokens, dtype) for name, dtype in header.token_columns.items()}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._filled: torch.cuda.Event | None = None
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
-        """Views [layers, K] per site of the row with this index in the block."""
+        """Views [layers, K] per site, and of the experts, of the row with this index in the block."""
         return {site: rows[:, index] for site, rows in self._rows.items()}
 
     def set_token(self, index: int, token_id: int, position: int, sequence: int, phase: str) -> None:
@@ -71,24 +74,27 @@ class BlockBuffer:
             self._filled = torch.cuda.current_stream(self._stream.device).record_event()
 
     def to_host(self, site: str, count: int) -> np.ndarray:
-        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits; for the writer thread."""
+        """The first `count` rows of a site, [layers, count, K], bfloat16 as uint16 bits, or of the experts, int32; for
+        the writer thread."""
         rows = self._rows[site][:, :count]
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
                 assert self._filled is not None
                 self._stream.wait_event(self._filled)
                 rows = rows.to("cpu")  # pageable, hence synchronous: only this thread waits for it
-        if self._dtype is torch.bfloat16:
+        if rows.dtype is torch.bfloat16:
             return rows.view(torch.int16).numpy().view(np.uint16)
         return rows.numpy()
 
     def clear(self) -> None:
         """Makes every row unfilled again; called on the writer thread."""
         if self._stream is None:
-            for rows in self._rows.values():
-                rows.fill_(float("nan"))
+            self._empty()
             return
         with torch.cuda.stream(self._stream):
-            for rows in self._rows.values():
-                rows.fill_(float("nan"))
+            self._empty()
         self._stream.synchronize()
+
+    def _empty(self) -> None:
+        for rows in self._rows.values():
+            rows.fill_(float("nan") if rows.is_floating_point() else -1)

@@ -101,6 +101,14 @@ class JoinedLevel(Level):
             self._sites[site] = _JoinedSite(self, site, [level.site_reader(site) for level in self.parts])
         return self._sites[site]
 
+    def stored_experts(self, layer: int) -> np.ndarray:
+        """The same of any layer; `NO_EXPERT` where it has none."""
+        mixture = self.store.header.mixture
+        assert mixture is not None
+        parts = [part.stored_experts(layer) for part in self.parts]
+        rows = [parts[p][a:b] for p, a, b in self._segments.tolist()]
+        return np.concatenate([np.empty((0, mixture.routed), np.uint16), *rows])
+
     def stored_bytes(self, site: str) -> int:
         """Bytes of a site on disk, metadata left out."""
         return sum(level.stored_bytes(site) for level in self.parts)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 import numpy as np
 
 from teal_cli.errors import UsageError
 from teal_cli.sparsity.criterion import TOPK
+from teal_cli.store.fields import StoredMixture, items, take
 from teal_cli.store.schema import (
     BITORDER,
     COLLECTION,
     COMPARE,
+    EXPERT_SITE,
+    EXPERT_THRESHOLDS,
     MAX_BLOCK_BYTES,
     MAX_CHANNELS,
     MAX_LAYERS,
@@ -64,6 +67,8 @@ class StoreHeader:
         plan: name of the plan in the registry, None where the thresholds come straight from the calibration.
         run: JSON object, what it takes beyond the fields above to go on or to repeat; see `runs.stored`.
         columns: which of `schema.OPTIONAL_COLUMNS` the levels have.
+        mixture: of a mixture of experts: how many experts a layer has, how many of them a token passes, and which
+            layers have them; else None, and no attribute.
     """
 
     model: str
@@ -83,6 +88,7 @@ class StoreHeader:
     plan: str | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    mixture: StoredMixture | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dtype", self.value_dtype or self.dtype)
@@ -101,6 +107,8 @@ class StoreHeader:
             object.__setattr__(self, "block_tokens", block_tokens(widths, itemsize))
         if not 1 <= self.block_tokens * max(widths) * itemsize <= MAX_BLOCK_BYTES or self.block_tokens < 1:
             raise ValueError(f"block_tokens is {self.block_tokens}, which is no size of a block")
+        if self.mixture is not None:
+            self.mixture.check(self.layers, self.channels[EXPERT_SITE])
         if not set(self.columns) <= set(OPTIONAL_COLUMNS):
             raise ValueError(f"columns may be {list(OPTIONAL_COLUMNS)}, not {list(self.columns)}")
 
@@ -117,6 +125,10 @@ class StoreHeader:
     def to_attributes(self) -> dict[str, Any]:
         """The fields as JSON values, of the types that reading back gives; an early error for what is not JSON."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.mixture is None:
+            del own["mixture"]
+        else:
+            own["mixture"] = asdict(self.mixture)
         own["channels"] = {site: int(self.channels[site]) for site in SITES}
         return dict(json.loads(json.dumps(own)))
 
@@ -143,6 +155,7 @@ class StoreHeader:
             take(given["channels"], site, int)
         take(given["criterion"], "name", str)
         given["columns"] = tuple(items(given, "columns", str))
+        given["mixture"] = StoredMixture.from_attributes(given["mixture"]) if "mixture" in given else None
         _check_prompts(given["prompts"])
         try:
             return cls(**{f.name: given[f.name] for f in fields(cls)})
@@ -162,6 +175,8 @@ class LevelHeader:
         max_tokens: upper bound of the rows that will be written.
         scale: site -> float32 [layers, P, K], a factor of the score per projection and channel; mostly empty.
         centre: site -> float32 [layers, K], what was taken from a vector before it was compared; mostly empty.
+        experts: float32 [layers, E], of a mixture of experts what the part of a row that is an expert's was compared
+            with; the number of `down` in `thresholds` is the lowest of them. None for another model.
     """
 
     target: float
@@ -170,6 +185,7 @@ class LevelHeader:
     max_tokens: int
     scale: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     centre: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    experts: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         thresholds = np.ascontiguousarray(self.thresholds, dtype=np.float32)
@@ -303,30 +319,6 @@ def new_attributes(
     }
 
 
-def take(found: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
-    """A field of a JSON object.
-
-    Raises:
-        ValueError: it is missing or of another type (a bool is no number).
-    """
-    if name not in found:
-        raise ValueError(f"{name} is missing")
-    value = found[name]
-    if optional and value is None:
-        return value
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} is {str(value)[:40]!r}, which is of the wrong type")
-    return value
-
-
-def items(found: Mapping[str, Any], name: str, kind: type) -> list[Any]:
-    """A field that is a list of one type; raises as `take`."""
-    values = take(found, name, list)
-    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
-        raise ValueError(f"{name} has an entry of the wrong type")
-    return list(values)
-
-
 def is_level_name(name: str) -> bool:
     """Whether this is how `level_name` writes a target."""
     try:
@@ -373,6 +365,8 @@ def differing_level_fields(mine: LevelHeader, found: LevelState, arrays: Mapping
     """The same for one level, given what it says and its arrays `thresholds`, `<site>/centre`, `<site>/scale`."""
     names = [name for name in ("target", "allocation", "max_tokens") if getattr(mine, name) != getattr(found, name)]
     wanted = {"thresholds": mine.thresholds}
+    if mine.experts is not None:
+        wanted[EXPERT_THRESHOLDS] = mine.experts
     for site in SITES:
         wanted |= {f"{site}/{name}": array for name, array in mine.site_arrays(site).items()}
     names += [name for name in {**wanted, **arrays} if not _same(wanted.get(name), arrays.get(name))]

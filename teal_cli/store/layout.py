@@ -30,7 +30,10 @@ from teal_cli.store.header import (
 )
 from teal_cli.store.schema import (
     BLOSC_BLOCKSIZE,
+    EXPERT_ARRAY,
+    EXPERT_THRESHOLDS,
     NEVER_WRITTEN,
+    NO_EXPERT,
     PHASE_NEVER,
     PHASES,
     VALUE_DTYPES,
@@ -114,7 +117,29 @@ def level_arrays(
                 axes = ("layer", "projection", "channel") if name == "scale" else ("layer", "channel")
                 specs[f"{site}/{name}"] = ArraySpec(plain, shape, shape, axes, float("nan"), summed)
         specs |= site_arrays(header, site, rows)
-    return specs
+    return specs | _expert_arrays(header, rows)
+
+
+def _expert_arrays(header: StoreHeader, rows: int) -> dict[str, ArraySpec]:
+    """What a store of a mixture of experts has beside: whose the parts of a row are, and their thresholds."""
+    mixture, layers, block = header.mixture, header.layers, header.block_tokens
+    if mixture is None:
+        return {}
+    packed, table = (ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()), (layers, mixture.experts)
+    return {
+        EXPERT_ARRAY: ArraySpec(
+            np.dtype("<u2"),
+            (layers, rows, mixture.routed),
+            (layers, block, mixture.routed),
+            ("layer", "token", "place"),
+            NO_EXPERT,
+            packed,
+            grows=1,
+        ),
+        EXPERT_THRESHOLDS: ArraySpec(
+            np.dtype("<f4"), table, table, ("layer", "expert"), float("nan"), (Crc32cCodec(),)
+        ),
+    }
 
 
 def site_arrays(header: StoreHeader, site: str, rows: int) -> dict[str, ArraySpec]:
@@ -184,6 +209,8 @@ def create_level(group: zarr.Group, header: StoreHeader, level: LevelHeader) -> 
         about: dict[str, Any] = {"channels": header.channels[site], "projections": list(SITE_PROJECTIONS[site])}
         group.create_group(site).attrs.put({"teal": about})
     constant = {"thresholds": level.thresholds}
+    if level.experts is not None:
+        constant[EXPERT_THRESHOLDS] = level.experts
     for site in SITES:
         constant |= {f"{site}/{name}": array for name, array in level.site_arrays(site).items()}
     rows = capacity(level.max_tokens, header.block_tokens)

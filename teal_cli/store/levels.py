@@ -34,7 +34,7 @@ from teal_cli.store.metadata import (
 )
 from teal_cli.store.packing import exceeds
 from teal_cli.store.remote import Place, sizes_of
-from teal_cli.store.schema import PHASES, parse_level
+from teal_cli.store.schema import EXPERT_ARRAY, EXPERT_THRESHOLDS, NO_EXPERT, PHASES, parse_level
 from teal_cli.store.tokens import Tokens, align, column_problems
 from teal_kernels.spec import PROJECTION_SITE, PROJECTIONS, SITE_PROJECTIONS, SITES
 from teal_kernels.spec import columns as columns_of
@@ -196,6 +196,49 @@ class Level:
     def centre(self) -> dict[str, np.ndarray]:
         """site -> float32 [layer, channel], what was taken from a vector; rows are what was left."""
         return {site: self._constant(f"{site}/centre") for site in self.state.centre}
+
+    @cached_property
+    def expert_thresholds(self) -> np.ndarray | None:
+        """float32 [layer, expert], of a mixture of experts what the part of a row of `mlp_mid` that is an expert's was
+        compared with; None for another model.
+
+        Raises:
+            TealError: damaged, or an entry was never written.
+        """
+        return None if self.store.header.mixture is None else self._constant(EXPERT_THRESHOLDS)
+
+    def experts(self, layer: int) -> np.ndarray:
+        """Whose the parts of a row of `mlp_mid` are: uint16 [token, k], ascending; part j is channels j K / k to
+        (j + 1) K / k.
+
+        Raises:
+            UsageError: no such layer, or it has no experts.
+            TealError: damaged, or an entry was never written.
+        """
+        layer, mixture = self._layer(layer), self.store.header.mixture
+        if mixture is None or not mixture.layers[layer]:
+            raise UsageError(f"layer {layer} of {self.store.header.model} has no experts")
+        return self.stored_experts(layer)
+
+    def stored_experts(self, layer: int) -> np.ndarray:
+        """The same of any layer; `NO_EXPERT` where it has none."""
+        mixture = self.store.header.mixture
+        assert mixture is not None
+        spec = layout.level_arrays(self.store.header, self._most)[EXPERT_ARRAY]
+        array = open_array(self.store.path / self.name, EXPERT_ARRAY, spec, least=self._tokens)
+        where = f"{self.store.path}: {self.name}/{EXPERT_ARRAY}, layer {layer}"
+        try:
+            found = as_numpy(array[layer, : self._tokens])
+        except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
+            raise TealError(f"{where}: unreadable: {error}", hint=VERIFY_HINT) from error
+        if mixture.layers[layer]:
+            sound = (found < mixture.experts).all() and (found[:, 1:] > found[:, :-1]).all()
+        else:
+            sound = (found == NO_EXPERT).all()
+        if not sound:
+            raise TealError(f"{where}: these are no experts of a token", hint=VERIFY_HINT)
+        self.store.check_same()
+        return found
 
     @cached_property
     def whole(self) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from teal_cli.errors import UsageError
 from teal_cli.store.collection import Collection
 from teal_cli.store.levels import ActivationStore, Level
 from teal_cli.store.writer import LevelHeader, LevelWriter, StoreWriter
+from teal_kernels.experts import EXPERT
 from teal_kernels.spec import SITES
 
 
@@ -45,7 +46,10 @@ def merge(store: ActivationStore, out: Path, *, force: bool = False, resume: boo
     if isinstance(store.path, Path) and out.resolve().is_relative_to(store.path.resolve()):
         raise UsageError(f"{out} lies within the collection that is read", hint="give another folder")
     levels = [store.level(name) for name in store.state.levels]
-    headers = [LevelHeader(x.target, x.allocation, x.thresholds, x.state.max_tokens, x.scale, x.centre) for x in levels]
+    headers = [
+        LevelHeader(x.target, x.allocation, x.thresholds, x.state.max_tokens, x.scale, x.centre, x.expert_thresholds)
+        for x in levels
+    ]
     if resume:
         writer = StoreWriter.resume(out, store.header, headers)
     else:
@@ -69,7 +73,11 @@ def _copy(level: Level, target: LevelWriter) -> Iterator[int]:
     for index in range(target.committed // block, -(-len(level) // block)):
         span = slice(index * block, min(len(level), (index + 1) * block))
         columns = {name: level.tokens[name][span] for name in level.store.header.token_columns}
-        target.extend(columns, {site: _tensor(level, site, index) for site in SITES})
+        rows = {site: _tensor(level, site, index) for site in SITES}
+        if (mixture := level.store.header.mixture) is not None:
+            found = [level.stored_experts(layer)[span] for layer in range(len(mixture.layers))]
+            rows[EXPERT] = torch.from_numpy(np.stack(found).astype(np.int16).astype(np.int32))  # NO_EXPERT becomes -1
+        target.extend(columns, rows)
         yield span.stop - span.start
 
 

@@ -33,8 +33,8 @@ from teal_cli.store.metadata import (
     schema_of,
 )
 from teal_cli.store.remote import local
-from teal_cli.store.schema import SCHEMAS, blocks_of
-from teal_cli.store.shards import SiteFiles
+from teal_cli.store.schema import EXPERT_ARRAY, EXPERT_THRESHOLDS, SCHEMAS, blocks_of
+from teal_cli.store.shards import ExpertFiles, SiteFiles
 from teal_cli.store.whole import is_ours
 from teal_cli.version import __version__
 from teal_kernels.spec import SITES
@@ -175,6 +175,7 @@ def check_resume(path: Path, header: StoreHeader, levels: Sequence[LevelHeader])
         for level in levels:
             found = level_state(path, level.name)
             names = ["thresholds", *(f"{s}/centre" for s in found.centre), *(f"{s}/scale" for s in found.scale)]
+            names += [EXPERT_THRESHOLDS] if state.header.mixture is not None else []
             arrays = {name: read_constant(path, level.name, name, state.header) for name in names}
             differing += differing_level_fields(level, found, arrays)
     if differing:
@@ -216,6 +217,8 @@ def _check_level(store: ActivationStore, name: str) -> None:
     blocks = blocks_of(len(level), block) if level.complete else len(level) // block
     level.tokens  # noqa: B018
     most = len(level) if level.complete else layout.capacity(level.state.max_tokens, block)
+    if header.mixture is not None:
+        read_array(store.path / name, EXPERT_ARRAY, layout.level_arrays(header, most)[EXPERT_ARRAY], least=len(level))
     for site in SITES:
         for array, spec in layout.site_arrays(header, site, most).items():
             least = blocks_of(len(level), block) if array.endswith("/values") else len(level)
@@ -224,6 +227,8 @@ def _check_level(store: ActivationStore, name: str) -> None:
             continue
         try:
             SiteFiles(local(store.path, "resumed") / name / site, header, header.channels[site], None).check(blocks - 1)
+            if header.mixture is not None:
+                ExpertFiles(local(store.path, "resumed") / name, header).check(blocks - 1)
         except (OSError, ValueError) as error:
             first = (blocks - 1) * block
             raise TealError(

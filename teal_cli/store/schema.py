@@ -37,6 +37,12 @@ VALUE_DTYPES: Final[dict[str, np.dtype]] = {
 
 NEVER_WRITTEN: Final = 0xFFFFFFFF  # fill of row_nnz and of the token columns: a row that no one wrote says so
 PHASE_NEVER: Final = 0xFF
+NO_EXPERT: Final = 0xFFFF  # of a layer whose tokens all pass the same MLP, and of a row that no one wrote
+
+EXPERT_SITE: Final = "mlp_mid"
+"""Where a row of a mixture of experts is the vectors of the token's experts, one after the other."""
+EXPERT_ARRAY: Final = f"{EXPERT_SITE}/expert"
+EXPERT_THRESHOLDS: Final = f"{EXPERT_SITE}/expert_thresholds"
 
 # phase of a row: how its token came to be fed. Stored as uint8 with CF attributes flag_values and
 # flag_meanings.

@@ -21,7 +21,15 @@ import numpy as np
 from teal_cli.files import write_bytes
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.packing import pack
-from teal_cli.store.schema import BLOSC_BLOCKSIZE, NEVER_WRITTEN, VALUE_DTYPES, ZSTD_LEVEL, mask_bytes
+from teal_cli.store.schema import (
+    BLOSC_BLOCKSIZE,
+    EXPERT_ARRAY,
+    NEVER_WRITTEN,
+    NO_EXPERT,
+    VALUE_DTYPES,
+    ZSTD_LEVEL,
+    mask_bytes,
+)
 
 _blosc = numcodecs.Blosc(cname="zstd", clevel=ZSTD_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=BLOSC_BLOCKSIZE)
 _zstd = numcodecs.Zstd(level=ZSTD_LEVEL)
@@ -174,6 +182,48 @@ def _check_chunk(file: BinaryIO, length: int, name: str) -> bytes:
     if length < _CRC or google_crc32c.value(data[:-_CRC]).to_bytes(_CRC, "little") != data[-_CRC:]:
         raise ValueError(f"{name} does not have its checksum")
     return data[:-_CRC]
+
+
+class ExpertFiles:
+    """Where the blocks of a level say whose the parts of rows are; as `SiteFiles`.
+
+    Args:
+        folder: of the level.
+        header: of a mixture of experts.
+    """
+
+    def __init__(self, folder: Path, header: StoreHeader) -> None:
+        assert header.mixture is not None
+        self._folder, self._block, self._mixture = folder / EXPERT_ARRAY, header.block_tokens, header.mixture
+
+    def write(self, block: int, rows: np.ndarray) -> None:
+        """Writes one block.
+
+        Args:
+            block: its index.
+            rows: int32 [layers, tokens, k], -1 in a layer without experts.
+
+        Raises:
+            ValueError: they are not those of rows of this model.
+            OSError: the disk refuses.
+        """
+        mixture = self._mixture
+        if ((rows >= 0).all((1, 2)) != np.array(mixture.layers)).any() or rows.max() >= mixture.experts:
+            raise ValueError("the experts of a row were not filled in")
+        found = np.full((len(rows), self._block, mixture.routed), NO_EXPERT, "<u2")
+        found[:, : rows.shape[1]] = rows.astype(np.uint16)  # -1 becomes NO_EXPERT
+        (path,) = self.paths(block)
+        _replace(path, _summed(_zstd.encode(found)))
+
+    def check(self, block: int) -> None:
+        """As `SiteFiles.check`."""
+        (path,) = self.paths(block)
+        with path.open("rb") as file:
+            _check_chunk(file, os.fstat(file.fileno()).st_size, EXPERT_ARRAY)
+
+    def paths(self, block: int) -> tuple[Path]:
+        """The file of one block."""
+        return (self._folder / f"c/0/{block}/0",)
 
 
 def _replace(path: Path, parts: Iterable[bytes]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from teal_cli.store.remote import local, place_of
 from teal_cli.store.schema import (
     BITORDER,
     COMPARE,
+    EXPERT_SITE,
     NEVER_WRITTEN,
     SCHEMA_1,
     blocks_of,
@@ -148,6 +150,9 @@ def _store(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem |
         sound = sound and not problems
         if any(problem.fatal for problem in problems):
             continue  # arrays of another shape or type, or no thresholds: the rows mean nothing
+        routed = list(_experts(store, level))
+        yield from routed
+        sound = sound and not routed
         for site in SITES:
             for found in _site(store, level, site):
                 yield from found
@@ -270,6 +275,7 @@ def _fresh(header: StoreHeader, state: LevelState) -> dict[str, dict[str, Any]]:
         state.max_tokens,
         scale={site: np.zeros(shapes[site]["scale"], np.float32) for site in state.scale},
         centre={site: np.zeros(shapes[site]["centre"], np.float32) for site in state.centre},
+        experts=None if header.mixture is None else np.zeros((header.layers, header.mixture.experts), np.float32),
     )
     written: dict[str, Any] = {}
     root = zarr.create_group(zarr.storage.MemoryStore(written))
@@ -287,13 +293,36 @@ def _tokens(store: ActivationStore, level: Level, allow_incomplete: bool) -> Ite
         yield Problem(level.name, f"the level is not complete; {len(level)} tokens are committed")
     try:
         columns = level.columns()
-        level.thresholds, level.scale, level.centre  # noqa: B018
+        level.thresholds, level.scale, level.centre, level.expert_thresholds  # noqa: B018
     except TealError as error:
         yield Problem(level.name, error.message, fatal=True)
         return
     for column, problem in column_problems(store.header, columns):
         where, _, what = f"{level.name}/{column}{problem}".partition(": ")
         yield Problem(where, what)
+
+
+def _experts(store: ActivationStore, level: Level) -> Iterator[Problem]:
+    """Of a mixture of experts: that experts can be those of tokens, and parts of rows above their thresholds."""
+    mixture, table = store.header.mixture, level.expert_thresholds
+    if mixture is None or table is None:
+        return
+    width = store.header.channels[EXPERT_SITE] // mixture.routed
+    reader = level.site_reader(EXPERT_SITE)
+    for layer, mixed in enumerate(mixture.layers):
+        try:
+            experts = level.stored_experts(layer)
+            for block in map(partial(reader.read, layer), range(reader.blocks) if mixed else ()):
+                span = slice(block.start, block.start + len(block.row_nnz))
+                wanted = np.repeat(table[layer][experts[span]], width, axis=1)
+                fine = exceeds(block.values, per_value(wanted, block.kept))
+                if level.whole is not None:
+                    fine |= np.repeat(level.whole[span], block.row_nnz)
+                if not fine.all():
+                    where = f"{level.name}/{EXPERT_SITE}, tokens {span.start} to {span.stop}, layer {layer}"
+                    yield Problem(where, "a kept value is not above the threshold of its expert")
+        except TealError as error:
+            yield Problem(f"{level.name}/{EXPERT_SITE}", error.message)
 
 
 def _site(store: ActivationStore, level: Level, site: str) -> Iterator[list[Problem]]:

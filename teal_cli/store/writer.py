@@ -40,7 +40,8 @@ from teal_cli.store.header import LevelHeader, StoreHeader
 from teal_cli.store.metadata import as_numpy, level_state, read_attributes, read_state, require_store
 from teal_cli.store.placing import StoreLock
 from teal_cli.store.schema import SCHEMA_1, parse_level
-from teal_cli.store.shards import SiteFiles, compression_threads
+from teal_cli.store.shards import ExpertFiles, SiteFiles, compression_threads
+from teal_kernels.experts import EXPERT
 from teal_kernels.spec import SITES
 
 __all__ = ["LevelHeader", "LevelWriter", "StoreHeader", "StoreWriter"]
@@ -265,8 +266,7 @@ class StoreWriter:
             header: provenance and shape.
             levels: every level that will be written.
             device: where the decode step runs ("cpu", "cuda", "cuda:1").
-            force: replace a teal store that is there; it is deleted only once the new one stands in its
-                place.
+            force: replace a teal store that is there; it is deleted only once the new one stands in its place.
             durable: wait for the disk at every commit, so that no loss of power costs what was committed.
 
         Raises:
@@ -340,15 +340,15 @@ class StoreWriter:
             if self.schema != SCHEMA_1:
                 digests = [str(level_state(self.path, name).digest) for name in self._levels]
                 changes["digest"] = store_digest(read_attributes(self.path), digests)
-            layout.consolidate(
-                self.path, sync=self.durable
-            )  # first: a kill in between leaves a store that does not say it is whole
+            # First: a kill in between leaves a store that does not say it is whole.
+            layout.consolidate(self.path, sync=self.durable)
             self.commit("", changes)
 
-    def site_files(self, level: str) -> dict[str, SiteFiles]:
+    def site_files(self, level: str) -> dict[str, SiteFiles | ExpertFiles]:
         """Where the blocks of a level go; for LevelWriter."""
-        channels = self.header.channels
-        return {site: SiteFiles(self.path / level / site, self.header, channels[site], self._pool) for site in SITES}
+        folder, header = self.path / level, self.header
+        sites = {site: SiteFiles(folder / site, header, header.channels[site], self._pool) for site in SITES}
+        return {**sites} if header.mixture is None else {**sites, EXPERT: ExpertFiles(folder, header)}
 
     def commit(self, group: str, changes: Mapping[str, object], written: Iterable[Path] = ()) -> None:
         """Changes the attributes of a group; where `durable`, once the disk has the files written for it."""

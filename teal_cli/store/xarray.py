@@ -119,6 +119,9 @@ def _dataset(store: ActivationStore, level: Level) -> Dataset:
     for name in PROJECTIONS:
         variables[name] = _variable([level.projection(layer, name) for layer in layers], PROJECTION_SITE[name])
     variables["thresholds"] = Variable(("layer", "projection"), level.thresholds)
+    if level.expert_thresholds is not None:
+        variables["expert"] = Variable(("layer", "token", "place"), np.stack(list(map(level.stored_experts, layers))))
+        variables["expert_thresholds"] = Variable(("layer", "expert_number"), level.expert_thresholds)
     coordinates = {name: Variable(("token",), level.tokens[name]) for name in store.header.token_columns}
     coordinates["phase"].attrs = {"flag_values": list(PHASES.values()), "flag_meanings": " ".join(PHASES)}
     coordinates["projection"] = Variable(("projection",), np.array(PROJECTIONS))

@@ -14,7 +14,7 @@ from fixtures_tiny import MIXTURES, VOCAB, make_tiny
 from reference_model import MODULES, reference
 from torch import Tensor
 
-from teal_cli.decoding.projector import EXPERT, empty_rows
+from teal_cli.decoding.projector import empty_rows
 from teal_cli.decoding.steps import NUMBA, open_step
 from teal_cli.errors import HardwareError, TealError, UsageError
 from teal_cli.model.config import load_config
@@ -32,6 +32,7 @@ from teal_cli.runs.session import open_session
 from teal_cli.sparsity.calibration import FEW_TOKENS, Calibration, Provenance
 from teal_cli.sparsity.plan import Plan, uniform_plan
 from teal_cli.sparsity.realised import realised
+from teal_kernels.experts import EXPERT
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS
 
 CPU = torch.device("cpu")
