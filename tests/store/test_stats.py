@@ -86,3 +86,17 @@ def test_size_is_near_the_entropy_bound(tmp_path: Path, sparsity: float, thresho
     for site in statistics(open_store(tmp_path / "out.zarr"), [level.name]):
         assert 0.99 < site.to_bound < limit
         assert site.stored_bytes < 0.52 * site.csr_bytes
+
+
+def test_a_block_in_which_nothing_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    with StoreWriter.create(path, header(), levels(max_tokens=3, targets=(0.9,))) as writer:
+        level = writer.level(0.9)
+        for token in range(3):
+            for rows in level.begin(**token_of(token)).values():
+                rows.zero_()
+            level.end()
+        level.finish()
+        writer.complete()
+    found = list(statistics(open_store(path), ["s0.90"]))
+    assert [(site.kept, site.bound_bytes, site.channels_never) for site in found] == [(0, 0.0, 1.0)] * len(SITES)
