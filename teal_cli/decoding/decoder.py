@@ -25,6 +25,10 @@ from teal_cli.model.transformer import Transformer
 from teal_cli.model.transformer import dense as dense_projection
 from teal_kernels.spec import PROJECTIONS
 
+_AT_ONCE_S, _AT_ONCE = 0.05, 16
+"""Tokens that are decoded at once are those of so many seconds, and at most so many: text still flows, Ctrl-C is
+noticed soon, and a caller that ends early leaves few of them unused."""
+
 
 class Capture(Protocol):
     """Takes the vectors of each step, e.g. a level of a store."""
@@ -165,11 +169,14 @@ class Decoder:
         for position in range(max(cached, dense), len(prompt)):
             token = self._next(prompt[position], position, sequence, choose, prompted, "prefill")
         yield token
-        for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
-            if token in stop:
-                return
-            token = self._next(token, position, sequence, choose, capture)
-            yield token
+        position, end = len(prompt), len(prompt) + max_new_tokens - 1
+        while position < end and token not in stop:
+            if capture is None:
+                tokens = self._follow(token, position, choose, end - position, stop)
+            else:
+                tokens = [self._next(token, position, sequence, choose, capture)]
+            yield from tokens
+            position, token = position + len(tokens), tokens[-1]
 
     @torch.inference_mode()
     def _prefill(
@@ -208,6 +215,18 @@ class Decoder:
         self.tally.steps += 1
         self.tally.context += position + 1
         return chosen
+
+    @torch.inference_mode()
+    def _follow(self, token: int, position: int, choose: Choose, left: int, stop: Collection[int]) -> list[int]:
+        """As many tokens at once as nobody would wait for, and at most `left`."""
+        tally = self.tally
+        count = int(_AT_ONCE_S * tally.tokens_per_s)
+        start = time.perf_counter()
+        tokens = self.step.follow(token, position, choose, max(1, min(count, left, _AT_ONCE)), stop)
+        tally.decode_s += time.perf_counter() - start
+        tally.steps += len(tokens)
+        tally.context += sum(range(position + 1, position + 1 + len(tokens)))
+        return tokens
 
     def mean_kept(self) -> NDArray[np.float64] | None:
         """Kept entries of a mean step, float64 [layers, 7]; None for a dense step, or before the first one."""

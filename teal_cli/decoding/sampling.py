@@ -61,11 +61,14 @@ class Sampler:
         Raises:
             TealError: the logits hold NaN, which no sampling rule can order.
         """
-        bits = 0 if self.rule.greedy else random_bits(self.rule.seed, self.sequence, position)
-        token = sample_reference(logits, self.rule, bits)
+        token = sample_reference(logits, self.rule, self.bits(position))
         if token is None:
             raise nan_logits()
         return token
+
+    def bits(self, position: int) -> int:
+        """The random bits with which it draws after the token at `position`; 0 if it draws none."""
+        return 0 if self.rule.greedy else random_bits(self.rule.seed, self.sequence, position)
 
 
 def nan_logits() -> TealError:

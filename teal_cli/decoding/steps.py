@@ -6,7 +6,7 @@ prefill. It also says what chooses the next token, since a graph can do that on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ from teal_kernels.backends import (
 from teal_kernels.ops.threshold.reference import row_thresholds
 from teal_kernels.spec import PROJECTIONS, SITES, columns
 from teal_kernels.steps.cpu.compiled import is_compiled, load
+from teal_kernels.steps.cpu.layout import MOST_STOPS
 from teal_kernels.steps.spec import StepSpec
 from teal_kernels.thresholds import Thresholds
 
@@ -64,6 +65,15 @@ class Step(Protocol):
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         """What chooses the tokens of a sequence that begins: from the logits of its prefill, then of its steps."""
+        ...
+
+    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+        """Run a token, then those that are chosen, without recording: at least one and up to `count` chosen tokens.
+
+        Args:
+            choose: of `sampler`.
+            stop: tokens after which no further one is chosen.
+        """
         ...
 
     def kept(self) -> NDArray[np.int64] | None:
@@ -106,6 +116,9 @@ class PlainStep:
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         return Sampler(sampling, sequence=sequence)
 
+    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+        return [choose(self(token, position), position)]
+
     def kept(self) -> NDArray[np.int64] | None:
         return self._counter.counts() if self._counter else None
 
@@ -135,6 +148,17 @@ class NumbaStep:
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         return Sampler(sampling, sequence=sequence)
+
+    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+        if not isinstance(choose, Sampler) or len(stop) > MOST_STOPS:
+            return [choose(self(token, position), position)]
+        self._cache.check_room(position, count)
+        bits = [choose.bits(position + i) for i in range(count)]
+        chosen = self._step.steps(token, position, count, choose.rule, bits, stop)
+        if not chosen:
+            raise nan_logits()
+        self._cache.length = position + len(chosen)
+        return chosen
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept() if self._sparse else None
@@ -184,6 +208,9 @@ class GraphStep:
             return token
 
         return choose
+
+    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+        return [choose(self(token, position), position)]
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept()

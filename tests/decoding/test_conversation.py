@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,9 @@ class Watched:
 
     def __call__(self, *args: object) -> Tensor:
         return self._step(*args)  # type: ignore[arg-type]
+
+    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+        return [choose(self(token, position), position)]
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         inner = self._step.sampler(sampling, sequence)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ pytest.importorskip("numba")
 from kernel_models import scaled
 
 from teal_kernels.matrix import FloatMatrix
+from teal_kernels.parts.sample.reference import SamplingRule, random_bits, sample_reference
 from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu import compiled
 from teal_kernels.steps.cpu.op import CpuStep, default_threads
@@ -199,7 +201,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def poison(step: CpuStep) -> None:
     for name, buffer in step._shared._asdict().items():
-        if buffer.dtype == np.float32 and name not in ("thresholds", "limits"):
+        if isinstance(buffer, np.ndarray) and buffer.dtype == np.float32 and name not in ("thresholds", "limits"):
             buffer.fill(np.nan)
 
 
@@ -345,6 +347,48 @@ def test_long_context(threads: int, window: int | None) -> None:
     logits = model.compiled(threads=threads).step(11, 650)
     expected, _ = model.step(11, 650, None, reference_kv)
     assert distance(logits, expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SamplingRule(0.0),
+        SamplingRule(0.8, 200, 1.0, 5),
+        SamplingRule(1.0, 0, 0.9, 7),
+        SamplingRule(3.0, 50, 0.5, 8),
+        SamplingRule(1e30, 0, 0.7, 3),
+        SamplingRule(1.0, 0, 1e-30, 3),
+    ],
+    ids=str,
+)
+def test_chooses_as_the_rule_does(rule: SamplingRule) -> None:
+    """Several tokens of one call against one step each; a sleep lets the other threads fall asleep, too."""
+    model = make(SPEC, torch.float32, room=64)
+    step, expected, token = model.compiled(threads=2), [], 3
+    for position in range(60):
+        chosen = sample_reference(step.step(token, position), rule, random_bits(rule.seed, 2, position))
+        assert chosen is not None
+        expected.append(token := chosen)
+    bits = [random_bits(rule.seed, 2, position) for position in range(60)]
+    got = step.steps(3, 0, 30, rule, bits[:30])
+    time.sleep(0.05)
+    got += step.steps(got[-1], 30, 30, rule, bits[30:])
+    assert got == expected
+    stop = expected[10]
+    assert step.steps(3, 0, 30, rule, bits[:30], (299, stop)) == expected[: expected.index(stop) + 1]
+
+
+def test_chooses_nothing_from_nan() -> None:
+    model = make(SPEC, torch.float32)
+    step = model.compiled(threads=2)
+    greedy = SamplingRule(0.0)
+    first = step.steps(3, 0, 2, greedy, [0, 0])
+    model.embedding[first[0]] = math.nan  # the head's row, too: no logits after it can be ordered
+    assert step.steps(3, 0, 2, greedy, [0, 0]) == []
+    with pytest.raises(ValueError, match="33 tokens"):
+        step.steps(3, 0, 33, greedy, [0] * 33)
+    with pytest.raises(ValueError, match="position 24"):
+        step.steps(3, 23, 2, greedy, [0, 0])
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

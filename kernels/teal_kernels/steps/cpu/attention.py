@@ -12,20 +12,21 @@ from math import gcd
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from teal_kernels.steps.cpu.heads import TOGETHER, add_together, dot_together
 from teal_kernels.steps.cpu.intrinsics import item_bytes, narrow, store
 from teal_kernels.steps.cpu.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
-from teal_kernels.steps.cpu.rows import add_rows, add_rows_4, dot_rows, dot_rows_4, prefetch_bytes
+from teal_kernels.steps.cpu.rows import prefetch_bytes
 from teal_kernels.steps.cpu.sites import collect
 from teal_kernels.steps.cpu.vectors import (
-    INNER,
+    LOWEST,
     apply_norm,
     cap_all,
     compiled,
     contracted,
     exp,
     inverse_rms,
+    largest,
     reordered,
     rms_norm,
     rotate,
@@ -35,13 +36,10 @@ from teal_kernels.steps.cpu.vectors import (
 TILE = 256
 """Positions that are scored before their values are summed: scores and one tile of keys fit the first-level cache."""
 
-LEAST = 64
+LEAST = 16
 """Fewest positions in a part, where there are that many."""
 
-TOGETHER = 4
-"""Query heads of one key-value head that read keys and values together."""
-
-ZERO, ONE, LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
 def parts_for(threads: int, kv_heads: int) -> int:
@@ -177,14 +175,6 @@ def append(
         store(kind, values, first + i, own.head[i])
 
 
-@njit(**INNER, fastmath={"nnan", "nsz"})
-def largest(x: Any, count: int) -> Any:
-    top = LOWEST
-    for i in range(count):
-        top = x[i] if x[i] > top else top
-    return top
-
-
 @compiled
 def attend_part(
     kind: Any,
@@ -201,7 +191,7 @@ def attend_part(
     own: Any,
 ) -> None:
     """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
-    heads `first` and following. Two or three are computed as four; the surplus results are not used."""
+    heads `first` and following."""
     row, width = shape.head_dim * item_bytes(kind), shape.head_dim
     scale = rules.attention_scale if rules.score_cap == ZERO else ONE
     tops, totals = shared.tops[first : first + queries, part], shared.totals[first : first + queries, part]
@@ -211,10 +201,7 @@ def attend_part(
     for tile in range(start, stop, TILE):
         count = min(TILE, stop - tile)
         here, there = keys + tile * row, values + tile * row
-        if queries == 1:
-            dot_rows(kind, here, row, count, own.queries[0], width, own.scores[0], there - here)
-        else:
-            dot_rows_4(kind, here, row, count, own.queries, width, own.scores, there - here)
+        dot_together(kind, queries, here, row, count, own.queries, width, own.scores, there - here)
         for i in range(queries):
             if rules.score_cap != ZERO:
                 cap_all(own.scores[i], count, rules.attention_scale, rules.score_cap)
@@ -224,10 +211,7 @@ def attend_part(
             for j in range(width):
                 own.mixed[i, j] *= shrink
             tops[i] = top
-        if queries == 1:
-            add_rows(kind, there, row, own.all, count, own.scores[0], width, own.mixed[0])
-        else:
-            add_rows_4(kind, there, row, count, own.scores, width, own.mixed, here + TILE * row - there)
+        add_together(kind, queries, there, row, count, own.scores, width, own.mixed, here + TILE * row - there)
     for i in range(queries):
         for j in range(width):
             shared.mixed[first + i, part, j] = own.mixed[i, j]

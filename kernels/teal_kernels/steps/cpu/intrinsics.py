@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _HALF = ir.FloatType(), ir.HalfType()
-_ELEMENT = {types.uint16: _I16, types.int16: _HALF, types.float32: _F32}
+ELEMENT = {types.uint16: _I16, types.int16: _HALF, types.float32: _F32}
 ITEM_BYTES = {types.uint16: 2, types.int16: 2, types.float32: 4}
 
 
@@ -34,13 +34,19 @@ def row_scope(builder: Any) -> Any:
 
 
 def _element(builder: Any, kind: Any, base: Any, index: Any) -> Any:
-    return builder.gep(builder.inttoptr(base, _ELEMENT[kind.dtype].as_pointer()), [index])
+    return builder.gep(builder.inttoptr(base, ELEMENT[kind.dtype].as_pointer()), [index])
 
 
-def _widened(builder: Any, kind: Any, value: Any) -> Any:
+def widened(builder: Any, kind: Any, value: Any) -> Any:
+    """An element of a kind, or a vector of them, as float32."""
+    words, floats, half = _I32, _F32, _I32(16)
+    if isinstance(value.type, ir.VectorType):
+        lanes = value.type.count
+        words, floats = ir.VectorType(_I32, lanes), ir.VectorType(_F32, lanes)
+        half = ir.Constant(words, [16] * lanes)
     if kind.dtype == types.uint16:
-        return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
-    return builder.fpext(value, _F32) if kind.dtype == types.int16 else value
+        return builder.bitcast(builder.shl(builder.zext(value, words), half), floats)
+    return builder.fpext(value, floats) if kind.dtype == types.int16 else value
 
 
 def _rounded_bits(builder: Any, value: Any) -> Any:
@@ -59,7 +65,7 @@ def fetch(typingctx: Any, kind: Any, base: Any, index: Any) -> Any:
         loaded = builder.load(_element(builder, kind, args[1], args[2]))
         loaded.align = ITEM_BYTES[kind.dtype]
         loaded.set_metadata("alias.scope", row_scope(builder))
-        return _widened(builder, kind, loaded)
+        return widened(builder, kind, loaded)
 
     return types.float32(kind, types.int64, types.int64), codegen
 
@@ -141,16 +147,21 @@ def power_of_two(typingctx: Any, exponent: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+def prefetch_line(builder: Any, address: Any) -> None:
+    """What `prefetch` does."""
+    pointer = ir.IntType(8).as_pointer()
+    hint = builder.module.declare_intrinsic(
+        "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    )
+    builder.call(hint, [builder.inttoptr(address, pointer), _I32(0), _I32(2), _I32(1)])
+
+
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
     """prefetch(address): asks for the cache line at address, into the second-level cache, without waiting."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        hint = builder.module.declare_intrinsic(
-            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        )
-        builder.call(hint, [builder.inttoptr(args[0], pointer), _I32(0), _I32(2), _I32(1)])
+        prefetch_line(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -44,7 +44,7 @@ class _FloatsModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, _FLOATS)
 
 
-def _load_row(builder: Any, element: Any, count: int, address: Any) -> Any:
+def load_row(builder: Any, element: Any, count: int, address: Any) -> Any:
     """<count x element> at an address of a row."""
     loaded = builder.load(builder.inttoptr(address, ir.VectorType(element, count).as_pointer()))
     loaded.align = 1
@@ -52,7 +52,8 @@ def _load_row(builder: Any, element: Any, count: int, address: Any) -> Any:
     return loaded
 
 
-def _repeated(builder: Any, value: Any, count: int) -> Any:
+def repeated(builder: Any, value: Any, count: int) -> Any:
+    """A number, `count` times."""
     vector = ir.VectorType(value.type, count)
     single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, count), [0] * count))
@@ -80,7 +81,7 @@ def _low_bits(part: int) -> list[int]:
 
 def _words(builder: Any, address: Any) -> Any:
     """The eight words of an int4 unit, twice over."""
-    eight = _load_row(builder, _I32, 8, address)
+    eight = load_row(builder, _I32, 8, address)
     return builder.shuffle_vector(eight, eight, ir.Constant(_WORDS, [*range(8)] * 2))
 
 
@@ -100,15 +101,15 @@ def _widened(builder: Any, kind: Any, address: Any, part: int) -> Any:
     """Sixteen codes converted, on any processor."""
     if kind.dtype == INT8:
         at = builder.add(address, _I64(LANES * part))
-        return builder.sitofp(builder.sext(_load_row(builder, _I8, LANES, at), _WORDS), _FLOATS)
+        return builder.sitofp(builder.sext(load_row(builder, _I8, LANES, at), _WORDS), _FLOATS)
     high = builder.shl(_words(builder, address), ir.Constant(_WORDS, [28 - low for low in _low_bits(part)]))
     return builder.sitofp(builder.ashr(high, _same(_WORDS, 28)), _FLOATS)
 
 
-def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once where the processor can."""
-    function = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.fmuladd.v16f32"), [a, b, c])
+def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of vectors, rounded once where the processor can."""
+    function, name = ir.FunctionType(a.type, [a.type] * 3), f"llvm.fmuladd.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [a, b, c])
 
 
 @intrinsic
@@ -154,7 +155,7 @@ def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """multiply_add(a, b, c) -> Floats: a * b + c."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _fused(builder, *args)
+        return fused(builder, *args)
 
     return floats(floats, floats, floats), codegen
 
@@ -165,7 +166,7 @@ def add_times(typingctx: Any, total: Any, x: Any, a: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         total, x, a = args
-        return _fused(builder, _repeated(builder, x, LANES), a, total)
+        return fused(builder, repeated(builder, x, LANES), a, total)
 
     return floats(floats, types.float32, floats), codegen
 
@@ -217,7 +218,7 @@ def load_scale(typingctx: Any, address: Any) -> Any:
         half = builder.load(builder.inttoptr(args[0], _I16.as_pointer()))
         half.align = 2
         half.set_metadata("alias.scope", row_scope(builder))
-        bits = builder.bitcast(_repeated(builder, half, 2 * LANES), _WORDS)
+        bits = builder.bitcast(repeated(builder, half, 2 * LANES), _WORDS)
         return builder.bitcast(builder.shl(bits, _same(_WORDS, 16)), _FLOATS)
 
     return floats(types.int64), codegen
@@ -231,7 +232,7 @@ def factors(typingctx: Any, kind: Any, x: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        same = _repeated(builder, args[1], LANES)
+        same = repeated(builder, args[1], LANES)
         return builder.fmul(same, _codes()) if kind.dtype == INT4 and has_permute(context) else same
 
     return floats(kind, types.float32), codegen
@@ -247,7 +248,7 @@ def products(typingctx: Any, kind: Any, address: Any, place: Any, factor: Any, t
         _, address, _, factor, total = args
         if kind.dtype == INT4 and has_permute(context):
             return builder.fadd(_permuted(builder, factor, _shifted_down(builder, address, part)), total)
-        return _fused(builder, factor, _widened(builder, kind, address, part), total)
+        return fused(builder, factor, _widened(builder, kind, address, part), total)
 
     return floats(kind, types.int64, place, floats, floats), codegen
 
@@ -298,3 +299,49 @@ def _rounded_bits(builder: Any, value: Any) -> Any:
     bits = builder.bitcast(value, _WORDS)
     odd = builder.and_(builder.lshr(bits, _same(_WORDS, 16)), _same(_WORDS, 1))
     return builder.add(bits, builder.add(odd, _same(_WORDS, 0x7FFF)))
+
+
+_KEPT = 8
+"""Channels that `keep_lanes` looks at."""
+
+
+def _kept_places() -> Any:
+    """[256 x <8 x i8>]: the places of the ones of a byte, in order; zeros after them."""
+    lanes = ir.VectorType(_I8, _KEPT)
+    places = [[bit for bit in range(_KEPT) if byte >> bit & 1] for byte in range(256)]
+    return ir.Constant(ir.ArrayType(lanes, 256), [ir.Constant(lanes, (row + [0] * _KEPT)[:_KEPT]) for row in places])
+
+
+@intrinsic
+def keep_lanes(typingctx: Any, x: Any, i: Any, threshold: Any, index: Any, kept: Any) -> Any:
+    """keep_lanes(x, i, threshold, index, kept) -> how many are kept then: appends to index[:kept] the places of the
+    entries of x[i : i + 8] with |x| > threshold, and overwrites index[kept : kept + 8].
+
+    `threshold`: float32, or an array with one for each channel.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, i, threshold, index, kept = args
+        floats, places = ir.VectorType(_F32, _KEPT), ir.VectorType(_I64, _KEPT)
+
+        def load(kind: Any, array: Any) -> Any:
+            data = context.make_array(kind)(context, builder, array).data
+            loaded = builder.load(builder.bitcast(builder.gep(data, [i]), floats.as_pointer()))
+            loaded.align = 4
+            return loaded
+
+        each = isinstance(signature.args[2], types.Array)
+        limit = load(signature.args[2], threshold) if each else repeated(builder, threshold, _KEPT)
+        size = ir.FunctionType(floats, [floats])
+        size = builder.call(
+            cgutils.get_or_insert_function(builder.module, size, "llvm.fabs.v8f32"), [load(signature.args[0], x)]
+        )
+        byte = builder.bitcast(builder.fcmp_ordered(">", size, limit), _I8)
+        table = cgutils.global_constant(builder, "teal_kept_places", _kept_places())
+        row = builder.gep(table, [_I64(0), builder.zext(byte, _I64)])
+        found = builder.add(builder.zext(builder.load(row), places), repeated(builder, i, _KEPT))
+        data = context.make_array(signature.args[3])(context, builder, index).data
+        builder.store(found, builder.bitcast(builder.gep(data, [kept]), places.as_pointer())).align = 8
+        return builder.add(kept, builder.zext(builder.ctpop(byte), _I64))
+
+    return types.int64(x, types.int64, threshold, index, types.int64), codegen

@@ -38,6 +38,14 @@ begin; log2 of the columns that share a scale. And how many they are."""
 EMBEDDING, HEAD, TABLE_UNITS = 0, 1, FIELDS
 """Rows of `Weights.tables`, and the column after those of `Weights.packed`: units of a row."""
 
+WANTED, CHOSEN, STOPS, GREEDY, TOP_K, NUCLEUS, ROPE_BYTES, NUMBERS = range(8)
+"""Places in `Draw.numbers`: how many tokens the step chooses by itself, 0 if none; how many it has chosen; how many
+tokens of `Draw.stops` end that; whether the rule is greedy; its top_k; whether its top_p is below 1; bytes from one
+position of the rotary tables to the next. And how many they are."""
+
+MOST_TOKENS, MOST_STOPS = 32, 64
+"""The most tokens of one call, and of those that end it."""
+
 PLAIN = 0
 """The form of a matrix of the model's dtype."""
 
@@ -131,6 +139,21 @@ class Limits(NamedTuple):
     limits: Any
 
 
+class Draw(NamedTuple):
+    """How tokens are chosen: numbers int64, see WANTED; temperature float32 [1]; bits uint64 [MOST_TOKENS + 1], the
+    random bits of each and last `top_p_bits`; stops int64. What was chosen: tokens int64 [MOST_TOKENS].
+    Room for the candidates: places int64, values float32 and weights uint64, each [vocab]."""
+
+    numbers: Any
+    temperature: Any
+    bits: Any
+    stops: Any
+    tokens: Any
+    places: Any
+    values: Any
+    weights: Any
+
+
 class Shared(NamedTuple):
     """What all threads see. Written by the caller before a step is released:
 
@@ -141,6 +164,7 @@ class Shared(NamedTuple):
             lowest of a site's projections; SINGLE where one threshold serves all channels.
         rows: int64 [4, 2], per site the address of layer 0's row and the bytes from layer to layer; address NONE when
             nothing is captured.
+        draw: see `Draw`.
 
     Written by the threads, float32: qkv, attn_out, gate_up, down [row groups, columns], the parts of each product;
     tops, totals [heads, parts] and mixed [heads, parts, head_dim], those of attention; logits [vocab], the result.
@@ -153,6 +177,7 @@ class Shared(NamedTuple):
     limit_of: Any
     lowest_of: Any
     rows: Any
+    draw: Draw
     qkv: Any
     tops: Any
     totals: Any

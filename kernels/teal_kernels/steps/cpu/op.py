@@ -8,7 +8,7 @@ prefill.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -19,15 +19,20 @@ from torch import Tensor
 from teal_kernels.matrix import Matrix
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import UNIT as PACKED_UNIT
+from teal_kernels.parts.sample.reference import SamplingRule, top_p_bits
 from teal_kernels.spec import SITES, columns
 from teal_kernels.steps.cpu.compiled import KINDS, codes, load
 from teal_kernels.steps.cpu.layout import (
     ALL,
+    CHOSEN,
     EMBEDDING,
     FIELDS,
     HEAD,
+    MOST_STOPS,
+    MOST_TOKENS,
     NONE,
     TABLE_UNITS,
+    WANTED,
     Cache,
     Codes,
     Shape,
@@ -154,6 +159,40 @@ class CpuStep:
         self._shared.order[:] = (*Token(token, position, cos, sin), *self._cache)
         self._team.run()
         return self._logits
+
+    def steps(
+        self, token: int, position: int, count: int, rule: SamplingRule, bits: Sequence[int], stop: Collection[int] = ()
+    ) -> list[int]:
+        """Runs a token, then those that are chosen, one step each, without Python in between.
+
+        Args:
+            count: how many tokens are chosen, 1 to MOST_TOKENS.
+            rule, bits: how, and the random bits of each token; a greedy rule needs none.
+            stop: at most MOST_STOPS tokens, after which no further one is chosen.
+
+        Returns:
+            What was chosen. Fewer than `count` after a token of `stop`, or where the next logits hold NaN, or have no
+            finite peak that a draw needs; so it may be empty.
+
+        Raises:
+            ValueError: as `step`, and too many tokens.
+        """
+        if not 0 < count <= MOST_TOKENS or len(stop) > MOST_STOPS:
+            raise ValueError(f"{count} tokens and {len(stop)} stops are more than {MOST_TOKENS} and {MOST_STOPS}")
+        if position + count > self._max_tokens:
+            raise ValueError(f"position {position + count - 1} is outside the cache of {self._max_tokens}")
+        draw = self._shared.draw
+        draw.numbers[:] = count, 0, len(stop), rule.greedy, rule.top_k, rule.top_p < 1, self._row_bytes
+        draw.temperature[0] = rule.temperature
+        draw.bits[: len(bits)] = bits
+        draw.bits[-1] = min(top_p_bits(rule.top_p), 2**64 - 1)
+        draw.stops[: len(stop)] = list(stop)
+        try:
+            self.step(token, position)
+        finally:
+            draw.numbers[WANTED] = 0
+        chosen: list[int] = draw.tokens[: draw.numbers[CHOSEN]].tolist()
+        return chosen[:-1] if chosen[-1] < 0 else chosen
 
     def kept(self) -> NDArray[np.int64]:
         """How many entries of each projection's input were kept, summed over all steps so far: [layers, 7]."""

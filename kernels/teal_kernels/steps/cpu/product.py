@@ -10,7 +10,7 @@ from typing import Any
 from numba import njit
 
 from teal_kernels.steps.cpu.layout import Limits, Rows
-from teal_kernels.steps.cpu.sites import add_kept_rows
+from teal_kernels.steps.cpu.sites import EVERY, add_kept_rows
 
 
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
@@ -43,4 +43,4 @@ def multiply_each(
         vector = order[i]
         rows = Rows(addresses[i], edges, packed, units, codes)
         each = Limits(thresholds[vector], limit_of[vector], limits)
-        add_kept_rows(kind, rows, each, x[vector], x.shape[1], kept, partial, own)
+        add_kept_rows(kind, rows, each, x[vector], x.shape[1], EVERY, kept, partial, own)

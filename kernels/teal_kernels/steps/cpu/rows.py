@@ -1,9 +1,8 @@
 """The two ways in which a step reads rows from memory: weighted sums of rows, and dot products with each row.
 
-Sums of rows are the sparse projections (rows of an input-major matrix, weighted by the kept entries) and the values in
-attention (weighted by probabilities); dot products are the output head (rows of the embedding) and the scores in
-attention. Nearly all the time of a step is spent here, waiting for memory. Query heads that share a key-value head are
-processed four at a time, since converting an element to float32 costs more than multiplying by it.
+Sums of rows are the sparse projections: rows of an input-major matrix, weighted by the kept entries. Dot products are
+the output head: rows of the embedding. Attention reads its rows in heads.py. Nearly all the time of a step is spent
+here, waiting for memory.
 """
 
 from __future__ import annotations
@@ -99,49 +98,3 @@ def dot_rows(kind: Any, base: int, stride: int, count: int, x: Any, width: int, 
             for j in range(len(part)):
                 total += part[j] * fetch(kind, at, j)
         out[i] = total
-
-
-@reordered
-def dot_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
-    """`dot_rows` for four vectors: x [4, width], out [4, >= count]."""
-    size = item_bytes(kind)
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-    for i in range(count):
-        row = base + i * stride
-        prefetch_bytes(row + ahead, width * size)
-        t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
-        for j in range(width):
-            element = fetch(kind, row, j)
-            t0 += get(x0, j) * element
-            t1 += get(x1, j) * element
-            t2 += get(x2, j) * element
-            t3 += get(x3, j) * element
-        out[0, i], out[1, i], out[2, i], out[3, i] = t0, t1, t2, t3
-
-
-@contracted
-def add_rows_4(kind: Any, base: int, stride: int, count: int, x: Any, width: int, out: Any, ahead: int) -> None:
-    """out[v, :width] += sum over i < count of x[v, i] * row i, for four v; consecutive rows, two at a time. What lies
-    `ahead` bytes after a row is prefetched meanwhile."""
-    size = item_bytes(kind)
-    o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
-    for i in range(0, count - 1, 2):
-        r0, r1 = base + i * stride, base + (i + 1) * stride
-        prefetch_bytes(r0 + ahead, 2 * width * size)
-        a0, a1, b0, b1 = x[0, i], x[0, i + 1], x[1, i], x[1, i + 1]
-        c0, c1, d0, d1 = x[2, i], x[2, i + 1], x[3, i], x[3, i + 1]
-        for j in range(width):
-            e0, e1 = fetch(kind, r0, j), fetch(kind, r1, j)
-            put(o0, j, get(o0, j) + a0 * e0 + a1 * e1)
-            put(o1, j, get(o1, j) + b0 * e0 + b1 * e1)
-            put(o2, j, get(o2, j) + c0 * e0 + c1 * e1)
-            put(o3, j, get(o3, j) + d0 * e0 + d1 * e1)
-    if count % 2:
-        last = base + (count - 1) * stride
-        a0, b0, c0, d0 = x[0, count - 1], x[1, count - 1], x[2, count - 1], x[3, count - 1]
-        for j in range(width):
-            e0 = fetch(kind, last, j)
-            put(o0, j, get(o0, j) + a0 * e0)
-            put(o1, j, get(o1, j) + b0 * e0)
-            put(o2, j, get(o2, j) + c0 * e0)
-            put(o3, j, get(o3, j) + d0 * e0)

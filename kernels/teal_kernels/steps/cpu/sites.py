@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.spec import SITES, columns
-from teal_kernels.steps.cpu.intrinsics import fetch, get, item_bytes, narrow, put
+from teal_kernels.steps.cpu.intrinsics import atomic_add, fetch, get, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import (
     ATTN_OUT,
     DOWN,
@@ -46,6 +46,8 @@ from teal_kernels.steps.cpu.vectors import (
 )
 
 ZERO = np.float32(0.0)
+EVERY = (-1, -1)
+"""Instead of a range of channels: all of them, and every thread knows them."""
 _SITE_NUMBERS: list[Any] = [np.int64(site) for site in range(4)]
 SITE_ATTN_IN, SITE_ATTN_OUT, SITE_MLP_IN, SITE_MLP_MID = _SITE_NUMBERS
 """In the order of `SITES`; numpy's integers, so that `multiply` is compiled once for all of them (see layout.NONE)."""
@@ -57,18 +59,36 @@ MATRIX = (QKV, ATTN_OUT, GATE_UP, DOWN)
 
 @compiled
 def multiply(
-    kind: Any, site: int, layer: int, x: Any, count: int, weights: Any, shared: Any, parts: Any, own: Any
+    kind: Any,
+    site: int,
+    layer: int,
+    x: Any,
+    count: int,
+    channels: tuple[int, int],
+    weights: Any,
+    shared: Any,
+    parts: Any,
+    own: Any,
 ) -> None:
     """This thread's part of the product of a site's vector x float32 [count] with its matrix (`add_kept_rows`), and its
-    share of the captured row."""
+    share of the captured row.
+
+    Args:
+        channels: those that `own_channels` gives, where this thread knows x there only; `EVERY` where it knows all.
+    """
     begin, end = FIRST[site], LAST[site]
     thresholds = shared.thresholds[layer, begin:end]
     if shared.rows[site, 0] != NONE:
         row, lowest = shared.rows[site, 0] + layer * shared.rows[site, 1], shared.lowest_of[layer, site]
-        if lowest == SINGLE:
-            capture(kind, row, x, count, thresholds, own)
-        else:
+        if channels == EVERY:
             first, last = share(count, own.thread, own.threads)
+        else:
+            groups = len(parts)
+            first, last = share(channels[1] - channels[0], own.thread // groups, own.threads // groups)
+            first, last = channels[0] + first, channels[0] + last
+        if lowest == SINGLE:
+            capture(kind, row, x, first, last, thresholds)
+        else:
             record_each(kind, x, first, last, shared.limits[lowest : lowest + count], row)
     rows = Rows(
         weights.tensors[layer, MATRIX[site]],
@@ -78,11 +98,19 @@ def multiply(
         weights.codes,
     )
     limits = Limits(thresholds, shared.limit_of[layer, begin:end], shared.limits)
-    add_kept_rows(kind, rows, limits, x, count, shared.kept[layer, begin:end], parts, own)
+    add_kept_rows(kind, rows, limits, x, count, channels, shared.kept[layer, begin:end], parts, own)
 
 
 @compiled
-def add_kept_rows(kind: Any, rows: Any, limits: Any, x: Any, count: int, kept: Any, parts: Any, own: Any) -> None:
+def own_channels(count: int, parts: Any, own: Any) -> tuple[int, int]:
+    """The range of `count` channels that belongs to this thread's group, where a product is divided by kept rows."""
+    return share(count, own.thread % len(parts), len(parts))
+
+
+@compiled
+def add_kept_rows(
+    kind: Any, rows: Any, limits: Any, x: Any, count: int, channels: tuple[int, int], kept: Any, parts: Any, own: Any
+) -> None:
     """This thread's part of (x where |x| > threshold) @ matrix.
 
     Neighbouring projections with the same thresholds share one list of kept entries.
@@ -90,7 +118,9 @@ def add_kept_rows(kind: Any, rows: Any, limits: Any, x: Any, count: int, kept: A
     Args:
         rows, limits: `Rows` and `Limits` of P projections.
         x: float32, `count` channels.
-        kept: int64 [P], to which thread 0 adds the number of entries that each projection keeps.
+        channels: those of which this thread's group adds all kept rows; `EVERY`: the groups share the kept rows of all
+            channels evenly.
+        kept: int64 [P], to which the number of entries that each projection keeps is added.
         parts: float32 [row groups, columns of the matrix], written.
         own: thread, threads, index, all and room as in `Own`.
     """
@@ -98,7 +128,9 @@ def add_kept_rows(kind: Any, rows: Any, limits: Any, x: Any, count: int, kept: A
     projections = len(thresholds)
     width, size, groups = edges[projections], item_bytes(kind), len(parts)
     group, column, shares = own.thread % groups, own.thread // groups, own.threads // groups
-    segment, listed, found, places = 0, np.float32(np.nan), count, own.all
+    first_channel, last_channel = (0, count) if channels == EVERY else channels
+    found, places = last_channel - first_channel, own.all[first_channel:]
+    segment, listed = 0, np.float32(np.nan)
     while segment < projections:
         following = segment + 1
         while (
@@ -111,14 +143,16 @@ def add_kept_rows(kind: Any, rows: Any, limits: Any, x: Any, count: int, kept: A
         if first_limit != SINGLE:
             listed = np.float32(np.nan)
             each = limits.limits[first_limit : first_limit + count]
-            found, places = compact_each(x, count, each, own.index), own.index
+            found, places = compact_each(x, first_channel, last_channel, each, own.index), own.index
         elif thresholds[segment] >= ZERO and thresholds[segment] != listed:
             listed = thresholds[segment]
-            found, places = compact(x, count, listed, own.index), own.index
-        if own.thread == 0:
+            found, places = compact(x, first_channel, last_channel, listed, own.index), own.index
+        if own.thread == 0 or (column == 0 and channels != EVERY):
             for projection in range(segment, following):
-                kept[projection] += found
-        begin, end = found * group // groups, found * (group + 1) // groups
+                atomic_add(kept, projection, found)
+        begin, end = 0, found
+        if channels == EVERY:
+            begin, end = found * group // groups, found * (group + 1) // groups
         index = places[begin:end]
         if rows.packed[FORM] == PLAIN:
             first, last = share(edges[following] - edges[segment], column, shares)
@@ -220,9 +254,8 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 
 @compiled
-def capture(kind: Any, row: int, x: Any, count: int, thresholds: Any, own: Any) -> None:
-    """Writes this thread's share of x to a row (an address), thresholded at the lowest threshold."""
-    first, last = share(count, own.thread, own.threads)
+def capture(kind: Any, row: int, x: Any, first: int, last: int, thresholds: Any) -> None:
+    """Writes x[first:last] to a row (an address), thresholded at the lowest threshold."""
     lowest = thresholds[0]
     for threshold in thresholds[1:]:
         lowest = min(lowest, threshold)
@@ -267,13 +300,15 @@ def add_product(
 
 
 @compiled
-def activate(kind: Any, count: int, parts: Any, rules: Any, own: Any) -> None:
-    """own.mid = activation(gate) * up."""
-    collect(kind, parts, 0, count, NONE, own.mid)
-    collect(kind, parts, count, count, NONE, own.out)
+def activate(kind: Any, channels: tuple[int, int], count: int, parts: Any, rules: Any, own: Any) -> None:
+    """own.mid = activation(gate) * up, for a range of the `count` channels."""
+    first, width = channels[0], channels[1] - channels[0]
+    mid = own.mid[first : first + width]
+    collect(kind, parts, first, width, NONE, mid)
+    collect(kind, parts, count + first, width, NONE, own.out)
     if rules.gelu:
-        for i in range(count):
-            own.mid[i] = gelu(kind, own.mid[i], own.out[i])
+        for i in range(width):
+            mid[i] = gelu(kind, mid[i], own.out[i])
     else:
-        for i in range(count):
-            own.mid[i] = swish(kind, own.mid[i], own.out[i])
+        for i in range(width):
+            mid[i] = swish(kind, mid[i], own.out[i])

@@ -16,7 +16,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from teal_kernels.spec import SITES, Geometry
-from teal_kernels.steps.cpu.attention import TILE, TOGETHER, attend, join_parts, parts_for, prefetch_keys
+from teal_kernels.steps.cpu.attention import TILE, attend, join_parts, parts_for, prefetch_keys
+from teal_kernels.steps.cpu.heads import TOGETHER
 from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import (
     ATTN_NORM,
@@ -30,7 +31,10 @@ from teal_kernels.steps.cpu.layout import (
     MEMBERS,
     MLP_NORM,
     MLP_POST_NORM,
+    MOST_STOPS,
+    MOST_TOKENS,
     NONE,
+    NUMBERS,
     O_BIAS,
     PLACES,
     PLAIN,
@@ -42,6 +46,7 @@ from teal_kernels.steps.cpu.layout import (
     TENSORS,
     Cache,
     Codes,
+    Draw,
     Norm,
     Own,
     Rules,
@@ -53,7 +58,9 @@ from teal_kernels.steps.cpu.layout import (
 from teal_kernels.steps.cpu.matrices import edges_of, row_groups
 from teal_kernels.steps.cpu.packed_rows import dot_packed_rows
 from teal_kernels.steps.cpu.rows import STREAM, dot_rows
+from teal_kernels.steps.cpu.sample import advance
 from teal_kernels.steps.cpu.sites import (
+    EVERY,
     SITE_ATTN_IN,
     SITE_ATTN_OUT,
     SITE_MLP_IN,
@@ -63,6 +70,7 @@ from teal_kernels.steps.cpu.sites import (
     add_picked,
     add_product,
     multiply,
+    own_channels,
     share,
 )
 from teal_kernels.steps.cpu.sync import await_release, barrier
@@ -75,8 +83,10 @@ BARRIERS, BARRIERS_PER_LAYER = 1, 5
 
 
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
-def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
-    """For thread 0, the caller's: its part of the step that was released; returns when all threads have ended theirs.
+def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> bool:
+    """For thread 0, the caller's: its part of the step that was released, and of those that it releases for the tokens
+    that it chooses (`shared.draw`); returns when all threads have ended theirs, or True when it has released one for
+    which members must be woken first.
     For a member: its part of every step that is released; returns when it has waited too long for the next.
 
     A step leaves logits in shared.logits, the new keys and values in the cache, rows where asked. Arguments: layout.py.
@@ -91,24 +101,24 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
             tensors, rope = weights.tensors[layer], weights.ropes[layer]
             turned = Token(token.token, token.position, token.cos + rope, token.sin + rope)
             rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.norm, own.x)
-            multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, weights, shared, shared.qkv, own)
+            multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, EVERY, weights, shared, shared.qkv, own)
             prefetch_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
             rounds = barrier(control, threads, rounds)
             attend(kind, shape, weights, cache, layer, turned, shared, own)
             rounds = barrier(control, threads, rounds)
             join_parts(kind, shape, shared, own.x)
-            multiply(
-                kind, SITE_ATTN_OUT, layer, own.x, shape.heads * shape.head_dim, weights, shared, shared.attn_out, own
-            )
+            wide = shape.heads * shape.head_dim
+            multiply(kind, SITE_ATTN_OUT, layer, own.x, wide, EVERY, weights, shared, shared.attn_out, own)
             rounds = barrier(control, threads, rounds)
             add_product(
                 kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], tensors[ATTN_POST_NORM], weights, own
             )
             rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.norm, own.x)
-            multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, weights, shared, shared.gate_up, own)
+            multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, EVERY, weights, shared, shared.gate_up, own)
             rounds = barrier(control, threads, rounds)
-            activate(kind, shape.intermediate, shared.gate_up, weights.rules, own)
-            multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, weights, shared, shared.down, own)
+            mine = own_channels(shape.intermediate, shared.down, own)
+            activate(kind, mine, shape.intermediate, shared.gate_up, weights.rules, own)
+            multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, mine, weights, shared, shared.down, own)
             rounds = barrier(control, threads, rounds)
             add_product(kind, own.hidden, shape.hidden, shared.down, NONE, tensors[MLP_POST_NORM], weights, own)
         rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.norm, own.x)
@@ -116,7 +126,10 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
         control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
         barrier(control, threads, rounds)
         if own.thread == 0:
-            return
+            following, asleep = advance(shared.order, control, shared.draw, shared.logits)
+            if asleep or not following:
+                return asleep
+    return False
 
 
 @compiled
@@ -206,6 +219,16 @@ def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[in
         limit_of=np.full((shape.layers, 7), SINGLE, np.int64),
         lowest_of=np.full((shape.layers, 4), SINGLE, np.int64),
         rows=np.zeros((4, 2), np.int64),
+        draw=Draw(
+            numbers=np.zeros(NUMBERS, np.int64),
+            temperature=np.ones(1, np.float32),
+            bits=np.zeros(MOST_TOKENS + 1, np.uint64),
+            stops=np.zeros(MOST_STOPS, np.int64),
+            tokens=np.zeros(MOST_TOKENS, np.int64),
+            places=np.zeros(shape.vocab, np.int64),
+            values=np.zeros(shape.vocab, np.float32),
+            weights=np.zeros(shape.vocab, np.uint64),
+        ),
         qkv=parts(SITE_ATTN_IN, (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
         tops=np.zeros(heads, np.float32),
         totals=np.zeros(heads, np.float32),

@@ -26,7 +26,8 @@ class Team:
     Args:
         control: int64 [MEMBERS + PLACES * size], zeros; see `layout.Shared`.
         release: lets members begin a step; returns whether any must be woken (sync.release).
-        work: of a thread by its number; see step.run. It must not refer to the owner of this team.
+        work: of a thread by its number; returns whether it has released a step for which members must be woken, see
+            step.run. It must not refer to the owner of this team.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Team:
         size: int,
         control: NDArray[np.int64],
         release: Callable[[NDArray[np.int64]], bool],
-        work: Callable[[int], None],
+        work: Callable[[int], bool],
     ) -> None:
         self.size = size
         self._control, self._release, self._work = control, release, work
@@ -49,10 +50,10 @@ class Team:
         self._finalizer = weakref.finalize(self, _dismiss, self._members)
 
     def run(self) -> None:
-        """Runs one step on all threads; returns when all have ended it.
+        """Runs a step, and those that follow from it, on all threads; returns when all have ended them.
 
-        Ctrl-C is only noticed before or after it. If it arrives between the release of the members and the work of this
-        thread, for which they would wait, they abandon the step; its results are then undefined.
+        Ctrl-C is only noticed before or after them. If it arrives between the release of the members and the work of
+        this thread, for which they would wait, they abandon the step; its results are then undefined.
 
         Raises:
             RuntimeError: the team was closed.
@@ -65,11 +66,12 @@ class Team:
         if self._control[ABANDON]:  # a second Ctrl-C interrupted _abandon
             self._abandon()
         try:
-            if self._release(self._control):
-                for member in self._members:
+            asleep, released = self._release(self._control), True
+            while released:
+                for member in self._members if asleep else ():
                     if self._control[MEMBERS + PLACES * member.thread + PARKED]:
                         member.wake()
-            self._work(0)
+                asleep = released = self._work(0)
         except BaseException:
             self._abandon()
             raise
@@ -94,7 +96,7 @@ class Team:
 class _Member:
     """One waiting thread."""
 
-    def __init__(self, thread: int, work: Callable[[int], None]) -> None:
+    def __init__(self, thread: int, work: Callable[[int], bool]) -> None:
         self.thread = thread
         self._work = work
         self._calls: SimpleQueue[bool] = SimpleQueue()

@@ -12,9 +12,10 @@ import numpy as np
 from numba import njit
 
 from teal_kernels.steps.cpu.intrinsics import fetch, get, narrow, power_of_two, put, store
+from teal_kernels.steps.cpu.lanes import keep_lanes
 from teal_kernels.steps.cpu.layout import NONE
 
-ONE, TWO = np.float32(1.0), np.float32(2.0)
+ONE, TWO, LOWEST = np.float32(1.0), np.float32(2.0), np.float32(-np.inf)
 GELU_1, GELU_3 = np.float32(1.5957691216057308), np.float32(0.044715)  # 2 sqrt(2 / pi)
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -63,6 +64,15 @@ def sum_of_squares(x: Any, count: int) -> Any:
     return total
 
 
+@njit(**INNER, fastmath={"nnan", "nsz"})
+def largest(x: Any, count: int) -> Any:
+    """The largest of x[:count], none of which is NaN."""
+    top = LOWEST
+    for i in range(count):
+        top = x[i] if x[i] > top else top
+    return top
+
+
 @compiled
 def rms_norm(kind: Any, x: Any, count: int, weight: int, norm: Any, out: Any) -> None:
     """out[:count] = RMSNorm of x[:count] with a weight (an address); x itself where that is NONE. See `Norm`."""
@@ -90,20 +100,24 @@ def apply_norm(kind: Any, x: Any, count: int, scale: Any, weight: int, norm: Any
 
 
 @compiled
-def compact(x: Any, count: int, threshold: Any, index: Any) -> int:
-    """Lists the places of the entries of x[:count] with |x| > threshold. Returns how many there are."""
-    kept = 0
-    for i in range(count):
+def compact(x: Any, first: int, last: int, threshold: Any, index: Any) -> int:
+    """Lists the places of the entries of x[first:last] with |x| > threshold. Returns how many there are."""
+    kept, whole = 0, first + (last - first) // 8 * 8
+    for i in range(first, whole, 8):
+        kept = keep_lanes(x, i, threshold, index, kept)
+    for i in range(whole, last):
         index[kept] = i
         kept += int(abs(x[i]) > threshold)  # no branch: half of them would be mispredicted
     return kept
 
 
 @compiled
-def compact_each(x: Any, count: int, thresholds: Any, index: Any) -> int:
-    """`compact` with a threshold for each channel, float32 [count]."""
-    kept = 0
-    for i in range(count):
+def compact_each(x: Any, first: int, last: int, thresholds: Any, index: Any) -> int:
+    """`compact` with a threshold for each channel, float32 [>= last]."""
+    kept, whole = 0, first + (last - first) // 8 * 8
+    for i in range(first, whole, 8):
+        kept = keep_lanes(x, i, thresholds, index, kept)
+    for i in range(whole, last):
         index[kept] = i
         kept += int(abs(x[i]) > thresholds[i])
     return kept
