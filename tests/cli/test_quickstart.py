@@ -34,6 +34,7 @@ def test_it_runs_and_replaces_only_what_is_its_own(
     again = teal("quickstart", "-m", model, "--dtype", "float32")
     assert again.code == 0, again.err
     assert "teal-quickstart.zarr is verified" in again.out
+    assert f"generate -m {first['model']} -s 0.4 --chat -p" in again.out, "a level at which answers read well"
 
     mine = tmp_path / "mine.zarr"
     assert teal("generate", "-p", "The quick", "-s", 0.5, "--max-new-tokens", 4, "--dump", mine).code == 0

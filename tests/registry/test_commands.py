@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -172,6 +173,17 @@ def test_rm_asks(teal: Teal, model: str, hub: Hub) -> None:
     assert str(path) in removed.err, "what stays in the cache is said"
     assert path.joinpath("config.json").exists()
     assert teal("models", "rm", model, "--yes").code == 3
+
+
+def test_a_no_is_no_error(teal: Teal, model: str) -> None:
+    keyboard, terminal = pty.openpty()
+    with os.fdopen(terminal), os.fdopen(keyboard, "w") as keys:
+        print("n", file=keys, flush=True)
+        command = [sys.executable, "-m", "teal_cli", "models", "rm", model]
+        run = subprocess.run(command, stdin=terminal, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout.strip()) == (0, "nothing was removed"), run.stderr
+    assert "remove tiny?" in run.stderr
+    assert Registry().names() == ("tiny",)
 
 
 def test_rm_weights(teal: Teal, model: str) -> None:
