@@ -80,7 +80,6 @@ def open_for_replay(store: ActivationStore, opened: Callable[[str, str], Session
         TealError: the model of that name is another one, or the store does not hold its prompts.
     """
     header, notes = store.header, []
-    _prompts(store)
     try:
         entry = Registry().get(header.model)
     except NotFoundError as error:
@@ -92,6 +91,7 @@ def open_for_replay(store: ActivationStore, opened: Callable[[str, str], Session
             f"rows cannot be computed again: {header.model} is another model here than the one that wrote the store",
             hint="register the one that wrote it under its name; `teal store info` shows its revision",
         )
+    _prompts(store)
     if entry.revision != header.model_revision:
         notes.append(f"{header.model} is revision {entry.revision} here, {header.model_revision} in the store")
     if header.calibration is not None:

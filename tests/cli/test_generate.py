@@ -249,13 +249,15 @@ SLOWLY = """
 import itertools, sys, time
 from teal_cli.app import main
 from teal_cli.decoding.decoder import Decoder
-step, count = Decoder._next, itertools.count()
-def slow(*given):
-    if next(count) == 5:
-        print("READY", file=sys.stderr, flush=True)
-    time.sleep(0.02)
-    return step(*given)
-Decoder._next = slow
+count = itertools.count()
+def slowed(step):
+    def slow(*given):
+        if next(count) == 5:
+            print("READY", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+        return step(*given)
+    return slow
+Decoder._next, Decoder._follow = slowed(Decoder._next), slowed(Decoder._follow)
 sys.exit(main(sys.argv[1:]))
 """
 

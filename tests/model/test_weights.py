@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint, LayerWeights, config_sha256
+from teal_kernels.experts import Experts
 from teal_kernels.matrix import Matrix
 
 WEIGHTS = "model.safetensors"
@@ -32,6 +33,18 @@ def tensors_of(weights: LayerWeights) -> dict[str, Tensor]:
 def fused(part: dict[str, Tensor], parent: str, names: Sequence[str]) -> Tensor:
     whole = part.get(f"{parent}.{'_'.join(names) if parent == 'mlp' else names}_proj.weight")
     return torch.cat([part[f"{parent}.{p}_proj.weight"] for p in names]) if whole is None else whole
+
+
+def experts(part: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(gate and up, down) of each expert, as linear layers have them; stored stacked, or in tensors of their own."""
+    if "block_sparse_moe.input_linear.weight" in part:
+        return list(zip(*(part[f"block_sparse_moe.{name}_linear.weight"] for name in ("input", "output")), strict=True))
+    gate, up, down = ("w1", "w3", "w2") if "block_sparse_moe.experts.0.w1.weight" in part else (
+        "gate_proj", "up_proj", "down_proj")  # fmt: skip
+    found = {tuple(name.rsplit(".", 3)[-3:-1]): tensor for name, tensor in part.items()
+             if ".experts." in name and not name.startswith("model.")}  # fmt: skip
+    numbers = sorted({number for number, _ in found}, key=int)
+    return [(torch.cat([found[n, gate], found[n, up]]), found[n, down]) for n in numbers]
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -54,10 +67,19 @@ def test_matrices_are_fused_and_input_major(tiny_model: Path) -> None:
             heads[:rotated] = heads[:rotated, [0, 1, 2, 3, 8, 9, 4, 5, 6, 7, 10, 11]]
         assert torch.equal(weights.qkv.tensor(), qkv.t())
         assert torch.equal(weights.attn_out.tensor(), part["self_attn.o_proj.weight"].t())
-        gate_up = fused(part, "mlp", ("gate", "up"))
-        assert torch.equal(weights.gate_up.tensor(), gate_up.t())
-        assert torch.equal(weights.down.tensor(), part["mlp.down_proj.weight"].t())
-        assert all(t.is_contiguous() for t in tensors_of(weights).values())
+        if weights.router is None:
+            gate_up = fused(part, "mlp", ("gate", "up"))
+            assert torch.equal(weights.gate_up.tensor(), gate_up.t())
+            assert torch.equal(weights.down.tensor(), part["mlp.down_proj.weight"].t())
+            assert all(t.is_contiguous() for t in tensors_of(weights).values())
+        else:
+            assert isinstance(weights.gate_up, Experts)
+            assert isinstance(weights.down, Experts)
+            for (gate_up, down), mine, out in zip(experts(part), weights.gate_up.each, weights.down.each, strict=True):
+                assert torch.equal(mine.tensor(), gate_up.t())
+                assert torch.equal(out.tensor(), down.t())
+                assert mine.tensor().is_contiguous()
+                assert out.tensor().is_contiguous()
         for site, matrix in zip(
             ("attn_in", "attn_out", "mlp_in", "mlp_mid"),
             (weights.qkv, weights.attn_out, weights.gate_up, weights.down),
@@ -155,7 +177,7 @@ def test_the_part_of_the_row_is_named(name: str, tensor: str, role: str, tmp_pat
 def test_loading_reports_every_layer(tiny: Callable[[str], Path]) -> None:
     seen: list[tuple[int, int]] = []
     Transformer.from_checkpoint(tiny("mistral"), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_loaded_weights_do_not_depend_on_the_file(tmp_path: Path) -> None:
