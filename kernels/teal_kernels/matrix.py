@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 _WIDENED_ROWS: Final = 256
 _FEW_ROWS: Final = 4  # fewer are as fast without widening
 _HAS_AVX512: Final = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-SLOW: Final = {torch.float16} if _HAS_AVX512 else {torch.float16, torch.bfloat16}
+_SLOW: Final = {torch.float16} if _HAS_AVX512 else {torch.float16, torch.bfloat16}
 """Whose products torch has no fast kernel for on this CPU: bfloat16 has one (oneDNN's) from AVX-512 on."""
 
 FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -105,15 +105,18 @@ class FloatMatrix(Matrix):
         return self.data[index]
 
     def dense_transposed(self, x: Tensor) -> Tensor:
-        if len(x) >= _FEW_ROWS and not x.is_cuda and x.dtype in SLOW:
+        if len(x) >= _FEW_ROWS and is_widened(x):
             return _linear_in_float32(x, self.data)
         return linear(x, self.data)
 
     def dense(self, x: Tensor, projection: int | None = None) -> Tensor:
         weight = self.data if projection is None else self.data.split(self.segments, dim=1)[projection]
-        if x.dtype in SLOW and not x.is_cuda:
-            return _matmul_in_float32(x, weight)
-        return x @ weight
+        return _matmul_in_float32(x, weight) if is_widened(x) else x @ weight
+
+
+def is_widened(x: Tensor) -> bool:
+    """Whether products with many rows x are computed in float32 and rounded, for torch is slow in their dtype here."""
+    return not x.is_cuda and x.dtype in _SLOW
 
 
 def _linear_in_float32(x: Tensor, weight: Tensor) -> Tensor:

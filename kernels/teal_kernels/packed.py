@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from teal_kernels.matrix import FLOATS, SLOW, Matrix
+from teal_kernels.matrix import FLOATS, Matrix, is_widened
 from teal_kernels.packing import UNIT, RowLayout, check, dequantize
 
 _TILE: Final = 4 << 20
@@ -62,7 +62,7 @@ class PackedMatrix(Matrix):
         if not _compiled(x):
             return linear(x, self.tensor())
         layout = self.layout
-        dtype = torch.float32 if x.dtype in SLOW else x.dtype
+        dtype = torch.float32 if is_widened(x) else x.dtype
         padded, first = x.new_zeros(len(x), layout.padded, dtype=dtype), 0
         for width, unit in zip(layout.widths, layout.units, strict=False):
             padded[:, unit * UNIT : unit * UNIT + width] = x[:, first : first + width]
@@ -90,7 +90,7 @@ class PackedMatrix(Matrix):
         """out [S, n] = x @ the columns from a unit on."""
         if _compiled(x):
             # What PyTorch is slow with is widened.
-            dtype = torch.float32 if x.dtype in SLOW else x.dtype
+            dtype = torch.float32 if is_widened(x) else x.dtype
             wide, done = x.to(dtype), 0
             with _SCRATCH_LOCK:
                 for tile in self._tiles(unit, out.shape[1], dtype):
