@@ -1,8 +1,9 @@
 """Judge a dump by transformers' own model.
 
-transformers is fed the very tokens that teal decoded. In each decode step forward pre-hooks on its seven linear layers
-note the input, then apply the masks that are *in the store*: left to threshold for itself, one rounding at a threshold
-would send the two models apart for good. What is checked: the next token, the vectors, and the masks.
+transformers is fed the prompt and the very tokens that teal decoded, in one call. Forward pre-hooks on its seven linear
+layers leave the prompt's positions dense; at each later one, a decode step of teal's, they note the input, then apply
+the mask that is *in the store*: left to threshold for itself, one rounding at a threshold would send the two models
+apart for good. What is checked: the next token, the vectors, and the masks.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def dequantised(parent: Path, quantised: Path) -> PreTrainedModel:
 def judge(
     model: PreTrainedModel, level: Level, prompt: Sequence[int], tokens: Sequence[int], *, sequence: int = 0
 ) -> Verdict:
-    """Replay one greedy sequence of a level of a store.
+    """Replay one greedy sequence of a level of a store, all positions in one call.
 
     Args:
         model: from `reference_model`.
@@ -94,56 +95,45 @@ def judge(
     assert list(level.tokens.token_id[rows]) == list(tokens)
     assert list(level.tokens.position[rows]) == list(range(len(prompt), len(prompt) + len(rows)))
     captured = {
-        (layer, p): np.asarray(level.projection(layer, p)[rows[0] : rows[-1] + 1])
+        (layer, p): torch.from_numpy(np.ascontiguousarray(level.projection(layer, p)[rows[0] : rows[-1] + 1]))
         for layer in range(model.config.num_hidden_layers)
         for p in PROJECTIONS
     }
-    output = model(torch.tensor([list(prompt)]), use_cache=True)
-    _check_token(verdict, output.logits[0, -1], tokens[0])
-    for step in range(len(rows)):
-        row = {key: torch.from_numpy(np.ascontiguousarray(values[step])) for key, values in captured.items()}
-        limits = _expert_limits(level, rows[step], {key: len(values) for key, values in row.items()})
-        with _masked(model, row, level.thresholds, limits, verdict):
-            output = model(torch.tensor([[tokens[step]]]), past_key_values=output.past_key_values, use_cache=True)
-        _check_experts(verdict, model, level, rows[step])
-        if step + 1 < len(tokens):
-            _check_token(verdict, output.logits[0, -1], tokens[step + 1])
-        verdict.steps += 1
+    limits = _limits(level, rows, {key: values.shape[1] for key, values in captured.items()})
+    with _masked(model, len(prompt), captured, limits, verdict):
+        logits = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    verdict.logit_gap = float((logits.max(1).values - chosen).max())
+    _check_experts(verdict, model, level, rows, len(prompt))
+    verdict.steps = len(rows)
     return verdict
-
-
-def _check_token(verdict: Verdict, logits: Tensor, token: int) -> None:
-    verdict.logit_gap = max(verdict.logit_gap, float(logits.max() - logits[token]))
 
 
 @contextmanager
 def _masked(
     model: PreTrainedModel,
-    rows: dict[tuple[int, str], Tensor],
-    thresholds: np.ndarray,
+    prompt: int,
+    captured: dict[tuple[int, str], Tensor],
     limits: dict[tuple[int, str], Tensor],
     verdict: Verdict,
 ) -> Iterator[None]:
-    """Hooks that compare each linear layer's input with the stored row, then let only the stored entries through.
-
-    Thresholds are one for a projection, but where `limits` has one for each entry.
-    """
+    """Hooks that compare what each linear layer is given after the prompt with the stored rows, then let only the
+    stored entries through."""
     handles = []
     for index, layer in enumerate(model.model.layers):
         for p in PROJECTIONS:
-            row, t = rows[index, p], torch.tensor(thresholds[index, PROJECTION_INDEX[p]]).expand_as(rows[index, p])
-            if (index, p) in limits:
-                t = limits[index, p]
 
             def hook(
                 module: nn.Module,
                 inputs: tuple[Tensor],
-                row: Tensor = row,
-                t: Tensor = t,
+                rows: Tensor = captured[index, p],
+                t: Tensor = limits[index, p],
                 where: str = f"layer {index} {p} ({PROJECTION_SITE[p]})",
             ) -> tuple[Tensor]:
                 (x,) = inputs
-                return (_compare(verdict, x.reshape(-1), row, t, where).reshape(x.shape),)
+                vectors = x.reshape(-1, rows.shape[1])
+                masked = _compare(verdict, vectors[prompt:], rows, t, where)
+                return (torch.cat([vectors[:prompt], masked]).reshape(x.shape),)
 
             handles.append(layer.get_submodule(_MODULES[p]).register_forward_pre_hook(hook))
     try:
@@ -153,34 +143,39 @@ def _masked(
             handle.remove()
 
 
-def _expert_limits(level: Level, row: int, widths: dict[tuple[int, str], int]) -> dict[tuple[int, str], Tensor]:
-    """What each entry that a `down` reads of a token's experts is compared with."""
-    mixture, limits = level.store.header.mixture, {}
+def _limits(level: Level, rows: np.ndarray, widths: dict[tuple[int, str], int]) -> dict[tuple[int, str], Tensor]:
+    """What each entry of the rows is compared with: one threshold for a projection, one for each of a token's experts
+    where `down` reads them, one behind the other."""
+    limits = {
+        (layer, p): torch.tensor(level.thresholds[layer, PROJECTION_INDEX[p]]).expand(len(rows), width)
+        for (layer, p), width in widths.items()
+    }
+    mixture = level.store.header.mixture
     for layer in () if mixture is None else np.flatnonzero(mixture.layers).tolist():
-        own = level.expert_thresholds[layer][level.experts(layer)[row]]
-        limits[layer, "down"] = torch.from_numpy(np.repeat(own, widths[layer, "down"] // len(own)))
+        own = level.expert_thresholds[layer][level.experts(layer)[rows]]
+        limits[layer, "down"] = torch.from_numpy(np.repeat(own, widths[layer, "down"] // own.shape[1], axis=1))
     return limits
 
 
-def _check_experts(verdict: Verdict, model: PreTrainedModel, level: Level, row: int) -> None:
-    """The stored experts of a row against those that transformers routed its token to, in the step it has just done."""
+def _check_experts(verdict: Verdict, model: PreTrainedModel, level: Level, rows: np.ndarray, prompt: int) -> None:
+    """The stored experts of the rows against those that transformers has just routed their tokens to."""
     mixture = level.store.header.mixture
     for layer in () if mixture is None else np.flatnonzero(mixture.layers).tolist():
-        theirs = model.model.layers[layer].mlp.experts.seen[-1][0].tolist()
-        if level.experts(layer)[row].tolist() != theirs:
-            verdict.trouble.append(f"layer {layer}: experts are {level.experts(layer)[row]}, not {theirs}")
+        theirs, ours = model.model.layers[layer].mlp.experts.seen[-1][prompt:].numpy(), level.experts(layer)[rows]
+        if not np.array_equal(theirs, ours):
+            verdict.trouble.append(f"layer {layer}: experts are {ours.tolist()}, not {theirs.tolist()}")
 
 
-def _compare(verdict: Verdict, x: Tensor, row: Tensor, t: Tensor, where: str) -> Tensor:
-    mask = row != 0
+def _compare(verdict: Verdict, x: Tensor, rows: Tensor, t: Tensor, where: str) -> Tensor:
+    """Inputs, stored rows and thresholds, [rows, channels] each; returns the inputs with the stored entries alone."""
+    mask = rows != 0
     masked = torch.where(mask, x, 0.0)
-    scale = float(x.norm())
-    rms = float((row - masked).norm()) / scale if scale else float(row.norm())
+    scale = x.norm(dim=1)
+    rms = float(((rows - masked).norm(dim=1) / torch.where(scale > 0, scale, 1.0)).max())
     verdict.row_rms = max(verdict.row_rms, rms)
     if not rms < 1e-4:
         verdict.trouble.append(f"{where}: captured row is off by {rms:.2e}")
-    own = x.abs() > t
-    differ = own != mask
+    differ = (x.abs() > t) != mask
     verdict.kept += int(mask.sum())
     verdict.entries += mask.numel()
     if differ.any():
