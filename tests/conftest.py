@@ -9,6 +9,6 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 pytest_plugins = [
-    "fixtures_cli", "fixtures_tiny", "fixtures_smollm2", "fixtures_hub", "fixtures_ready", "fixtures_talker",
+    "fixtures_cli", "fixtures_tiny", "fixtures_real", "fixtures_hub", "fixtures_ready", "fixtures_talker",
     "fixtures_s3",
 ]  # fmt: skip

