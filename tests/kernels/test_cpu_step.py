@@ -336,6 +336,40 @@ def test_any_number_of_threads(threads: int, kind: str) -> None:
         assert distance(step.step(position, position), expected.step(position, position)) < 1e-5
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be put on one core here")
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("variant", ["wide", "norms over all heads"])
+def test_parts_that_others_take_over_change_no_bit(threads: int, variant: str) -> None:
+    """All threads on one core, beside a process that is busy there: nearly every phase has parts of absent threads."""
+    spec = replace(VARIANTS[variant], windows=(None,) * 3)
+    extra = FLAVOURS["with biases and head norms" if variant != "wide" else "plain"]
+    rule, bits, cores = SamplingRule(0.0), [0] * 16, os.sched_getaffinity(0)
+    made, counts = [], []
+    for crowded in (False, True):
+        model = make(spec, torch.bfloat16, extra, room=64)
+        if crowded:
+            os.sched_setaffinity(0, {min(cores)})
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if crowded else None
+        try:
+            step = model.compiled(threshold_table("half", 3), threads=threads)
+            tokens = [7]
+            while len(tokens) < 49:
+                tokens += step.steps(tokens[-1], len(tokens) - 1, 16, rule, bits)
+            rows = poisoned_rows(spec, torch.bfloat16)
+            logits = step.step(tokens[-1], len(tokens) - 1, rows).clone()
+            made.append([torch.tensor(tokens), logits, model.kv, *rows.values()])
+            counts.append(step.kept())
+            step.close()
+        finally:
+            if busy is not None:
+                busy.kill()
+                busy.wait()
+            os.sched_setaffinity(0, cores)
+    for free, crowded_too in zip(*made, strict=True):
+        torch.testing.assert_close(crowded_too, free, rtol=0, atol=0, equal_nan=True)
+    assert (counts[0] == counts[1]).all()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("window", [None, 100])
 def test_long_context(threads: int, window: int | None) -> None:

@@ -19,7 +19,15 @@ from torch import Tensor
 from teal_kernels.matrix import Matrix
 from teal_kernels.steps.cpu.compiled import KINDS, codes, load_module
 from teal_kernels.steps.cpu.layout import SINGLE, Worker
-from teal_kernels.steps.cpu.matrices import address, edges_of, limit_places, packed_bits, packed_fields, row_groups
+from teal_kernels.steps.cpu.matrices import (
+    address,
+    edges_of,
+    limit_places,
+    packed_bits,
+    packed_fields,
+    row_groups,
+    spans,
+)
 from teal_kernels.steps.cpu.op import default_threads
 
 
@@ -51,7 +59,7 @@ class CompiledProducts:
         )  # fmt: skip
         room, every = 64 * int(units.max(initial=0)), np.arange(inputs)
         self._workers = [
-            Worker(thread, threads, np.zeros(inputs, np.int64), every, np.zeros(room, np.float32))
+            Worker(thread, threads, np.zeros(inputs, np.int64), every, np.zeros(room, np.float32), spans())
             for thread in range(threads)
         ]
 

@@ -57,19 +57,19 @@ def positions(weights: Any, layer: int, token: Any, parts: int, item: int) -> tu
 
 
 @compiled
-def items_of(shape: Any, parts: int, own: Any) -> tuple[int, int]:
-    """The range of this thread's items."""
+def items_of(shape: Any, parts: int, number: int, threads: int) -> tuple[int, int]:
+    """The range of the items of one of as many shares as there are threads."""
     items = shape.kv_heads * parts
-    return items * own.thread // own.threads, items * (own.thread + 1) // own.threads
+    return items * number // threads, items * (number + 1) // threads
 
 
 @compiled
 def prefetch_keys(
     kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, parts: int, own: Any
 ) -> None:
-    """Prefetches the first keys that this thread will read in `attend`; called before a barrier."""
+    """Prefetches the first keys that this thread will read in `attend`; called before it waits for the others."""
     row = shape.head_dim * item_bytes(kind)
-    begin, end = items_of(shape, parts, own)
+    begin, end = items_of(shape, parts, own.thread, own.threads)
     for item in range(begin, end):
         head, start, stop = positions(weights, layer, token, parts, item)
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
@@ -77,29 +77,61 @@ def prefetch_keys(
 
 
 @compiled
-def attend(kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, shared: Any, own: Any) -> None:
-    """This thread's items: rotates queries, appends key and value to the cache, leaves partial sums in `shared`."""
-    parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
-    begin, end = items_of(shape, parts, own)
-    scales = ZERO, ZERO
+def append_all(
+    kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, number: int, shared: Any, own: Any
+) -> None:
+    """Appends the keys and values to the cache that belong to the items of share `number`."""
+    parts, tensors = shared.totals.shape[1], weights.tensors[layer]
+    begin, end = items_of(shape, parts, number, own.threads)
+    scale = ZERO
     if weights.rules.wide_head_norms and tensors[Q_NORM] != NONE and begin < end:
-        scales = wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)
+        scale = wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)[1]
+    for item in range(begin, end):
+        head, start, stop = positions(weights, layer, token, parts, item)
+        if start < stop and stop == token.position + 1:
+            keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
+            values = cache.values + layer * cache.layer_stride + head * cache.head_stride
+            append(kind, shape, tensors, weights.norm, scale, token, shared.qkv, head, keys, values, own)
+
+
+@compiled
+def attend(
+    kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, number: int, shared: Any, own: Any
+) -> None:
+    """The items of share `number`, after their keys and values were appended: rotates queries, leaves partial sums in
+    `own`."""
+    parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
+    begin, end = items_of(shape, parts, number, own.threads)
+    scale = ZERO
+    if weights.rules.wide_head_norms and tensors[Q_NORM] != NONE and begin < end:
+        scale = wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)[0]
     for item in range(begin, end):
         head, start, stop = positions(weights, layer, token, parts, item)
         if start >= stop:
-            shared.totals[head * group : (head + 1) * group, item % parts] = ZERO
+            own.totals[head * group : (head + 1) * group, item % parts] = ZERO
             continue
         keys = cache.keys + layer * cache.layer_stride + head * cache.head_stride
         values = cache.values + layer * cache.layer_stride + head * cache.head_stride
-        if stop == token.position + 1:
-            append(kind, shape, tensors, weights.norm, scales[1], token, shared.qkv, head, keys, values, own)
         for query in range(head * group, (head + 1) * group, TOGETHER):
             count = min(TOGETHER, (head + 1) * group - query)
             for i in range(count):
                 at = own.queries[i]
-                weight = head_weight(kind, shape, tensors[Q_NORM], query + i, scales[0])
-                place(kind, shape, tensors, weight, weights.norm, scales[0], token, shared.qkv, query + i, own, at)
-            attend_part(kind, shape, weights.rules, keys, values, start, stop, query, count, item % parts, shared, own)
+                weight = head_weight(kind, shape, tensors[Q_NORM], query + i, scale)
+                place(kind, shape, tensors, weight, weights.norm, scale, token, shared.qkv, query + i, own, at)
+            attend_part(kind, shape, weights.rules, keys, values, start, stop, query, count, item % parts, own)
+
+
+@compiled
+def hand_over_sums(shape: Any, number: int, shared: Any, own: Any) -> None:
+    """After `attend`: its partial sums for all to see."""
+    parts, group = shared.totals.shape[1], shape.heads // shape.kv_heads
+    begin, end = items_of(shape, parts, number, own.threads)
+    for item in range(begin, end):
+        for head in range(item // parts * group, (item // parts + 1) * group):
+            part = item % parts
+            shared.tops[head, part], shared.totals[head, part] = own.tops[head, part], own.totals[head, part]
+            for i in range(shape.head_dim):
+                shared.mixed[head, part, i] = own.parts[head, part, i]
 
 
 @compiled
@@ -187,14 +219,13 @@ def attend_part(
     first: int,
     queries: int,
     part: int,
-    shared: Any,
     own: Any,
 ) -> None:
     """Softmax-weighted sums of the values of positions start..stop for the first `queries` of own.queries, which are
     heads `first` and following."""
     row, width = shape.head_dim * item_bytes(kind), shape.head_dim
     scale = rules.attention_scale if rules.score_cap == ZERO else ONE
-    tops, totals = shared.tops[first : first + queries, part], shared.totals[first : first + queries, part]
+    tops, totals = own.tops[first : first + queries, part], own.totals[first : first + queries, part]
     tops[:] = LOWEST
     totals[:] = ZERO
     own.mixed[:] = ZERO
@@ -214,7 +245,7 @@ def attend_part(
         add_together(kind, queries, there, row, count, own.scores, width, own.mixed, here + TILE * row - there)
     for i in range(queries):
         for j in range(width):
-            shared.mixed[first + i, part, j] = own.mixed[i, j]
+            own.parts[first + i, part, j] = own.mixed[i, j]
 
 
 @reordered

@@ -190,6 +190,18 @@ def atomic_swap(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_replace(typingctx: Any, array: Any, index: Any, before: Any, after: Any) -> Any:
+    """atomic_replace(array, index, before, after): sets an int64 that is `before` to `after`; whether it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        found = builder.cmpxchg(builder.gep(data, [args[1]]), args[2], args[3], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(array, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
     """atomic_load(array, index): an int64."""
 

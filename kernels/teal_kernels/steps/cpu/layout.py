@@ -24,12 +24,15 @@ ALL = np.float32(-1.0)
 SINGLE = -1
 """The place in `Shared.limits` of a projection that has one threshold for all channels."""
 
-ARRIVALS, ABANDON, RELEASED, MEMBERS = 0, 8, 16, 24
-"""Places in `Shared.control`: arrivals of threads at barriers; whether a step is abandoned, so that no thread waits for
-the others; how many steps were released; then for each thread DONE and PARKED. Each in a cache line of its own."""
+RELEASED, ABANDON, CHOICE, STREAM, MEMBERS = 0, 8, 16, 24, 32
+"""Places in `Shared.control`: how many steps were released; whether they are abandoned, so that no thread waits for the
+others; the state of the choice of the last token (sync.py has states); that of `Shared.stream`; then PLACES places of
+each thread. Each in a cache line of its own."""
 
-DONE, PARKED, PLACES = 0, 1, 8
-"""Of one thread's PLACES places: how many steps it has done; whether it sleeps and must be woken."""
+PART, APPENDED, TAKEN, DONE, PARKED, ABSENT, PLACES = 0, 8, 9, 16, 17, 18, 24
+"""Of one thread's PLACES places: the states of its part of a phase, and of the keys and values of that part; what
+another thread has taken over last, see `sync.take_over`; how many steps it has done; whether it sleeps and
+must be woken; whether others need not wait for it before they take over."""
 
 FORM, STRIDE, SCALES_AT, GROUP, FIELDS = range(5)
 """Columns of `Weights.packed`: bits of a code, or PLAIN; bytes from row to row; byte of a row at which its scales
@@ -45,6 +48,9 @@ position of the rotary tables to the next. And how many they are."""
 
 MOST_TOKENS, MOST_STOPS = 32, 64
 """The most tokens of one call, and of those that end it."""
+
+WHOLE: Any = np.int64(1 << 40)
+"""More than any number of rows, and any state of a part."""
 
 PLAIN = 0
 """The form of a matrix of the model's dtype."""
@@ -141,14 +147,19 @@ class Limits(NamedTuple):
 
 class Draw(NamedTuple):
     """How tokens are chosen: numbers int64, see WANTED; temperature float32 [1]; bits uint64 [MOST_TOKENS + 1], the
-    random bits of each and last `top_p_bits`; stops int64. What was chosen: tokens int64 [MOST_TOKENS].
-    Room for the candidates: places int64, values float32 and weights uint64, each [vocab]."""
+    random bits of each and last `top_p_bits`; stops int64. What was chosen: tokens int64 [MOST_TOKENS]."""
 
     numbers: Any
     temperature: Any
     bits: Any
     stops: Any
     tokens: Any
+
+
+class Candidates(NamedTuple):
+    """One thread's room for the tokens that may be chosen: places int64, values float32 and weights uint64, each
+    [vocab]."""
+
     places: Any
     values: Any
     weights: Any
@@ -166,9 +177,10 @@ class Shared(NamedTuple):
             nothing is captured.
         draw: see `Draw`.
 
-    Written by the threads, float32: qkv, attn_out, gate_up, down [row groups, columns], the parts of each product;
-    tops, totals [heads, parts] and mixed [heads, parts, head_dim], those of attention; logits [vocab], the result.
-    kept int64 [layers, 7] counts kept entries over all steps; control is int64, see ARRIVALS.
+    Written by the threads, float32: stream [hidden], the residual stream at the beginning of some layer; qkv, attn_out,
+    gate_up, down [row groups, columns], the sums of each product; tops, totals [heads, parts] and mixed [heads, parts,
+    head_dim], those of attention; logits [vocab], the result.
+    kept int64 [layers, 7] counts kept entries over all steps; control is int64, see RELEASED.
     """
 
     order: Any
@@ -178,6 +190,7 @@ class Shared(NamedTuple):
     lowest_of: Any
     rows: Any
     draw: Draw
+    stream: Any
     qkv: Any
     tops: Any
     totals: Any
@@ -208,20 +221,37 @@ class Cache(NamedTuple):
     head_stride: int
 
 
+class Part(NamedTuple):
+    """Which of a product's parts is computed: its number among as many as there are threads, and into how many groups
+    those are divided (`matrices.row_groups`). A thread that has taken over a part looks at `control[place]` after every
+    `rows` rows, and gives up once that is larger than `state`."""
+
+    number: int
+    parts: int
+    groups: int
+    control: Any
+    place: int
+    state: int
+    rows: int
+
+
 class Worker(NamedTuple):
-    """One thread's part of a product alone (product.py): the fields of `Own` that `add_kept_rows` reads."""
+    """One thread's part of a product alone (product.py): the fields of `Own` that `add_kept_rows` uses."""
 
     thread: int
     threads: int
     index: Any
     all: Any
     room: Any
+    spans: Any
 
 
 class Own(NamedTuple):
     """The buffers of one thread: its copy of the residual stream, `hidden`; the list of the kept entries' places,
-    `index`, and that of all places, `all`, both int64; `room` for the columns of a packed matrix with padding; the rest
-    is for what its functions pass to each other."""
+    `index`, and that of all places, `all`, both int64; `room` for the columns of a packed matrix with padding; the part
+    of a phase that it has computed (a product or logits in `sums`, of a product the columns `spans`, see
+    `add_kept_rows`, and `counts` of kept entries, int64; attention's `tops`, `totals` and `parts`, as in `Shared`);
+    `candidates` of a choice; the rest is for what its functions pass to each other."""
 
     thread: int
     threads: int
@@ -230,6 +260,13 @@ class Own(NamedTuple):
     index: Any
     all: Any
     room: Any
+    spans: Any
+    counts: Any
+    sums: Any
+    tops: Any
+    totals: Any
+    parts: Any
+    candidates: Candidates
     mid: Any
     out: Any
     head: Any

@@ -57,6 +57,11 @@ def edges_of(segments: tuple[int, ...]) -> NDArray[np.int64]:
     return edges
 
 
+def spans() -> NDArray[np.int64]:
+    """Room for what `sites.add_kept_rows` notes of a part's columns."""
+    return np.zeros(1 + 2 * MOST_PROJECTIONS, np.int64)
+
+
 def limit_places(limits: NDArray[np.float32], start: int) -> NDArray[np.int64]:
     """Where the thresholds [P, K] of each projection begin, int64 [P], if they lie from `start` on. Equal neighbours
     get one place: that is how compiled code recognises that they share a list of kept entries."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import njit
 
-from teal_kernels.steps.cpu.layout import Limits, Rows
+from teal_kernels.steps.cpu.layout import WHOLE, Limits, Part, Rows
 from teal_kernels.steps.cpu.sites import EVERY, add_kept_rows
 
 
@@ -37,10 +37,12 @@ def multiply_each(
         own: `Worker` of this thread.
         kind: the dtype of the matrices, see intrinsics.py; codes, edges, packed, units: of them all, as in `Rows`.
         x: float32 [V, K]; thresholds float32 [V, P], limit_of int64 [V, P] and limits of each vector, as in `Limits`.
-        kept, partial: as `kept` and `parts` of `add_kept_rows`.
+        kept: as of `add_kept_rows`. partial: float32 [groups, columns].
     """
+    part = Part(own.thread, own.threads, len(partial), kept, 0, WHOLE, WHOLE)
+    out = partial[own.thread % len(partial)]
     for i in range(len(order)):
         vector = order[i]
         rows = Rows(addresses[i], edges, packed, units, codes)
         each = Limits(thresholds[vector], limit_of[vector], limits)
-        add_kept_rows(kind, rows, each, x[vector], x.shape[1], EVERY, kept, partial, own)
+        add_kept_rows(kind, rows, each, x[vector], x.shape[1], EVERY, kept, part, out, own)

@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from teal_kernels.steps.cpu.intrinsics import atomic_add, atomic_load
 from teal_kernels.steps.cpu.layout import (
+    CHOICE,
     CHOSEN,
     GREEDY,
     MOST_TOKENS,
     NUCLEUS,
+    RELEASED,
     ROPE_BYTES,
     STOPS,
     TOP_K,
     WANTED,
 )
-from teal_kernels.steps.cpu.sync import release
+from teal_kernels.steps.cpu.sync import begin_write, end_write, take_over, wait_a_little
 from teal_kernels.steps.cpu.vectors import LOWEST, compiled, exp, largest
 
 BLOCK = 64
@@ -34,32 +37,48 @@ _HALF_WORD, _LOW_WORD = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 @compiled
-def advance(order: Any, control: Any, draw: Any, logits: Any) -> tuple[bool, bool]:
-    """After a step of thread 0: chooses the next token, and releases the step that is fed with it, if there is one.
+def conclude(order: Any, control: Any, draw: Any, logits: Any, step: int, following: int, own: Any) -> bool:
+    """After the head of a step, whose number is `step`: the next token is chosen, and its step released, if one is
+    wanted. Thread 0 does that, or one that has waited too long for it. `following`: the phase after the head.
 
     Returns:
-        Whether there is a next step; whether a member sleeps through its release and must be woken.
+        Whether there is a next step.
     """
+    place, polls = np.int64(CHOICE), 0
+    while atomic_load(control, place) < 2 * step + 2:
+        if own.thread == 0 or own.threads == 1 or take_over(control, np.int64(0), 2 * following, polls):
+            chosen = np.int64(-1)
+            if draw.numbers[WANTED] != 0:
+                chosen = choose(draw, logits, draw.bits[draw.numbers[CHOSEN]], own.candidates)
+            if begin_write(control, place, step):
+                advance(order, control, draw, chosen)
+                end_write(control, place, step)
+        polls = wait_a_little(polls)
+    return atomic_load(control, RELEASED) > step + 1
+
+
+@compiled
+def advance(order: Any, control: Any, draw: Any, chosen: int) -> None:
+    """Notes the chosen token, and releases the step that is fed with it, if one is wanted."""
     numbers = draw.numbers
     if numbers[WANTED] == 0:
-        return False, False
-    chosen, done = choose(draw, logits, draw.bits[numbers[CHOSEN]]), numbers[CHOSEN]
+        return
+    done = numbers[CHOSEN]
     draw.tokens[done] = chosen
     numbers[CHOSEN] = done + 1
     stopped = chosen < 0 or done + 1 == numbers[WANTED]
     for i in range(numbers[STOPS]):
         stopped = stopped or draw.stops[i] == chosen
-    if stopped:
-        return False, False
-    order[0] = chosen
-    order[1] += 1
-    order[2] += numbers[ROPE_BYTES]
-    order[3] += numbers[ROPE_BYTES]
-    return True, release(control)
+    if not stopped:
+        order[0] = chosen
+        order[1] += 1
+        order[2] += numbers[ROPE_BYTES]
+        order[3] += numbers[ROPE_BYTES]
+        atomic_add(control, RELEASED, 1)
 
 
 @compiled
-def choose(draw: Any, logits: Any, bits: Any) -> int:
+def choose(draw: Any, logits: Any, bits: Any, room: Any) -> int:
     """The token; -1 where none can be chosen."""
     for logit in logits:
         if logit != logit:
@@ -74,20 +93,20 @@ def choose(draw: Any, logits: Any, bits: Any) -> int:
     temperature, top_k = draw.temperature[0], draw.numbers[TOP_K]
     lowest = peak - NEVER * temperature
     if 0 < top_k < len(logits):
-        lowest = max(lowest, least_of_largest(logits, top_k, draw.values))
-    count, total = weigh(draw, logits, lowest, peak, temperature)
+        lowest = max(lowest, least_of_largest(logits, top_k, room.values))
+    count, total = weigh(room, logits, lowest, peak, temperature)
     if draw.numbers[NUCLEUS] != 0:
-        lowest = nucleus(draw, count, upper_product(draw.bits[MOST_TOKENS], total) + np.uint64(1), peak)
+        lowest = nucleus(room, count, upper_product(draw.bits[MOST_TOKENS], total) + np.uint64(1), peak)
         total = np.uint64(0)
         for i in range(count):
-            if draw.values[i] >= lowest:
-                total += draw.weights[i]
+            if room.values[i] >= lowest:
+                total += room.weights[i]
     target, through = upper_product(bits, total), np.uint64(0)
     for i in range(count):
-        if draw.values[i] >= lowest:
-            through += draw.weights[i]
+        if room.values[i] >= lowest:
+            through += room.weights[i]
             if through > target:
-                return draw.places[i]
+                return room.places[i]
     return -1
 
 
@@ -122,7 +141,7 @@ def sift(heap: Any, size: int, value: Any) -> None:
 
 
 @compiled
-def weigh(draw: Any, logits: Any, lowest: Any, peak: Any, temperature: Any) -> tuple[int, Any]:
+def weigh(room: Any, logits: Any, lowest: Any, peak: Any, temperature: Any) -> tuple[int, Any]:
     """Lists places, values and weights of the logits from `lowest` on that weigh anything; their number and weight."""
     count, total = 0, np.uint64(0)
     for block in range(0, len(logits), BLOCK):
@@ -132,36 +151,36 @@ def weigh(draw: Any, logits: Any, lowest: Any, peak: Any, temperature: Any) -> t
         for i in range(len(part)):
             if part[i] >= lowest:
                 weight = np.uint64(np.int64(exp((part[i] - peak) / temperature) * ONE_WEIGHT))
-                draw.places[count], draw.values[count], draw.weights[count] = block + i, part[i], weight
+                room.places[count], room.values[count], room.weights[count] = block + i, part[i], weight
                 count, total = count + int(weight > 0), total + weight
     return count, total
 
 
 @compiled
-def nucleus(draw: Any, count: int, wanted: Any, peak: Any) -> Any:
+def nucleus(room: Any, count: int, wanted: Any, peak: Any) -> Any:
     """The largest number from which on the listed values weigh at least `wanted`; halves the interval until no float32
     lies in it."""
-    if heavier(draw, count, peak, wanted):
+    if heavier(room, count, peak, wanted):
         return peak
     low, high = peak, peak
     for i in range(count):
-        low = min(low, draw.values[i])
+        low = min(low, room.values[i])
     while True:
         middle = low * HALF + high * HALF
         if middle <= low or middle >= high:
             return low
-        if heavier(draw, count, middle, wanted):
+        if heavier(room, count, middle, wanted):
             low = middle
         else:
             high = middle
 
 
 @compiled
-def heavier(draw: Any, count: int, least: Any, wanted: Any) -> bool:
+def heavier(room: Any, count: int, least: Any, wanted: Any) -> bool:
     """Whether the listed values from `least` on weigh at least `wanted`."""
     total = np.uint64(0)
     for i in range(count):
-        total += draw.weights[i] if draw.values[i] >= least else np.uint64(0)
+        total += room.weights[i] if room.values[i] >= least else np.uint64(0)
     return total >= wanted
 
 

@@ -1,4 +1,4 @@
-"""The four products of a layer, divided among threads: captured input, list of kept entries, partial sums.
+"""The four products of a layer, divided into parts: list of kept entries, partial sums, captured input.
 
 Memory bandwidth decides how a product is divided: threads that each read half of every 1 KB row get half the bandwidth
 of threads that each read half of the rows, whole. So the threads divide the columns as long as each still has PIECE
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.spec import SITES, columns
-from teal_kernels.steps.cpu.intrinsics import atomic_add, fetch, get, item_bytes, narrow, put
+from teal_kernels.steps.cpu.intrinsics import atomic_add, atomic_load, fetch, get, item_bytes, narrow, put
 from teal_kernels.steps.cpu.layout import (
     ATTN_OUT,
     DOWN,
@@ -59,37 +59,12 @@ MATRIX = (QKV, ATTN_OUT, GATE_UP, DOWN)
 
 @compiled
 def multiply(
-    kind: Any,
-    site: int,
-    layer: int,
-    x: Any,
-    count: int,
-    channels: tuple[int, int],
-    weights: Any,
-    shared: Any,
-    parts: Any,
-    own: Any,
-) -> None:
-    """This thread's part of the product of a site's vector x float32 [count] with its matrix (`add_kept_rows`), and its
-    share of the captured row.
-
-    Args:
-        channels: those that `own_channels` gives, where this thread knows x there only; `EVERY` where it knows all.
-    """
+    kind: Any, site: int, layer: int, x: Any, count: int, channels: tuple[int, int], weights: Any, shared: Any,
+    part: Any, own: Any,
+) -> bool:  # fmt: skip
+    """own.sums = a part of the product of a site's vector x float32 [count] with its matrix; the rest as of
+    `add_kept_rows`."""
     begin, end = FIRST[site], LAST[site]
-    thresholds = shared.thresholds[layer, begin:end]
-    if shared.rows[site, 0] != NONE:
-        row, lowest = shared.rows[site, 0] + layer * shared.rows[site, 1], shared.lowest_of[layer, site]
-        if channels == EVERY:
-            first, last = share(count, own.thread, own.threads)
-        else:
-            groups = len(parts)
-            first, last = share(channels[1] - channels[0], own.thread // groups, own.threads // groups)
-            first, last = channels[0] + first, channels[0] + last
-        if lowest == SINGLE:
-            capture(kind, row, x, first, last, thresholds)
-        else:
-            record_each(kind, x, first, last, shared.limits[lowest : lowest + count], row)
     rows = Rows(
         weights.tensors[layer, MATRIX[site]],
         weights.edges[site],
@@ -97,40 +72,73 @@ def multiply(
         weights.units[layer, site],
         weights.codes,
     )
-    limits = Limits(thresholds, shared.limit_of[layer, begin:end], shared.limits)
-    add_kept_rows(kind, rows, limits, x, count, channels, shared.kept[layer, begin:end], parts, own)
+    limits = Limits(shared.thresholds[layer, begin:end], shared.limit_of[layer, begin:end], shared.limits)
+    own.counts[:] = 0
+    return add_kept_rows(kind, rows, limits, x, count, channels, own.counts, part, own.sums, own)
 
 
 @compiled
-def own_channels(count: int, parts: Any, own: Any) -> tuple[int, int]:
-    """The range of `count` channels that belongs to this thread's group, where a product is divided by kept rows."""
-    return share(count, own.thread % len(parts), len(parts))
+def hand_over(
+    kind: Any, site: int, layer: int, x: Any, count: int, channels: tuple[int, int], shared: Any, sums: Any, part: Any,
+    own: Any,
+) -> None:  # fmt: skip
+    """After `multiply`: its columns for all to see in `sums`, the kept entries counted, and the part's share of the
+    captured row written, if one is captured. Arguments as of `multiply`; sums: float32 [groups, columns]."""
+    begin, end = FIRST[site], LAST[site]
+    kept = shared.kept[layer, begin:end]
+    group = sums[part.number % part.groups]
+    for span in range(own.spans[0]):
+        for i in range(own.spans[2 * span + 1], own.spans[2 * span + 2]):
+            group[i] = own.sums[i]
+    for projection in range(end - begin):
+        if own.counts[projection] != 0:
+            atomic_add(kept, projection, own.counts[projection])
+    if shared.rows[site, 0] != NONE:
+        row, lowest = shared.rows[site, 0] + layer * shared.rows[site, 1], shared.lowest_of[layer, site]
+        if channels == EVERY:
+            first, last = share(count, part.number, part.parts)
+        else:
+            first, last = share(channels[1] - channels[0], part.number // part.groups, part.parts // part.groups)
+            first, last = channels[0] + first, channels[0] + last
+        if lowest == SINGLE:
+            capture(kind, row, x, first, last, shared.thresholds[layer, begin:end])
+        else:
+            record_each(kind, x, first, last, shared.limits[lowest : lowest + count], row)
+
+
+@compiled
+def own_channels(count: int, part: Any) -> tuple[int, int]:
+    """The range of `count` channels that belongs to a part's group, where a product is divided by kept rows."""
+    return share(count, part.number % part.groups, part.groups)
 
 
 @compiled
 def add_kept_rows(
-    kind: Any, rows: Any, limits: Any, x: Any, count: int, channels: tuple[int, int], kept: Any, parts: Any, own: Any
-) -> None:
-    """This thread's part of (x where |x| > threshold) @ matrix.
+    kind: Any, rows: Any, limits: Any, x: Any, count: int, channels: tuple[int, int], kept: Any, part: Any, out: Any,
+    own: Any,
+) -> bool:  # fmt: skip
+    """A part of (x where |x| > threshold) @ matrix. False: it was given up, see `Part`.
 
     Neighbouring projections with the same thresholds share one list of kept entries.
 
     Args:
         rows, limits: `Rows` and `Limits` of P projections.
         x: float32, `count` channels.
-        channels: those of which this thread's group adds all kept rows; `EVERY`: the groups share the kept rows of all
-            channels evenly.
-        kept: int64 [P], to which the number of entries that each projection keeps is added.
-        parts: float32 [row groups, columns of the matrix], written.
-        own: thread, threads, index, all and room as in `Own`.
+        channels: those of which the part's group adds all kept rows, where this thread may know x there only; `EVERY`:
+            the groups share the kept rows of all channels evenly, and this thread knows them all.
+        kept: int64 [P], to which one part of each group adds the number of entries that each projection keeps.
+        out: float32 [columns of the matrix]; the part's columns are written.
+        own: index, all and room as in `Own`; spans int64 [1 + 2 * MOST_PROJECTIONS]: receives how many ranges the
+            part's columns are, and where each begins and ends.
     """
     thresholds, limit_of, edges = limits.thresholds, limits.limit_of, rows.edges
     projections = len(thresholds)
-    width, size, groups = edges[projections], item_bytes(kind), len(parts)
-    group, column, shares = own.thread % groups, own.thread // groups, own.threads // groups
+    width, size, groups = edges[projections], item_bytes(kind), part.groups
+    group, column, shares = part.number % groups, part.number // groups, part.parts // groups
     first_channel, last_channel = (0, count) if channels == EVERY else channels
     found, places = last_channel - first_channel, own.all[first_channel:]
     segment, listed = 0, np.float32(np.nan)
+    own.spans[0] = 0
     while segment < projections:
         following = segment + 1
         while (
@@ -147,9 +155,9 @@ def add_kept_rows(
         elif thresholds[segment] >= ZERO and thresholds[segment] != listed:
             listed = thresholds[segment]
             found, places = compact(x, first_channel, last_channel, listed, own.index), own.index
-        if own.thread == 0 or (column == 0 and channels != EVERY):
+        if part.number == 0 or (column == 0 and channels != EVERY):
             for projection in range(segment, following):
-                atomic_add(kept, projection, found)
+                kept[projection] += found
         begin, end = 0, found
         if channels == EVERY:
             begin, end = found * group // groups, found * (group + 1) // groups
@@ -157,20 +165,34 @@ def add_kept_rows(
         if rows.packed[FORM] == PLAIN:
             first, last = share(edges[following] - edges[segment], column, shares)
             first, last = edges[segment] + first, edges[segment] + last
-            out = parts[group, first : max(first, last)]
-            out[:] = ZERO
-            add_rows(kind, rows.address + first * size, width * size, index, end - begin, x, last - first, out)
+            mine = out[first : max(first, last)]
+            note_span(own, first, max(first, last))
+            mine[:] = ZERO
+            address = rows.address + first * size
+            for at in range(0, len(index), part.rows):
+                if atomic_load(part.control, part.place) > part.state:
+                    return False
+                some = index[at : at + part.rows]
+                add_rows(kind, address, width * size, some, len(some), x, last - first, mine)
         else:
             units = rows.units
             while segment < following:
                 stop = adjacent_end(edges, units, segment, following)
-                out = parts[group, edges[segment] : edges[stop]]
-                add_packed(
+                if not add_packed(
                     rows.codes.int8, rows.codes.int4, rows.address, rows.packed, units[segment], units[stop], index, x,
-                    out, column, shares, own,
-                )  # fmt: skip
+                    out[edges[segment] : edges[stop]], edges[segment], column, shares, part, own,
+                ):  # fmt: skip
+                    return False
                 segment = stop
         segment = following
+    return True
+
+
+@compiled
+def note_span(own: Any, first: int, last: int) -> None:
+    at = 2 * own.spans[0]
+    own.spans[at + 1], own.spans[at + 2] = first, last
+    own.spans[0] += 1
 
 
 @compiled
@@ -184,45 +206,41 @@ def adjacent_end(edges: Any, units: Any, segment: int, following: int) -> int:
 
 @compiled
 def add_packed(
-    int8: Any,
-    int4: Any,
-    weight: int,
-    packed: Any,
-    begin: int,
-    end: int,
-    index: Any,
-    x: Any,
-    out: Any,
-    column: int,
-    shares: int,
-    own: Any,
-) -> None:
-    """out = this thread's columns of the sum over k of x[k] * row k of a packed matrix, for k in `index`.
+    int8: Any, int4: Any, weight: int, packed: Any, begin: int, end: int, index: Any, x: Any, out: Any, edge: int,
+    column: int, shares: int, part: Any, own: Any,
+) -> bool:  # fmt: skip
+    """out = one share of the columns of the sum over k of x[k] * row k of a packed matrix, for k in `index`.
 
     Args:
         int8, int4: of `Codes`. Arguments of their own: numba leaves out a branch if an *argument* is None.
         packed: the matrix's row of `Weights.packed`; begin, end: the units of the wanted columns.
         out: float32, the wanted columns; the last of them may lie in a unit that has padding.
+        edge: the matrix's column that out[0] is.
+        column, shares: which share of the columns, of how many. part, own: as of `add_kept_rows`.
     """
     step = max(1, (1 << packed[GROUP]) // PACKED_UNIT)
     blocks = (end - begin) // step
     first, last = blocks * column // shares * step, blocks * (column + 1) // shares * step
     units = last - first
     if units == 0:
-        return
+        return True
     padded = PACKED_UNIT * last > len(out)
     sums = own.room[: PACKED_UNIT * units] if padded else out[PACKED_UNIT * first : PACKED_UNIT * last]
     sums[:] = ZERO
     at = begin + first
     scales = weight + packed[SCALES_AT] + (PACKED_UNIT * at >> packed[GROUP]) * 2
+    base = weight + at * PACKED_UNIT * packed[FORM] // 8
     stride, group = packed[STRIDE], packed[GROUP]
-    add_picked(
-        int8, int4, packed[FORM], weight + at * PACKED_UNIT * packed[FORM] // 8, scales, stride, group, index, x, units,
-        sums,
-    )  # fmt: skip
+    for done in range(0, len(index), part.rows):
+        if atomic_load(part.control, part.place) > part.state:
+            return False
+        some = index[done : done + part.rows]
+        add_picked(int8, int4, packed[FORM], base, scales, stride, group, some, x, units, sums)
+    note_span(own, edge + PACKED_UNIT * first, edge + min(PACKED_UNIT * last, len(out)))
     if padded:
         for i in range(len(out) - PACKED_UNIT * first):  # a slice would be copied first
             out[PACKED_UNIT * first + i] = sums[i]
+    return True
 
 
 @compiled

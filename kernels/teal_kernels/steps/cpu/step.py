@@ -1,9 +1,9 @@
 """The decode step that every thread runs: all layers and the head for one token, with no Python in between.
 
 Each thread reads its share of every matrix. What is cheap and needed as a whole (the residual stream, norms,
-thresholds, lists of kept entries) is computed by every thread for itself, which saves a barrier each; five barriers per
-layer remain, where the product of one matrix becomes the input of the next. Results do not depend on timing: every sum
-has a fixed order.
+thresholds, lists of kept entries) is computed by every thread for itself, which saves a barrier each; five phases per
+layer remain, where the product of one matrix becomes the input of the next. Results do not depend on timing, nor on
+which thread has computed a part (parts.py): every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from teal_kernels.spec import SITES, Geometry
-from teal_kernels.steps.cpu.attention import TILE, attend, join_parts, parts_for, prefetch_keys
+from teal_kernels.steps.cpu.attention import TILE, join_parts, parts_for
 from teal_kernels.steps.cpu.heads import TOGETHER
-from teal_kernels.steps.cpu.intrinsics import fetch, item_bytes, narrow, put
+from teal_kernels.steps.cpu.intrinsics import fetch, narrow, put
 from teal_kernels.steps.cpu.layout import (
     ATTN_NORM,
     ATTN_POST_NORM,
@@ -27,7 +27,6 @@ from teal_kernels.steps.cpu.layout import (
     FIELDS,
     FORM,
     GROUP,
-    HEAD,
     MEMBERS,
     MLP_NORM,
     MLP_POST_NORM,
@@ -45,6 +44,7 @@ from teal_kernels.steps.cpu.layout import (
     TABLE_UNITS,
     TENSORS,
     Cache,
+    Candidates,
     Codes,
     Draw,
     Norm,
@@ -55,81 +55,97 @@ from teal_kernels.steps.cpu.layout import (
     Token,
     Weights,
 )
-from teal_kernels.steps.cpu.matrices import edges_of, row_groups
-from teal_kernels.steps.cpu.packed_rows import dot_packed_rows
-from teal_kernels.steps.cpu.rows import STREAM, dot_rows
-from teal_kernels.steps.cpu.sample import advance
+from teal_kernels.steps.cpu.matrices import MOST_PROJECTIONS, edges_of, row_groups, spans
+from teal_kernels.steps.cpu.parts import (
+    IN_DOWN,
+    IN_GATE_UP,
+    IN_HEAD,
+    IN_OUT,
+    IN_QKV,
+    run_phase,
+)
+from teal_kernels.steps.cpu.sample import conclude
 from teal_kernels.steps.cpu.sites import (
-    EVERY,
     SITE_ATTN_IN,
     SITE_ATTN_OUT,
     SITE_MLP_IN,
     SITE_MLP_MID,
     ZERO,
-    activate,
     add_picked,
     add_product,
-    multiply,
-    own_channels,
-    share,
 )
-from teal_kernels.steps.cpu.sync import await_release, barrier
+from teal_kernels.steps.cpu.sync import OVER, await_members, await_release, leave_stream, rejoin
 from teal_kernels.steps.cpu.sync import release as release
-from teal_kernels.steps.cpu.vectors import ONE, cap_all, compiled, rms_norm
+from teal_kernels.steps.cpu.vectors import ONE, compiled, merged, rms_norm
 from teal_kernels.traits import GELU_TANH, LLAMA, Traits
 
-BARRIERS, BARRIERS_PER_LAYER = 1, 5
-"""Barriers of a step: outside of the layers, and in each layer."""
+PHASES = 5
+"""Phases of a layer; the head is one more."""
 
 
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
-def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> bool:
-    """For thread 0, the caller's: its part of the step that was released, and of those that it releases for the tokens
-    that it chooses (`shared.draw`); returns when all threads have ended theirs, or True when it has released one for
-    which members must be woken first.
+def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
+    """For thread 0, the caller's: its part of the step that was released, and of those that follow for the tokens that
+    are chosen (`shared.draw`); returns when all threads have ended theirs.
     For a member: its part of every step that is released; returns when it has waited too long for the next.
 
     A step leaves logits in shared.logits, the new keys and values in the cache, rows where asked. Arguments: layout.py.
     """
-    control, threads = shared.control, own.threads
+    control, phases = shared.control, PHASES * shape.layers + 1
     while own.thread == 0 or await_release(control, own.thread):
-        order = shared.order
-        token, cache = Token(order[0], order[1], order[2], order[3]), Cache(order[4], order[5], order[6], order[7])
-        rounds = (control[RELEASED] - 1) * (BARRIERS + BARRIERS_PER_LAYER * shape.layers)
-        embed(kind, weights, token.token, shape.hidden, own)
-        for layer in range(shape.layers):
-            tensors, rope = weights.tensors[layer], weights.ropes[layer]
-            turned = Token(token.token, token.position, token.cos + rope, token.sin + rope)
-            rms_norm(kind, own.hidden, shape.hidden, tensors[ATTN_NORM], weights.norm, own.x)
-            multiply(kind, SITE_ATTN_IN, layer, own.x, shape.hidden, EVERY, weights, shared, shared.qkv, own)
-            prefetch_keys(kind, shape, weights, cache, layer, token, shared.totals.shape[1], own)
-            rounds = barrier(control, threads, rounds)
-            attend(kind, shape, weights, cache, layer, turned, shared, own)
-            rounds = barrier(control, threads, rounds)
-            join_parts(kind, shape, shared, own.x)
-            wide = shape.heads * shape.head_dim
-            multiply(kind, SITE_ATTN_OUT, layer, own.x, wide, EVERY, weights, shared, shared.attn_out, own)
-            rounds = barrier(control, threads, rounds)
-            add_product(
-                kind, own.hidden, shape.hidden, shared.attn_out, tensors[O_BIAS], tensors[ATTN_POST_NORM], weights, own
-            )
-            rms_norm(kind, own.hidden, shape.hidden, tensors[MLP_NORM], weights.norm, own.x)
-            multiply(kind, SITE_MLP_IN, layer, own.x, shape.hidden, EVERY, weights, shared, shared.gate_up, own)
-            rounds = barrier(control, threads, rounds)
-            mine = own_channels(shape.intermediate, shared.down, own)
-            activate(kind, mine, shape.intermediate, shared.gate_up, weights.rules, own)
-            multiply(kind, SITE_MLP_MID, layer, own.mid, shape.intermediate, mine, weights, shared, shared.down, own)
-            rounds = barrier(control, threads, rounds)
-            add_product(kind, own.hidden, shape.hidden, shared.down, NONE, tensors[MLP_POST_NORM], weights, own)
-        rms_norm(kind, own.hidden, shape.hidden, weights.final_norm, weights.norm, own.x)
-        head(kind, shape, weights, own, shared.logits)
-        control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
-        barrier(control, threads, rounds)
+        phase, begins = (control[RELEASED] - 1) * phases, True
+        while phase != OVER:
+            order, step = shared.order, phase // phases
+            token, cache = Token(order[0], order[1], order[2], order[3]), Cache(order[4], order[5], order[6], order[7])
+            if begins:
+                embed(kind, weights, token.token, shape.hidden, own)
+            begins = run_layers(kind, phase, token, cache, shape, weights, shared, own)
+            if not begins:
+                phase = rejoin(control, own.thread, phase, own.hidden, shared.stream)
+            else:
+                following = conclude(shared.order, control, shared.draw, shared.logits, step, (step + 1) * phases, own)
+                phase = (step + 1) * phases if following else OVER
         if own.thread == 0:
-            following, asleep = advance(shared.order, control, shared.draw, shared.logits)
-            if asleep or not following:
-                return asleep
-    return False
+            await_members(control, own.threads)
+            break
+        control[MEMBERS + PLACES * own.thread + DONE] = control[RELEASED]
+
+
+@merged
+def run_layers(kind: Any, phase: int, token: Any, cache: Any, shape: Any, weights: Any, shared: Any, own: Any) -> bool:
+    """The layers from the one on whose first phase is given, and the head. False: this thread was late in some phase,
+    or the step was abandoned."""
+    whole = PHASES * shape.layers + 1
+    for within in range(phase % whole, whole):
+        layer, what = within // PHASES, within % PHASES
+        if layer == shape.layers:
+            what = IN_HEAD
+        prepare(kind, what, phase, layer, shape, weights, shared, own)
+        if not run_phase(kind, what, phase, layer, token, cache, shape, weights, shared, own):
+            return False
+        if what in (IN_OUT, IN_DOWN):
+            tensors = weights.tensors[layer]
+            bias, norm, sums = tensors[O_BIAS], tensors[ATTN_POST_NORM], shared.attn_out
+            if what == IN_DOWN:
+                bias, norm, sums = NONE, tensors[MLP_POST_NORM], shared.down
+            add_product(kind, own.hidden, shape.hidden, sums, bias, norm, weights, own)
+        phase += 1
+    return True
+
+
+@compiled
+def prepare(kind: Any, what: int, phase: int, layer: int, shape: Any, weights: Any, shared: Any, own: Any) -> None:
+    """own.x = the input of a phase, where one is needed by all parts."""
+    if what == IN_OUT:
+        join_parts(kind, shape, shared, own.x)
+    elif what in (IN_QKV, IN_GATE_UP, IN_HEAD):
+        weight = weights.final_norm
+        if what == IN_QKV:
+            leave_stream(shared.control, phase, own.threads, own.hidden, shared.stream)
+            weight = weights.tensors[layer, ATTN_NORM]
+        elif what == IN_GATE_UP:
+            weight = weights.tensors[layer, MLP_NORM]
+        rms_norm(kind, own.hidden, shape.hidden, weight, weights.norm, own.x)
 
 
 @compiled
@@ -149,39 +165,6 @@ def embed(kind: Any, weights: Any, token: int, count: int, own: Any) -> None:
     )  # fmt: skip
     for i in range(count):
         own.hidden[i] = narrow(kind, narrow(kind, own.room[i]) * scale)
-
-
-@compiled
-def head(kind: Any, shape: Any, weights: Any, own: Any, logits: Any) -> None:
-    """This thread's share of logits = lm_head @ own.x, not rounded."""
-    first, last = share(shape.vocab, own.thread, own.threads)
-    table, rules = weights.tables[HEAD], weights.rules
-    if table[FORM] == PLAIN:
-        row = shape.hidden * item_bytes(kind)
-        own_rows = weights.lm_head + first * row
-        dot_rows(kind, own_rows, row, last - first, own.x, shape.hidden, logits[first:last], STREAM)
-    else:
-        own.room[:] = ZERO
-        for i in range(shape.hidden):
-            own.room[i] = own.x[i]
-        codes = weights.codes
-        dot_packed(codes.int8, codes.int4, table, weights.lm_head + first * table[STRIDE], own.room, logits[first:last])
-    if rules.logit_scale != ONE:
-        for i in range(first, last):
-            logits[i] *= rules.logit_scale
-    if rules.logit_cap != ZERO:
-        cap_all(logits[first:last], last - first, ONE, rules.logit_cap)
-
-
-@compiled
-def dot_packed(int8: Any, int4: Any, table: Any, base: int, x: Any, out: Any) -> None:
-    """out = x . each row of a packed table, from the row at `base` on; x is zero beyond the width of the rows.
-    int8, int4 as in `add_packed`."""
-    scales, stride, group, units = base + table[SCALES_AT], table[STRIDE], table[GROUP], table[TABLE_UNITS]
-    if int8 is not None and table[FORM] == 8:
-        dot_packed_rows(int8, base, scales, stride, group, len(out), x, units, out, STREAM)
-    if int4 is not None and table[FORM] == 4:
-        dot_packed_rows(int4, base, scales, stride, group, len(out), x, units, out, STREAM)
 
 
 def site_edges(geometry: Geometry) -> NDArray[np.int64]:
@@ -225,10 +208,8 @@ def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[in
             bits=np.zeros(MOST_TOKENS + 1, np.uint64),
             stops=np.zeros(MOST_STOPS, np.int64),
             tokens=np.zeros(MOST_TOKENS, np.int64),
-            places=np.zeros(shape.vocab, np.int64),
-            values=np.zeros(shape.vocab, np.float32),
-            weights=np.zeros(shape.vocab, np.uint64),
         ),
+        stream=np.zeros(shape.hidden, np.float32),
         qkv=parts(SITE_ATTN_IN, (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
         tops=np.zeros(heads, np.float32),
         totals=np.zeros(heads, np.float32),
@@ -245,6 +226,8 @@ def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[in
 def own_buffers(thread: int, threads: int, shape: Shape, padded: int = 0) -> Own:
     """One thread's record. `padded`: the most columns that a packed matrix or table has, with padding."""
     longest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    widest = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    heads = shape.heads, parts_for(threads, shape.kv_heads)
     return Own(
         thread,
         threads,
@@ -253,6 +236,15 @@ def own_buffers(thread: int, threads: int, shape: Shape, padded: int = 0) -> Own
         index=np.zeros(longest, np.int64),
         all=np.arange(max(longest, TILE)),
         room=np.zeros(padded, np.float32),
+        spans=spans(),
+        counts=np.zeros(MOST_PROJECTIONS, np.int64),
+        sums=np.zeros(max(longest, widest, 2 * shape.intermediate, shape.vocab), np.float32),
+        tops=np.zeros(heads, np.float32),
+        totals=np.zeros(heads, np.float32),
+        parts=np.zeros((*heads, shape.head_dim), np.float32),
+        candidates=Candidates(
+            np.zeros(shape.vocab, np.int64), np.zeros(shape.vocab, np.float32), np.zeros(shape.vocab, np.uint64)
+        ),
         mid=np.zeros(shape.intermediate, np.float32),
         out=np.zeros(longest, np.float32),
         head=np.zeros(shape.head_dim, np.float32),

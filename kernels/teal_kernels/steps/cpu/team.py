@@ -26,8 +26,7 @@ class Team:
     Args:
         control: int64 [MEMBERS + PLACES * size], zeros; see `layout.Shared`.
         release: lets members begin a step; returns whether any must be woken (sync.release).
-        work: of a thread by its number; returns whether it has released a step for which members must be woken, see
-            step.run. It must not refer to the owner of this team.
+        work: of a thread by its number, see step.run. It must not refer to the owner of this team.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class Team:
         size: int,
         control: NDArray[np.int64],
         release: Callable[[NDArray[np.int64]], bool],
-        work: Callable[[int], bool],
+        work: Callable[[int], None],
     ) -> None:
         self.size = size
         self._control, self._release, self._work = control, release, work
@@ -44,8 +43,7 @@ class Team:
     def _begin(self) -> None:
         """Starts the members, asleep; in a forked process anew, where those of the parent are not."""
         self._process = os.getpid()
-        self._control[:] = 0
-        self._control[MEMBERS + PARKED :: PLACES] = 1
+        self._reset()
         self._members = [_Member(thread, self._work) for thread in range(1, self.size)]
         self._finalizer = weakref.finalize(self, _dismiss, self._members)
 
@@ -66,15 +64,19 @@ class Team:
         if self._control[ABANDON]:  # a second Ctrl-C interrupted _abandon
             self._abandon()
         try:
-            asleep, released = self._release(self._control), True
-            while released:
-                for member in self._members if asleep else ():
-                    if self._control[MEMBERS + PLACES * member.thread + PARKED]:
-                        member.wake()
-                asleep = released = self._work(0)
+            asleep = self._release(self._control)
+            for member in self._members if asleep else ():
+                if self._control[MEMBERS + PLACES * member.thread + PARKED]:
+                    member.wake()
+            self._work(0)
         except BaseException:
             self._abandon()
             raise
+
+    def _reset(self) -> None:
+        """Nothing was released, and all members sleep."""
+        self._control[:] = 0
+        self._control[MEMBERS + PLACES + PARKED :: PLACES] = 1
 
     def close(self) -> None:
         """Ends the threads; also done when the team is no longer referenced."""
@@ -85,18 +87,17 @@ class Team:
         control[ABANDON] = 1
         for member in self._members:
             member.wake()
-        # Done is not enough: a member may still poll the last barrier, whose count is reset below.
+        # Done is not enough: a member may still poll for the next release, whose count is reset below.
         done, parked = control[MEMBERS + PLACES + DONE :: PLACES], control[MEMBERS + PLACES + PARKED :: PLACES]
         while (done != control[RELEASED]).any() or not parked.all():
             time.sleep(0.001)
-        control[:MEMBERS] = 0
-        control[MEMBERS + DONE :: PLACES] = 0
+        self._reset()
 
 
 class _Member:
     """One waiting thread."""
 
-    def __init__(self, thread: int, work: Callable[[int], bool]) -> None:
+    def __init__(self, thread: int, work: Callable[[int], None]) -> None:
         self.thread = thread
         self._work = work
         self._calls: SimpleQueue[bool] = SimpleQueue()

@@ -35,6 +35,9 @@ EXP_2, EXP_3, EXP_4, EXP_5, EXP_6, EXP_7 = (
 
 INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
 compiled = njit(**INNER)
+merged = njit(**INNER, inline="always")
+"""For a long function with one caller: compiled as a part of that, since LLVM goes through what a function calls once
+more for every caller above it."""
 contracted = njit(**INNER, fastmath={"contract"})
 reordered = njit(**INNER, fastmath={"contract", "reassoc", "nsz"})
 """Only the last one lets LLVM sum in vector lanes; none lets it assume that NaN or infinity do not occur."""
