@@ -112,14 +112,15 @@ def check_logits(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Check:
 def check_greedy(logits: Tensor, tokens: Tensor, bits: int = 16) -> Check:
     """Whether each token is the most likely one, or all but: how far its logit lies below the best, in standard
     deviations of its step's logits. Other arithmetic may choose otherwise only between near equals; weights that were
-    rounded to 4 bits may between more, but a wrong model lies several deviations behind.
+    rounded to 4 bits may between more (one token of 128 of llama.cpp's Q4_0 of SmolLM2-135M lies 1.01 behind), but a
+    wrong model lies several deviations behind.
 
     Args:
         logits: [steps, vocab] of our dense model along these tokens; tokens: int64 [steps].
         bits: of a weight of ours or of the engine's, whichever are fewer.
     """
     behind = logits.amax(-1) - logits.gather(-1, tokens[:, None])[:, 0]
-    return Check(float((behind / logits.std(-1)).amax()), 0.25 if bits >= 8 else 1.0)
+    return Check(float((behind / logits.std(-1)).amax()), 0.25 if bits >= 8 else 1.5)
 
 
 def _relative_error(got: Tensor, wanted: Tensor) -> float:
