@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.steps.cpu.heads import TOGETHER, add_together, dot_together
-from teal_kernels.steps.cpu.intrinsics import item_bytes, narrow, store
+from teal_kernels.steps.cpu.intrinsics import get, item_bytes, narrow, put, store
 from teal_kernels.steps.cpu.layout import K_NORM, NONE, Q_NORM, QKV_BIAS
 from teal_kernels.steps.cpu.rows import prefetch_bytes
 from teal_kernels.steps.cpu.sites import collect
@@ -130,8 +130,9 @@ def hand_over_sums(shape: Any, number: int, shared: Any, own: Any) -> None:
         for head in range(item // parts * group, (item // parts + 1) * group):
             part = item % parts
             shared.tops[head, part], shared.totals[head, part] = own.tops[head, part], own.totals[head, part]
+            there, here = shared.mixed[head, part], own.parts[head, part]
             for i in range(shape.head_dim):
-                shared.mixed[head, part, i] = own.parts[head, part, i]
+                put(there, i, get(here, i))
 
 
 @compiled

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.steps.cpu.attention import append_all, attend, hand_over_sums, prefetch_keys
-from teal_kernels.steps.cpu.intrinsics import atomic_load, atomic_replace, item_bytes
+from teal_kernels.steps.cpu.intrinsics import atomic_load, atomic_replace, get, item_bytes, put
 from teal_kernels.steps.cpu.layout import (
     ABANDON,
     APPENDED,
@@ -117,7 +117,7 @@ def compute(
             control, place, phase, number, own
         ):
             for i in range(last - first):
-                shared.logits[first + i] = own.sums[i]
+                put(shared.logits, first + i, get(own.sums, i))
             end_write(control, place, phase)
     else:
         site, x, count, sums = SITE_ATTN_IN, own.x, shape.hidden, shared.qkv

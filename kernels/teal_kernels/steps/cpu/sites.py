@@ -89,7 +89,7 @@ def hand_over(
     group = sums[part.number % part.groups]
     for span in range(own.spans[0]):
         for i in range(own.spans[2 * span + 1], own.spans[2 * span + 2]):
-            group[i] = own.sums[i]
+            put(group, i, get(own.sums, i))
     for projection in range(end - begin):
         if own.counts[projection] != 0:
             atomic_add(kept, projection, own.counts[projection])
