@@ -7,7 +7,7 @@ into text, and a capture, if one is given, takes the vectors of each step.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from teal_kernels.spec import PROJECTIONS
 
 _AT_ONCE_S, _AT_ONCE = 0.05, 16
 """Tokens that are decoded at once are those of so many seconds, and at most so many: text still flows, Ctrl-C is
-noticed soon, and a caller that ends early leaves few of them unused."""
+noticed soon, and a caller that ends early has waited for few that it does not take, which are not counted."""
 
 
 class Capture(Protocol):
@@ -172,10 +172,10 @@ class Decoder:
         position, end = len(prompt), len(prompt) + max_new_tokens - 1
         while position < end and token not in stop:
             if capture is None:
-                tokens = self._follow(token, position, choose, end - position, stop)
+                tokens = yield from self._follow(token, position, choose, end - position, stop)
             else:
                 tokens = [self._next(token, position, sequence, choose, capture)]
-            yield from tokens
+                yield from tokens
             position, token = position + len(tokens), tokens[-1]
 
     @torch.inference_mode()
@@ -216,17 +216,40 @@ class Decoder:
         self.tally.context += position + 1
         return chosen
 
+    def _follow(
+        self, token: int, position: int, choose: Choose, left: int, stop: Collection[int]
+    ) -> Generator[int, None, list[int]]:
+        """As many tokens as nobody would wait for, decoded at once, and at most `left`; returns them, too. If the
+        caller ends early, steps whose tokens it has not taken are not counted."""
+        tokens, seconds = self._decode(token, position, choose, left, stop)
+        taken = 0
+        try:
+            for token in tokens:
+                taken += 1
+                yield token
+            return tokens
+        finally:
+            unused = len(tokens) - taken
+            if unused:
+                self.step.take_back(unused)
+                self.tally.decode_s -= seconds * unused / len(tokens)
+                self.tally.steps -= unused
+                self.tally.context -= sum(range(position + 1 + taken, position + 1 + len(tokens)))
+
     @torch.inference_mode()
-    def _follow(self, token: int, position: int, choose: Choose, left: int, stop: Collection[int]) -> list[int]:
-        """As many tokens at once as nobody would wait for, and at most `left`."""
+    def _decode(
+        self, token: int, position: int, choose: Choose, left: int, stop: Collection[int]
+    ) -> tuple[list[int], float]:
+        """Some tokens, and how many seconds they took."""
         tally = self.tally
         count = int(_AT_ONCE_S * tally.tokens_per_s)
         start = time.perf_counter()
         tokens = self.step.follow(token, position, choose, max(1, min(count, left, _AT_ONCE)), stop)
-        tally.decode_s += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        tally.decode_s += seconds
         tally.steps += len(tokens)
         tally.context += sum(range(position + 1, position + 1 + len(tokens)))
-        return tokens
+        return tokens, seconds
 
     def mean_kept(self) -> NDArray[np.float64] | None:
         """Kept entries of a mean step, float64 [layers, 7]; None for a dense step, or before the first one."""

@@ -76,6 +76,10 @@ class Step(Protocol):
         """
         ...
 
+    def take_back(self, count: int) -> None:
+        """Count the last steps of `follow` as not done: nobody has taken their tokens."""
+        ...
+
     def kept(self) -> NDArray[np.int64] | None:
         """Kept entries summed over the steps so far, int64 [layers, 7]; None for a dense step, which keeps all."""
         ...
@@ -119,6 +123,9 @@ class PlainStep:
     def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
         return [choose(self(token, position), position)]
 
+    def take_back(self, count: int) -> None:
+        raise ValueError("steps come one at a time here, so that none is left over")
+
     def kept(self) -> NDArray[np.int64] | None:
         return self._counter.counts() if self._counter else None
 
@@ -159,6 +166,9 @@ class NumbaStep:
             raise nan_logits()
         self._cache.length = position + len(chosen)
         return chosen
+
+    def take_back(self, count: int) -> None:
+        self._step.take_back(count)
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept() if self._sparse else None
@@ -211,6 +221,9 @@ class GraphStep:
 
     def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
         return [choose(self(token, position), position)]
+
+    def take_back(self, count: int) -> None:
+        raise ValueError("steps come one at a time here, so that none is left over")
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept()

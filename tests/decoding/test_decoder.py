@@ -100,6 +100,22 @@ def test_steps_that_are_not_recorded_count_all_the_same(model: Transformer, back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("taken", [2, 5, 17, 18, 30])
+def test_a_caller_that_ends_early_counts_what_it_took(model: Transformer, backend: str, taken: int) -> None:
+    """Several tokens are decoded at once; those that nobody took are in no count."""
+    early, exact = (decoder(model, mixed_thresholds(3), backend) for _ in range(2))
+    for run in (early, exact):
+        run.tally.steps, run.tally.decode_s, run.tally.context = 1000, 1.0, 0  # fast enough for the most at once
+    stream = early.generate(PROMPT, max_new_tokens=40, sampling=GREEDY)
+    tokens = [next(stream) for _ in range(taken)]
+    stream.close()
+    assert tokens == list(exact.generate(PROMPT, max_new_tokens=taken, sampling=GREEDY))
+    assert (early.tally.steps, early.tally.context) == (exact.tally.steps, exact.tally.context)
+    np.testing.assert_array_equal(early.step.kept(), exact.step.kept())
+    np.testing.assert_array_equal(early.realised(), exact.realised())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stop_token_is_the_last(model: Transformer, backend: str) -> None:
     free = list(decoder(model, None, backend).generate(PROMPT, max_new_tokens=12, sampling=GREEDY))
     stop = free[5]

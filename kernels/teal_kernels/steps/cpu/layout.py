@@ -180,7 +180,8 @@ class Shared(NamedTuple):
     Written by the threads, float32: stream [hidden], the residual stream at the beginning of some layer; qkv, attn_out,
     gate_up, down [row groups, columns], the sums of each product; tops, totals [heads, parts] and mixed [heads, parts,
     head_dim], those of attention; logits [vocab], the result.
-    kept int64 [layers, 7] counts kept entries over all steps; control is int64, see RELEASED.
+    kept int64 [MOST_TOKENS, layers, 7] counts the kept entries of each step, at its number modulo MOST_TOKENS; control
+    is int64, see RELEASED.
     """
 
     order: Any

@@ -31,6 +31,7 @@ from teal_kernels.steps.cpu.layout import (
     MOST_STOPS,
     MOST_TOKENS,
     NONE,
+    RELEASED,
     TABLE_UNITS,
     WANTED,
     Cache,
@@ -128,6 +129,8 @@ class CpuStep:
         self._cache = self._cache_addresses(keys, values)
         self._kept_alive = (tuple(layers), embedding, final_norm, lm_head, rope, keys, values)
         self._shared, self._captures = shared, False
+        self._kept = np.zeros((len(layers), 7), np.int64)
+        self._kept_of_call = np.zeros((0, len(layers), 7), np.int64)
         self._logits = torch.from_numpy(shared.logits)
         self._team = Team(size, shared.control, step.release, lambda i: step.run(kind, own[i], shape, weights, shared))
 
@@ -157,7 +160,12 @@ class CpuStep:
             self._point_to(rows)
         cos, sin = (table + position * self._row_bytes for table in self._rope)
         self._shared.order[:] = (*Token(token, position, cos, sin), *self._cache)
-        self._team.run()
+        try:
+            self._team.run()
+        except BaseException:
+            self._shared.kept.fill(0)
+            raise
+        self._count()
         return self._logits
 
     def steps(
@@ -189,14 +197,30 @@ class CpuStep:
         draw.stops[: len(stop)] = list(stop)
         try:
             self.step(token, position)
+            chosen: list[int] = draw.tokens[: draw.numbers[CHOSEN]].tolist()
         finally:
-            draw.numbers[WANTED] = 0
-        chosen: list[int] = draw.tokens[: draw.numbers[CHOSEN]].tolist()
-        return chosen[:-1] if chosen[-1] < 0 else chosen
+            draw.numbers[WANTED] = draw.numbers[CHOSEN] = 0
+        if chosen[-1] < 0:
+            self.take_back(1)
+            return chosen[:-1]
+        return chosen
 
     def kept(self) -> NDArray[np.int64]:
         """How many entries of each projection's input were kept, summed over all steps so far: [layers, 7]."""
-        return self._shared.kept.copy()
+        return self._kept.copy()
+
+    def take_back(self, count: int) -> None:
+        """Count the last steps of the last call no more, as many as nobody has use for."""
+        self._kept -= self._kept_of_call[len(self._kept_of_call) - count :].sum(0)
+        self._kept_of_call = self._kept_of_call[: len(self._kept_of_call) - count]
+
+    def _count(self) -> None:
+        """Take over what the steps of a call have kept."""
+        count = max(1, int(self._shared.draw.numbers[CHOSEN]))
+        places = (int(self._shared.control[RELEASED]) - 1 - np.arange(count)[::-1]) % MOST_TOKENS
+        self._kept_of_call = self._shared.kept[places]
+        self._kept += self._kept_of_call.sum(0)
+        self._shared.kept[places] = 0
 
     @property
     def threads(self) -> int:

@@ -19,6 +19,7 @@ from teal_kernels.steps.cpu.layout import (
     GROUP,
     HEAD,
     MEMBERS,
+    MOST_TOKENS,
     PART,
     PLACES,
     PLAIN,
@@ -56,6 +57,9 @@ from teal_kernels.steps.cpu.sync import (
 from teal_kernels.steps.cpu.vectors import ONE, cap_all, compiled, merged
 
 _NUMBERS: list[Any] = [np.int64(number) for number in range(6)]
+PHASES = 5
+"""Phases of a layer; the head is one more."""
+
 IN_QKV, IN_ATTENTION, IN_OUT, IN_GATE_UP, IN_DOWN, IN_HEAD = _NUMBERS
 """The kinds of phases; numpy's integers, so that `compute` is compiled once for all of them (see layout.NONE)."""
 
@@ -134,7 +138,8 @@ def compute(
         if multiply(kind, site, layer, x, count, channels, weights, shared, part, own) and begin_part(
             control, place, phase, number, own
         ):
-            hand_over(kind, site, layer, x, count, channels, shared, sums, part, own)
+            step = phase // (PHASES * shape.layers + 1)
+            hand_over(kind, site, layer, x, count, channels, shared, sums, shared.kept[step % MOST_TOKENS], part, own)
             end_write(control, place, phase)
 
 

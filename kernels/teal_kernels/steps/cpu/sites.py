@@ -79,20 +79,20 @@ def multiply(
 
 @compiled
 def hand_over(
-    kind: Any, site: int, layer: int, x: Any, count: int, channels: tuple[int, int], shared: Any, sums: Any, part: Any,
-    own: Any,
+    kind: Any, site: int, layer: int, x: Any, count: int, channels: tuple[int, int], shared: Any, sums: Any, kept: Any,
+    part: Any, own: Any,
 ) -> None:  # fmt: skip
     """After `multiply`: its columns for all to see in `sums`, the kept entries counted, and the part's share of the
-    captured row written, if one is captured. Arguments as of `multiply`; sums: float32 [groups, columns]."""
+    captured row written, if one is captured. Arguments as of `multiply`; sums: float32 [groups, columns]; kept: int64
+    [layers, 7]."""
     begin, end = FIRST[site], LAST[site]
-    kept = shared.kept[layer, begin:end]
     group = sums[part.number % part.groups]
     for span in range(own.spans[0]):
         for i in range(own.spans[2 * span + 1], own.spans[2 * span + 2]):
             put(group, i, get(own.sums, i))
     for projection in range(end - begin):
         if own.counts[projection] != 0:
-            atomic_add(kept, projection, own.counts[projection])
+            atomic_add(kept[layer], begin + projection, own.counts[projection])
     if shared.rows[site, 0] != NONE:
         row, lowest = shared.rows[site, 0] + layer * shared.rows[site, 1], shared.lowest_of[layer, site]
         if channels == EVERY:

@@ -62,6 +62,7 @@ from teal_kernels.steps.cpu.parts import (
     IN_HEAD,
     IN_OUT,
     IN_QKV,
+    PHASES,
     run_phase,
 )
 from teal_kernels.steps.cpu.sample import conclude
@@ -78,9 +79,6 @@ from teal_kernels.steps.cpu.sync import OVER, await_members, await_release, leav
 from teal_kernels.steps.cpu.sync import release as release
 from teal_kernels.steps.cpu.vectors import ONE, compiled, merged, rms_norm
 from teal_kernels.traits import GELU_TANH, LLAMA, Traits
-
-PHASES = 5
-"""Phases of a layer; the head is one more."""
 
 
 @njit(nogil=True, error_model="numpy", cache=True, _nrt=False)
@@ -218,7 +216,7 @@ def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[in
         gate_up=parts(SITE_MLP_IN, 2 * shape.intermediate),
         down=parts(SITE_MLP_MID, shape.hidden),
         logits=np.zeros(shape.vocab, np.float32),
-        kept=np.zeros((shape.layers, 7), np.int64),
+        kept=np.zeros((MOST_TOKENS, shape.layers, 7), np.int64),
         control=np.zeros(MEMBERS + PLACES * threads, np.int64),
     )
 
