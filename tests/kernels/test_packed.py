@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numba import njit
 
 from teal_kernels import packing
@@ -80,6 +82,35 @@ def test_pack_and_unpack_are_inverse(bits: int, group: int, widths: tuple[int, .
     assert [code_at(row, bits, column) for column in range(layout.padded)] == codes[3].tolist()
     bits16 = row[layout.scales_at : layout.scales_at + 2 * layout.scales].view(np.uint16)
     assert np.array_equal((bits16.astype(np.uint32) << 16).view(np.float32), scales[3].float().numpy())
+
+
+@given(
+    bits=st.sampled_from([8, 4]),
+    group=st.sampled_from([32, 64, 128, 256, 512]),
+    widths=st.lists(st.integers(1, 700), min_size=1, max_size=3).map(tuple),
+    exponents=st.lists(st.integers(-149, 127), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_width_and_any_size_of_weights(
+    bits: int, group: int, widths: tuple[int, ...], exponents: list[int], seed: int
+) -> None:
+    """Tails of groups, groups of zeros, scales that would be subnormal, weights near the largest float32."""
+    layout = RowLayout(bits, group, widths)
+    sizes = torch.tensor([2.0**exponent for exponent in [*exponents, -200.0]], dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(len(sizes), sum(widths), generator=generator) * 2 - 1
+    weight = (weight * sizes[:, None]).clamp(-packing.LARGEST, packing.LARGEST)
+    packed = quantize(weight, layout)
+    check(packed, layout, len(weight))
+    codes, scales = unpack(packed, layout)
+    assert torch.equal(pack(codes, scales, layout), packed)
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((scales == 0) | (scales.float().abs() >= tiny)).all()
+    near, low = dequantize(packed, layout), packing.LIMITS[bits][0]
+    largest = weight.abs().amax(1, keepdim=True).double()
+    bound = (largest / abs(low)).clamp_min(-low * tiny) * 2  # clipped by one step at most, and scales are bfloat16
+    assert ((near.double() - weight.double()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
