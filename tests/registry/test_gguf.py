@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.registry.checkpoint import verify
+from teal_cli.registry.convert import weights as conversion
 from teal_cli.registry.download import dry_run, fetch
 from teal_cli.registry.registry import Registry
 
+BF16 = gguf.GGMLQuantizationType.BF16  # a float, among the types tested before
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -85,13 +88,36 @@ def test_quantised_weights_become_the_nearest_bfloat16(quantisation: str, tmp_pa
     assert torch.equal(after.model.layers[1].mlp.down_proj.weight, expected)
 
 
-def test_rounding_is_to_nearest_even() -> None:
-    from teal_cli.registry.convert.weights import _round_to_bfloat16
+@pytest.mark.parametrize(
+    "kind", [kind for kind in gguf.quants._type_traits if kind.name != "BF16"], ids=lambda k: k.name
+)
+def test_every_type_that_gguf_takes_apart_is_read_in_slabs(
+    kind: gguf.GGMLQuantizationType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gguf cannot write most of them: any bytes are codes, and small ones are finite scales."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    codes = np.random.default_rng(0).integers(0, 0x40, (6, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("w", codes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    monkeypatch.setattr(conversion, "_SLAB", 2 * 4 * 512)
+    slabs = list(conversion._bfloat16_slabs(SimpleNamespace(path=tmp_path / "m.gguf"), tensor, None, 0.0))
+    assert [len(slab) for slab in slabs] == [2, 2, 2]
+    expected = torch.tensor(gguf.dequantize(codes, kind)).to(torch.bfloat16)
+    assert expected.shape == (6, 512)
+    assert expected.count_nonzero() > 0
+    assert np.array_equal(np.concatenate(slabs), expected.view(torch.int16).numpy().view(np.uint16))
 
+
+def test_rounding_is_to_nearest_even() -> None:
     values = np.concatenate([np.random.default_rng(0).normal(size=10_000), [0.0, -0.0, 1.00390625, 1.01171875, 3e38]])
     values = values.astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(_round_to_bfloat16(values), expected)
+    assert np.array_equal(conversion._round_to_bfloat16(values), expected)
 
 
 def test_special_tokens_and_chat_template(tiny_llama: Path, tmp_path: Path, registry: Registry) -> None:
