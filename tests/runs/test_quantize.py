@@ -263,11 +263,11 @@ def test_a_changed_byte_is_found_by_its_checksum(ready: Path, teal: Teal) -> Non
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    found = teal("models", "verify", "tiny-int8")
+    found = teal("models", "verify", "tiny-int4")
     assert found.code != 0
     assert file.name in found.out + found.err
-    assert teal("quantize", "tiny", "--to", "int8", "--force").code == 0
-    assert teal("models", "verify", "tiny-int8").code == 0
+    assert teal("quantize", "tiny", "--to", "int4", "--force").code == 0
+    assert teal("models", "verify", "tiny-int4").code == 0
 
 
 def test_damage_is_refused(ready: Path, tmp_path: Path) -> None:
