@@ -61,7 +61,10 @@ def _about(result: Result) -> str:
 
 
 def _draw_decodes(rows: Sequence[DecodeRow], *, firm: bool) -> Figure:
-    """One panel for all that decoded the same model over as many tokens, plans apart; those of a model share axes."""
+    """One panel for all that decoded the same model over as many tokens, plans apart.
+
+    Those of a model and of what was quantised from it, which has as many layers, share axes.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int, bool], list[DecodeRow]] = {}
@@ -70,15 +73,15 @@ def _draw_decodes(rows: Sequence[DecodeRow], *, firm: bool) -> Figure:
     counts = [max(len(panel), 2) for panel in panels.values()]
     figure = Figure(figsize=(WIDTH, _BAR * sum(counts) + 0.65 * len(counts) + 0.95), layout="constrained")
     all_axes = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)[:, 0]
-    longest: dict[str, float] = {}
+    longest: dict[int, float] = {}
     for row in rows:
-        longest[row.model] = max(longest.get(row.model, 0.0), row.p80 or 0.0, row.floor if row.passed else 0.0)
+        longest[row.layers] = max(longest.get(row.layers, 0.0), row.p80 or 0.0, row.floor if row.passed else 0.0)
     for axes, ((model, tokens, planned), mine) in zip(all_axes, panels.items(), strict=True):
         _draw_bars(axes, sorted(mine, key=lambda row: (row.engine != "teal", row.sparsity, row.dump)))
-        axes.set_xlim(0, 1.04 * longest[model])
-        layers, dtype = mine[0].layers, mine[0].dtype
+        layers, weights = mine[0].layers, mine[0].weights or mine[0].dtype
+        axes.set_xlim(0, 1.04 * longest[layers])
         axes.set_title(
-            f"{model}, {counted(layers, 'layer')}, {dtype}: {counted(tokens, 'new token')} after a prompt of "
+            f"{model}, {counted(layers, 'layer')}, {weights}: {counted(tokens, 'new token')} after a prompt of "
             f"{mine[0].prompt_tokens}{'; uniform plans read as much' if planned else ''}", fontsize=8.5, loc="left",
         )  # fmt: skip
     limit = "dotted: what memory allows" if firm else "dotted: about what memory allows; its reading moved"
