@@ -40,8 +40,8 @@ def store_fp8(folder: Path, section: dict[str, Any], grid: tuple[int, int] | str
     """Turns the matrices of a checkpoint into fp8; scales for blocks of `grid`, for each row, or one ("tensor")."""
     stored = load_file(folder / WEIGHTS)
     for name, matrix in list(stored.items()):
-        if matrix.dim() != 2 or not name.startswith("model.layers."):
-            continue
+        if matrix.dim() != 2 or not name.startswith("model.layers.") or name.endswith(".gate.weight"):
+            continue  # routers stay as they are, too
         rows, columns = matrix.shape
         height, width = {"row": (1, columns), "tensor": (rows, columns)}.get(grid, grid)  # type: ignore[call-overload]
         scales = torch.tensor(
@@ -101,6 +101,22 @@ def test_transformers_reads_the_same(tmp_path: Path) -> None:
     ours, layer = Checkpoint(folder).layer(1, torch.float32), theirs.model.layers[1]
     assert torch.equal(ours.down.tensor(), layer.mlp.down_proj.weight.t())
     assert torch.equal(ours.attn_out.tensor(), layer.self_attn.o_proj.weight.t())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_are_multiplied_out_each_by_its_own_scales(name: str, tmp_path: Path) -> None:
+    folders = [make_tiny(tmp_path / kind, name) for kind in ("plain", "fp8")]
+    stored = load_file(store_fp8(folders[1], BLOCKS, (36, 24)) / WEIGHTS)
+    plain = load_file(folders[0] / WEIGHTS)
+    scaled = [weight for weight in plain if weight + "_scale_inv" in stored]
+    assert sum("experts" in weight for weight in scaled) >= 3 * 2 * 4
+    for weight in scaled:
+        values = stored[weight].float()
+        plain[weight] = values * wide(stored[weight + "_scale_inv"], values, (36, 24))
+    save_file(plain, folders[0] / WEIGHTS, {"format": "pt"})
+    tokens = tokens_for(320)
+    theirs, ours = (Transformer.from_checkpoint(folder, torch.float32) for folder in folders)
+    assert torch.equal(*(model.forward(tokens, 0, model.cache(len(tokens))) for model in (theirs, ours)))
 
 
 @pytest.fixture(scope="module")
