@@ -1,5 +1,5 @@
-"""What is fuzzed: stores, unfinished ones, texts of levels, prompts, calibrations and registries, checkpoints, GGUF
-files and wheels."""
+"""What is fuzzed: stores, those of mixtures, unfinished ones, texts of levels, prompts, calibrations and registries,
+checkpoints, GGUF files and wheels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import random
 import re
 import shutil
 import struct
+import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,6 +99,42 @@ def _use_unfinished(store: Path, out: Path, chance: random.Random) -> None:
             writer.complete()
         whole, found = digest(out / "whole"), digest(store)
         assert {k: v for k, v in found.items() if "/c/" in k} == {k: v for k, v in whole.items() if "/c/" in k}
+
+
+# ------------------------------------------------------------------------------------------------ mixtures
+_WHOLE: dict[str, np.ndarray] = {}
+"""What the sound store of a mixture of experts holds, by the name of `_arrays`."""
+
+
+def _make_mixture(folder: Path) -> None:
+    """A dump of a tiny mixture of experts at one level."""
+    with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, TEAL_HOME=f"{name}/home"):
+        checkpoint = make_tiny(Path(name, "checkpoint"), "olmoe")
+        text = ("-d", "python-docs", "-n", 1)
+        assert teal("download", checkpoint, "--name", "tiny") == 0
+        assert teal("calibrate", "-m", "tiny", *text, "--seq-len", 64) == 0
+        cut = ("--prompt-tokens", 8, "--max-new-tokens", TOKENS + 1, "--ignore-eos")
+        assert teal("dump", "-m", "tiny", "-s", "0.5", *text, *cut, "-o", folder) == 0
+    _WHOLE.update({name: read() for name, read in _arrays(open_store(folder).level(0.5)).items()})
+
+
+def _arrays(level: Level) -> dict[str, Callable[[], np.ndarray]]:
+    found: dict[str, Callable[[], np.ndarray]] = {"thresholds of experts": lambda: np.asarray(level.expert_thresholds)}
+    for layer in range(3):
+        found[f"experts {layer}"] = lambda layer=layer: np.asarray(level.experts(layer)[:])
+        for site in SITES:
+            found[f"{site} {layer}"] = lambda layer=layer, site=site: np.asarray(level.site(layer, site)[:])
+    return found
+
+
+def _use_mixture(store: Path, out: Path, chance: random.Random) -> None:
+    """As of a plain store: what is read is what was written, and `verify` finds every change."""
+    call = chance.choice([("info",), ("stats",), ("convert", "-o", out / "npz", "--names", "down")])
+    assert teal("store", call[0], store, *call[1:]) in (0, 1, 2, 3)
+    assert teal("store", "verify", store) in (1, 2, 3), "verify found nothing"
+    for name, read in _arrays(open_store(store).level(0.5)).items():
+        with contextlib.suppress(TealError):
+            np.testing.assert_array_equal(read(), _WHOLE[name], err_msg=name)
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -326,6 +363,7 @@ def _use_wheel(folder: Path, out: Path, chance: random.Random) -> None:
 
 AREAS = (
     Area("store", _make_store, _use_store, weight=6),
+    Area("mixture store", _make_mixture, _use_mixture, weight=1),
     Area("unfinished store", _make_unfinished, _use_unfinished, weight=2),
     Area("levels", _make_text, _use_levels, _damage_levels, weight=4),
     Area("prompts", _make_text, _use_prompts, _damage_prompts, weight=4),

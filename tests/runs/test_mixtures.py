@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures_cli import Teal
+from fixtures_talker import TEMPLATE
 from fixtures_tiny import MIXTURES, VOCAB, make_tiny
 from reference_model import MODULES, reference
 from torch import Tensor
@@ -169,6 +173,27 @@ def test_what_takes_no_mixture_says_so(tiny: Callable[[str], Path], teal_home: P
             PlanMaker(Registry(), PlanRequest((0.5,), model="tiny", **request))
     with pytest.raises(HardwareError, match=r"numba.*takes no mixture of experts"):
         open_session("tiny", device="cpu", backend=NUMBA)
+
+
+def test_the_commands_take_a_mixture(
+    tiny: Callable[[str], Path], teal_home: Path, teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("olmoe"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    assert teal("download", folder, "--name", "tiny").code == 0
+    assert teal("calibrate", "-m", "tiny", "-d", "python-docs", "-n", 2, "--seq-len", 64).code == 0
+    assert teal("plan", "make", "-m", "tiny", "-s", "0.5", "--allocation", "uniform", "--tokens", 128).code == 0
+    text = ("-m", "tiny", "-d", "python-docs", "-n", 1, "--window", 96, "--json")
+    assert teal("eval", *text, "--plan", "uniform-0.5").json["levels"][-1]["plan"] == "uniform-0.5"
+    dense, sparse = teal("eval", *text, "-s", "0,0.9").json["levels"]
+    assert dense["kl"] == 0 < sparse["kl"]
+    compared = teal("compare", "-m", "tiny", "-s", "0.5", "-p", "The quick", "--max-new-tokens", 4, "--json")
+    assert compared.code == 0, compared.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    said = teal("chat", "-m", "tiny", "-s", "0.5", "--max-new-tokens", 3, "--json")
+    assert said.code == 0, said.err
 
 
 @pytest.mark.parametrize(
