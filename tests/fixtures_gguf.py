@@ -17,7 +17,7 @@ import numpy as np
 ARCHITECTURE = {"mistral": "llama", "gemma3_text": "gemma3"}
 """What llama.cpp calls a family, where it does not call it as transformers does."""
 INTERLEAVED = ("llama", "granite", "smollm3")
-NORM_OFFSET = ("gemma2", "gemma3")
+NORM_OFFSET = ("gemma", "gemma2", "gemma3")
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -86,7 +86,7 @@ def write_gguf(
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, weight in load_file(checkpoint / "model.safetensors").items():
-        out = gguf_name(name, POST_NORM_NAMES if writer.arch in (*NORM_OFFSET, "olmo2") else LAYER_NAMES)
+        out = gguf_name(name, POST_NORM_NAMES if writer.arch in ("gemma2", "gemma3", "olmo2") else LAYER_NAMES)
         if out in drop or (out == "output.weight" and config["tie_word_embeddings"]):
             continue
         if writer.arch in INTERLEAVED and ("q_proj" in name or "k_proj" in name):

@@ -89,6 +89,7 @@ TINY: dict[str, Tiny] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma": Tiny("gemma", {"head_dim": 20, "tie_word_embeddings": True, "pad_token_id": None}),
     "gemma3": Tiny(
         "gemma3_text",
         {
@@ -198,7 +199,7 @@ MIXTURES: dict[str, Tiny] = {
 """As `TINY`, mixtures of experts; no whole-step backend takes them."""
 
 TINY_FAMILIES = (
-    "llama3", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "granite", "smollm3", "olmo2", "olmo3", "phi3",
+    "llama3", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gemma2", "granite", "smollm3", "olmo2", "olmo3", "phi3",
 )  # fmt: skip
 """One model per family, for tests that need not meet every variant."""
 

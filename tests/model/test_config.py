@@ -106,6 +106,7 @@ def test_biases_and_norms_by_family(tmp_path: Path) -> None:
         "mistral": (False, False, False),
         "qwen2": (True, False, False),
         "qwen3": (False, False, True),
+        "gemma": (False, False, False),
         "gemma3_text": (False, False, True),
         "gemma2": (False, False, False),
         "granite": (False, False, False),

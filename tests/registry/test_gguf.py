@@ -35,6 +35,7 @@ MODELS = {
     "mistral": {"sliding_window": None},
     "qwen2.5": {},
     "qwen3": {"use_sliding_window": False},
+    "gemma": {},
     "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 20},  # the period is six layers
     "gemma2": {"layer_types": None, "query_pre_attn_scalar": 20},
     "granite": {},

@@ -270,8 +270,8 @@ def test_the_catalog_is_consistent(model: catalog.CatalogModel) -> None:
 
 def test_families_and_architectures_match() -> None:
     named = (
-        "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "granite", "smollm3", "olmo2", "olmo3", "phi3",
-        "mixtral", "qwen3_moe", "olmoe", "granitemoe",
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gemma2", "granite", "smollm3", "olmo2", "olmo3",
+        "phi3", "mixtral", "qwen3_moe", "olmoe", "granitemoe",
     )  # fmt: skip
     assert tuple(FAMILIES) == named
     assert len(ARCHITECTURES) == len(FAMILIES)

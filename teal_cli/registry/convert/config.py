@@ -155,6 +155,7 @@ def _phi3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 _OWN: Final[dict[str, Callable[[GgufFile, dict[str, Any]], dict[str, Any]]]] = {
+    "gemma": lambda gguf, config: {"hidden_act": "gelu_pytorch_tanh"},
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "granite": _granite,
