@@ -1,4 +1,4 @@
-"""Pictures of `teal bench`: bars of decode steps per second; products are drawn by `plots.kernels`."""
+"""Pictures of `teal bench`: bars of decode steps or prompt tokens per second; products are drawn by `plots.kernels`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from teal_cli.bench.results import Result
-from teal_cli.bench.rows import DecodeRow, KernelRow
+from teal_cli.bench.rows import DecodeRow, KernelRow, PrefillRow
 from teal_cli.errors import UsageError, counted
 from teal_cli.plots.kernels import draw_kernels
 from teal_cli.plots.style import BLUE, GREEN, GREY, WIDTH, check_picture, missing, plain, save
@@ -47,6 +47,11 @@ def draw(result: Result, path: Path) -> list[Path]:
             figure = draw_kernels([row for row in kernels if row.dtype == dtype], firm=result.firm)
             figure.suptitle(f"{_about(result)}, {dtype}", fontsize=10)
             save(figure, file)
+        return files
+    if prefills := [row for row in result.rows if isinstance(row, PrefillRow)]:
+        figure = _draw_prefills(prefills)
+        figure.suptitle(_about(result), fontsize=10)
+        save(figure, path)
         return files
     figure = _draw_decodes([row for row in result.rows if isinstance(row, DecodeRow)], firm=result.firm)
     figure.suptitle(_about(result), fontsize=10)
@@ -108,6 +113,36 @@ def _draw_bars(axes: Axes, rows: list[DecodeRow]) -> None:
     plain(axes)
     axes.grid(visible=False, axis="y")
     _remarks(axes, rows)
+
+
+def _draw_prefills(rows: Sequence[PrefillRow]) -> Figure:
+    """A bar for each way to read a prompt; the first is what the others are compared with."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, _BAR * max(len(rows), 2) + 1.2), layout="constrained")
+    axes, first = figure.subplots(), rows[0]
+    figures: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+    for place, row in enumerate(rows):
+        if not row.passed or row.p50 is None:
+            axes.text(1.02, place, "failed its check", style="italic", **figures)
+            continue
+        whisker = [[row.p50 - (row.p20 or row.p50)], [(row.p80 or row.p50) - row.p50]]
+        look = {"color": BLUE} if row.label.startswith("teal") else {"color": GREY, "hatch": "////"}
+        axes.barh(place, row.p50, height=0.64, xerr=whisker, error_kw={"linewidth": 1, "ecolor": "#222222"},
+                  edgecolor="white", linewidth=0, **look)  # fmt: skip
+        axes.text(1.02, place, f"{row.p50:.0f}", **figures)
+        if ratio := row.faster_than.get(first.label):
+            axes.text(1.11, place, f"{ratio:.2f}x*", **figures)
+    axes.text(1.02, -0.72, "tokens/s", color="#444444", **figures)
+    axes.text(1.02, max(len(rows), 2) - 0.4, f"* of {first.label},\npaired median", color="#444444",
+              **figures | {"fontsize": 6.5, "va": "top"})  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(max(len(rows), 2) - 0.4, -0.6)
+    plain(axes)
+    axes.grid(visible=False, axis="y")
+    axes.set_title(f"{first.model}: a prompt of {counted(first.tokens, 'token')}", fontsize=8.5, loc="left")
+    axes.set_xlabel("prompt tokens per second (bar: median, whisker: p20 to p80)", fontsize=8)
+    return figure
 
 
 def _bar(row: DecodeRow) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from teal_cli.bench.machine import describe
 from teal_cli.bench.results import Result
-from teal_cli.bench.rows import DecodeRow, KernelRow, Row
+from teal_cli.bench.rows import DecodeRow, KernelRow, PrefillRow, Row
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.plots import bench, kernels
 from teal_cli.plots import eval as evals
@@ -130,6 +130,18 @@ def evaluation(path: Path, dataset: str = "wikitext", model: str = "m") -> Path:
     ]
     path.write_text(json.dumps({"model": model, "dataset": dataset, "split": None, "levels": levels}))
     return path
+
+
+def test_ways_to_read_a_prompt_are_bars(figures: list[Figure], tmp_path: Path) -> None:
+    half = PrefillRow("tiny", 3, "bfloat16", "bfloat16", "teal tiny", 512, "passed", 0.0, 5, 90.0, 100.0, 110.0, 30.0)
+    other = replace(half, engine="peer", p20=45.0, p50=50.0, p80=55.0, faster_than={"teal tiny": 0.5})
+    bench.draw(result([half, other, replace(other, engine="wrong", check="tokens differ")]), tmp_path / "x.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [100.0, 50.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["teal tiny", "peer", "wrong"]
+    shown = texts(axes)
+    assert {"100", "50", "0.50x*", "failed its check"} <= set(shown)
+    assert any("of teal tiny" in text for text in shown)
 
 
 def test_quality_against_sparsity_and_speed(figures: list[Figure], tmp_path: Path) -> None:
