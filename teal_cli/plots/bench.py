@@ -127,7 +127,7 @@ def _draw_prefills(rows: Sequence[PrefillRow]) -> Figure:
             axes.text(1.02, place, "failed its check", style="italic", **figures)
             continue
         whisker = [[row.p50 - (row.p20 or row.p50)], [(row.p80 or row.p50) - row.p50]]
-        look = {"color": BLUE} if row.label.startswith("teal") else {"color": GREY, "hatch": "////"}
+        look: dict[str, Any] = {"color": BLUE} if row.label.startswith("teal") else {"color": GREY, "hatch": "////"}
         axes.barh(place, row.p50, height=0.64, xerr=whisker, error_kw={"linewidth": 1, "ecolor": "#222222"},
                   edgecolor="white", linewidth=0, **look)  # fmt: skip
         axes.text(1.02, place, f"{row.p50:.0f}", **figures)
