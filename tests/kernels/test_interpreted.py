@@ -14,6 +14,7 @@ FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
+@pytest.mark.timeout(1200)  # a whole file, on a machine that may be slow or busy
 @pytest.mark.parametrize("name", FILES)
 def test_under_the_interpreter(name):
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 from fixtures_tiny import TINY_FAMILIES
-from oracle import assert_agrees, calibrated, dequantised, make_dump, prompt_file
+from oracle import assert_agrees, calibrated, make_dump, prompt_file
 
 from teal_cli.registry.download import fetch
-from teal_cli.registry.registry import Registry
-from teal_cli.runs.quantize import quantize_model
 
 
 @pytest.mark.parametrize(
@@ -27,17 +25,3 @@ def test_tiny_models(name, backend, levels, tiny, teal_home, tmp_path):
     # Nine steps in all, of three levels: interpreted ones are slow.
     dump = make_dump("tiny", path, levels=levels, prompts=prompts, max_new_tokens=4, backend=backend)
     assert_agrees(dump, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "backend"),
-    [("llama2", "int4", "triton-graph"), ("gemma3", "int8", "triton-graph"), ("llama3", "int4", "triton")],
-)
-def test_quantised_tiny_models(name, width, backend, tiny, teal_home, tmp_path):
-    fetch(str(tiny(name)), name="tiny")
-    calibrated("tiny", 2, 64)
-    *_, made = quantize_model(Registry(), "tiny", width)
-    prompts = prompt_file(tmp_path, "The quick brown fox")
-    path = tmp_path / "out.zarr"
-    dump = make_dump(made.entry.name, path, levels=(0.0, 0.5), prompts=prompts, max_new_tokens=4, backend=backend)
-    assert_agrees(dump, path, dequantised(tiny(name), made.entry.path))
