@@ -126,7 +126,7 @@ def goals(results: dict[str, Any]) -> Iterator[Goal]:
         for weights in ("int8", "int4"):
             faster = to_dense(row(rows, weights, 0.5), f"{weights} dense")
             yield Goal(f"{STACK} {weights} 50% to {weights} dense", "layers-7b", 1.8, faster)
-        faster = next((r for n, r in row(rows, "int4", 0.5).get("faster_than", {}).items() if n == "dense"), None)
+        faster = row(rows, "int4", 0.5).get("faster_than", {}).get("dense")
         yield Goal(f"{STACK} int4 50% to bfloat16 dense", "layers-7b", 5.0, faster)
     if "long" in results and "short" in results:
         speeds = [row(results[name]["rows"], "int4", 0.5).get("p50") for name in ("long", "short")]
@@ -158,8 +158,8 @@ def _decode_goals(rows: Rows) -> Iterator[Goal]:
     yield Goal("perplexity of int4 to llama.cpp Q4_0", "decode", 1.0, ratio(int4, theirs), at_most=True)
 
 
-def measure(name: str, command: list[str], out: Path) -> None:
-    """Run one step; its result in OUT/<name>.json, what it prints in OUT/<name>.txt."""
+def measure(name: str, command: list[str], out: Path) -> bool:
+    """Run one step; its result in OUT/<name>.json, what it prints in OUT/<name>.txt. False: it failed."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
     result, start = out / f"{name}.json", time.monotonic()
@@ -171,6 +171,7 @@ def measure(name: str, command: list[str], out: Path) -> None:
         result.write_bytes(done.stdout)
     sys.stdout.write(f"{name}: exit {done.returncode}, {time.monotonic() - start:.0f} s\n")
     sys.stdout.flush()
+    return done.returncode == 0
 
 
 def main() -> int:
@@ -184,18 +185,16 @@ def main() -> int:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     commands = steps(arguments.model, [file.resolve() for file in arguments.gguf], arguments.quick)
-    for name in arguments.only or commands:
-        measure(name, commands[name], out)
-    results = {
-        name: json.loads((out / f"{name}.json").read_text()) for name in commands if (out / f"{name}.json").exists()
-    }
+    failed = [name for name in arguments.only or commands if not measure(name, commands[name], out)]
+    there = [name for name in commands if name not in failed and (out / f"{name}.json").exists()]
+    results = {name: json.loads((out / f"{name}.json").read_text()) for name in there}
     found = list(goals(results))
     (out / "goals.json").write_text(json.dumps([{**asdict(goal), "met": goal.met} for goal in found], indent=1) + "\n")
     for goal in found:
         value, limit = (f"{n:.3f}" if n is not None else "-" for n in (goal.value, goal.limit))
         met = {True: "met", False: "missed", None: ""}[goal.met]
         sys.stdout.write(f"{goal.name:58} {value:>8} {'<=' if goal.at_most else '>='} {limit:>6} {met}\n")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teal_cli import settings
-from teal_cli.commands.bench_runs import finish, open_model, open_stack
+from teal_cli.commands.bench_runs import (
+    asked_dtypes,
+    asked_levels,
+    asked_matrices,
+    finish,
+    open_model,
+    open_stack,
+)
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_file
 from teal_cli.ui import completion, options
@@ -19,7 +25,6 @@ from teal_cli.ui.output import output
 
 if TYPE_CHECKING:
     from teal_cli.bench.rows import Progress, Row
-    from teal_cli.bench.shapes import MatrixShape
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
@@ -151,14 +156,14 @@ def kernels(
     out = output(json, quiet)
     _check_path(path, force)
     store = Replay(replay) if replay else None
-    matrices = _matrices(shapes, model, store.store.header.model if store else None)
+    matrices = asked_matrices(shapes, model, store.store.header.model if store else None)
     if store:
         matrices = store.matching(matrices)
     if dtypes is None:
         dtypes = store.store.header.dtype if store else "bfloat16" if quick else "bfloat16,float16"
-    levels = _levels(sparsity or (None if store else LEVELS), tuple(store.levels) if store else None)
+    levels = asked_levels(sparsity or (None if store else LEVELS), tuple(store.levels) if store else None)
     request = KernelRequest(
-        matrices, tuple(DTYPES[name] for name in _dtypes(dtypes)), levels, choose_device(device),
+        matrices, tuple(DTYPES[name] for name in asked_dtypes(dtypes)), levels, choose_device(device),
         rounds or (7 if quick else 25), seed or 0, store, tune,
     )  # fmt: skip
     asked = {"shapes": shapes, "model": model, "dtypes": dtypes, "sparsities": levels, "rounds": request.rounds,
@@ -241,7 +246,7 @@ def decode(
     if stacks and not named and plan:
         raise UsageError("a stack of random layers has no plans", hint="name a model with --model, or leave out --plan")
     shapes = [parse_stack(text) for text in stacks or ()]
-    levels = _levels(sparsity or (QUICK_LEVELS if quick else LEVELS), None)
+    levels = asked_levels(sparsity or (QUICK_LEVELS if quick else LEVELS), None)
     dumped = (0.5 if 0.5 in levels else levels[0],) if dump else ()
     widths = parse_widths(weights)
     text = Text(dataset, num_sequences=8, seq_len=512)
@@ -365,37 +370,3 @@ def prefill(
 def _check_path(path: Path | None, force: bool) -> None:
     if path is not None:
         check_new_file(path, force=force)
-
-
-def _matrices(shapes: str | None, model: str | None, replayed: str | None) -> list[MatrixShape]:
-    from teal_cli.bench.shapes import matrices_of, merge, parse_shapes
-    from teal_cli.model.config import load_config
-    from teal_cli.registry.registry import Registry
-
-    matrices = parse_shapes(shapes) if shapes else []
-    if model or (replayed and not shapes):
-        entry = Registry().get(model or replayed)
-        matrices += matrices_of(entry.name, load_config(entry.path))
-    return merge(matrices) or parse_shapes("all")
-
-
-def _dtypes(text: str) -> list[str]:
-    try:
-        return [settings.dtype(name.strip()) for name in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--dtype {text!r} {error}", hint="e.g. --dtype bfloat16,float16") from None
-
-
-def _levels(text: str | None, available: tuple[float, ...] | None) -> tuple[float, ...]:
-    """The sparsities above 0 that were asked for; of a store, those that it has."""
-    from teal_cli.store.schema import parse_levels
-
-    wanted = tuple(level for level in parse_levels(text) if level > 0) if text else available or ()
-    if not wanted:
-        raise UsageError("there is no sparsity above 0 to measure", hint="dense is measured always; try -s 0.5")
-    missing = [level for level in wanted if available is not None and level not in available]
-    if missing:
-        raise UsageError(
-            f"the store has no level {missing[0]:.2f}", hint=f"it has {', '.join(map(str, available or ()))}"
-        )
-    return wanted

@@ -1,4 +1,5 @@
-"""What the commands of `teal bench` share: what is measured is opened, the run is shown, its result kept."""
+"""What the commands of `teal bench` share: what was asked for is read, what is measured opened, the run
+shown, its result kept."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from teal_cli import settings
+from teal_cli.errors import UsageError
 from teal_cli.ui.output import Output
 from teal_cli.ui.progress import progress
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from teal_cli.bench.rows import Progress, Row
+    from teal_cli.bench.shapes import MatrixShape
     from teal_cli.bench.subjects import Subject
     from teal_cli.runs.session import Session
 
@@ -92,3 +96,39 @@ def finish(
     if result.failed:
         out.warn(f"{len(result.failed)} of {len(rows)} rows failed their check and have no time")
         raise typer.Exit(1)
+
+
+def asked_matrices(shapes: str | None, model: str | None, replayed: str | None) -> list[MatrixShape]:
+    """The matrices that --shapes and --model name; those of the model of a store, where only that is given."""
+    from teal_cli.bench.shapes import matrices_of, merge, parse_shapes
+    from teal_cli.model.config import load_config
+    from teal_cli.registry.registry import Registry
+
+    matrices = parse_shapes(shapes) if shapes else []
+    if model or (replayed and not shapes):
+        entry = Registry().get(model or replayed)
+        matrices += matrices_of(entry.name, load_config(entry.path))
+    return merge(matrices) or parse_shapes("all")
+
+
+def asked_dtypes(text: str) -> list[str]:
+    """The names that --dtype lists."""
+    try:
+        return [settings.dtype(name.strip()) for name in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--dtype {text!r} {error}", hint="e.g. --dtype bfloat16,float16") from None
+
+
+def asked_levels(text: str | None, available: tuple[float, ...] | None) -> tuple[float, ...]:
+    """The sparsities above 0 that were asked for; of a store, those that it has."""
+    from teal_cli.store.schema import parse_levels
+
+    wanted = tuple(level for level in parse_levels(text) if level > 0) if text else available or ()
+    if not wanted:
+        raise UsageError("there is no sparsity above 0 to measure", hint="dense is measured always; try -s 0.5")
+    missing = [level for level in wanted if available is not None and level not in available]
+    if missing:
+        raise UsageError(
+            f"the store has no level {missing[0]:.2f}", hint=f"it has {', '.join(map(str, available or ()))}"
+        )
+    return wanted

@@ -6,6 +6,7 @@ prefill. It also says what chooses the next token, since a graph can do that on 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
@@ -85,7 +86,20 @@ class Step(Protocol):
         ...
 
 
-class PlainStep:
+class _OneAtATime(ABC):
+    """`follow` of a step that needs each token from outside."""
+
+    @abstractmethod
+    def __call__(self, token: int, position: int, rows: Rows | None = None) -> Tensor: ...
+
+    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+        return [choose(self(token, position), position)]
+
+    def take_back(self, count: int) -> None:
+        raise ValueError("steps come one at a time here, so that none is left over")
+
+
+class PlainStep(_OneAtATime):
     """The step as PyTorch operators, one after the other, with a sparse kernel at each site.
 
     Args:
@@ -119,12 +133,6 @@ class PlainStep:
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         return Sampler(sampling, sequence=sequence)
-
-    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
-        return [choose(self(token, position), position)]
-
-    def take_back(self, count: int) -> None:
-        raise ValueError("steps come one at a time here, so that none is left over")
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._counter.counts() if self._counter else None
@@ -174,7 +182,7 @@ class NumbaStep:
         return self._step.kept() if self._sparse else None
 
 
-class GraphStep:
+class GraphStep(_OneAtATime):
     """The whole step as one CUDA graph of Triton kernels; see `teal_kernels.steps.gpu`. Arguments as for `PlainStep`.
 
     Args:
@@ -218,12 +226,6 @@ class GraphStep:
             return token
 
         return choose
-
-    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
-        return [choose(self(token, position), position)]
-
-    def take_back(self, count: int) -> None:
-        raise ValueError("steps come one at a time here, so that none is left over")
 
     def kept(self) -> NDArray[np.int64] | None:
         return self._step.kept()

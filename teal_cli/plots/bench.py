@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _BAR: Final = 0.34
 """Inches of height for each bar."""
+_OTHER: Final[dict[str, Any]] = {"color": GREY, "hatch": "////"}
+"""How bars of other engines look."""
 
 
 def pictures(result: Result, path: Path) -> list[Path]:
@@ -50,10 +52,8 @@ def draw(result: Result, path: Path) -> list[Path]:
         return files
     if prefills := [row for row in result.rows if isinstance(row, PrefillRow)]:
         figure = _draw_prefills(prefills)
-        figure.suptitle(_about(result), fontsize=10)
-        save(figure, path)
-        return files
-    figure = _draw_decodes([row for row in result.rows if isinstance(row, DecodeRow)], firm=result.firm)
+    else:
+        figure = _draw_decodes([row for row in result.rows if isinstance(row, DecodeRow)], firm=result.firm)
     figure.suptitle(_about(result), fontsize=10)
     save(figure, path)
     return files
@@ -97,21 +97,14 @@ def _draw_decodes(rows: Sequence[DecodeRow], *, firm: bool) -> Figure:
 def _draw_bars(axes: Axes, rows: list[DecodeRow]) -> None:
     """A bar a row; figures stand in columns at the right, where no mark can cross them."""
     for place, row in enumerate(rows):
+        _draw_bar(axes, place, row, _bar(row))
         if row.passed and row.p50 is not None:
-            median = row.p50
-            whisker = [[median - (row.p20 or median)], [(row.p80 or median) - median]]
-            axes.barh(place, median, height=0.64, xerr=whisker, error_kw={"linewidth": 1, "ecolor": "#222222"},
-                      edgecolor="white", linewidth=0, **_bar(row))  # fmt: skip
             axes.plot([row.floor] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.6, linestyle=":")
-        _figures(axes, place, row)
-    axes.text(1.02, -0.72, "steps/s", transform=axes.get_yaxis_transform(), fontsize=7, color="#444444", va="center")
+            _figures(axes, place, row)
+    _note(axes, 1.02, -0.72, "steps/s", fontsize=7, color="#444444")
     if any("dense" in row.faster_than for row in rows):
-        axes.text(1.11, -0.72, "x dense*", transform=axes.get_yaxis_transform(), fontsize=7, color="#444444",
-                  va="center")  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
-    axes.set_ylim(max(len(rows), 2) - 0.4, -0.6)
-    plain(axes)
-    axes.grid(visible=False, axis="y")
+        _note(axes, 1.11, -0.72, "x dense*", fontsize=7, color="#444444")
+    _name_bars(axes, rows)
     _remarks(axes, rows)
 
 
@@ -121,59 +114,68 @@ def _draw_prefills(rows: Sequence[PrefillRow]) -> Figure:
 
     figure = Figure(figsize=(WIDTH, _BAR * max(len(rows), 2) + 1.2), layout="constrained")
     axes, first = figure.subplots(), rows[0]
-    figures: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
     for place, row in enumerate(rows):
-        if not row.passed or row.p50 is None:
-            axes.text(1.02, place, "failed its check", style="italic", **figures)
-            continue
-        whisker = [[row.p50 - (row.p20 or row.p50)], [(row.p80 or row.p50) - row.p50]]
-        look: dict[str, Any] = {"color": BLUE} if row.label.startswith("teal") else {"color": GREY, "hatch": "////"}
-        axes.barh(place, row.p50, height=0.64, xerr=whisker, error_kw={"linewidth": 1, "ecolor": "#222222"},
-                  edgecolor="white", linewidth=0, **look)  # fmt: skip
-        axes.text(1.02, place, f"{row.p50:.0f}", **figures)
-        if ratio := row.faster_than.get(first.label):
-            axes.text(1.11, place, f"{ratio:.2f}x*", **figures)
-    axes.text(1.02, -0.72, "tokens/s", color="#444444", **figures)
-    axes.text(1.02, max(len(rows), 2) - 0.4, f"* of {first.label},\npaired median", color="#444444",
-              **figures | {"fontsize": 6.5, "va": "top"})  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
-    axes.set_ylim(max(len(rows), 2) - 0.4, -0.6)
-    plain(axes)
-    axes.grid(visible=False, axis="y")
+        _draw_bar(axes, place, row, {"color": BLUE} if row.label.startswith("teal") else _OTHER)
+        if row.passed and row.p50 is not None:
+            _note(axes, 1.02, place, f"{row.p50:.0f}")
+            if ratio := row.faster_than.get(first.label):
+                _note(axes, 1.11, place, f"{ratio:.2f}x*")
+    _note(axes, 1.02, -0.72, "tokens/s", color="#444444")
+    _note(axes, 1.02, max(len(rows), 2) - 0.4, f"* of {first.label},\npaired median", color="#444444", fontsize=6.5,
+          va="top")  # fmt: skip
+    _name_bars(axes, rows)
     axes.set_title(f"{first.model}: a prompt of {counted(first.tokens, 'token')}", fontsize=8.5, loc="left")
     axes.set_xlabel("prompt tokens per second (bar: median, whisker: p20 to p80)", fontsize=8)
     return figure
 
 
+def _draw_bar(axes: Axes, place: int, row: DecodeRow | PrefillRow, look: dict[str, Any]) -> None:
+    """The median of a row with its whisker, or that it failed."""
+    if not row.passed or row.p50 is None:
+        _note(axes, 1.02, place, "failed its check", style="italic")
+        return
+    whisker = [[row.p50 - (row.p20 or row.p50)], [(row.p80 or row.p50) - row.p50]]
+    axes.barh(place, row.p50, height=0.64, xerr=whisker, error_kw={"linewidth": 1, "ecolor": "#222222"},
+              edgecolor="white", linewidth=0, **look)  # fmt: skip
+
+
+def _name_bars(axes: Axes, rows: Sequence[DecodeRow | PrefillRow]) -> None:
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(max(len(rows), 2) - 0.4, -0.6)
+    plain(axes)
+    axes.grid(visible=False, axis="y")
+
+
+def _note(axes: Axes, x: float, place: float, text: str, **look: Any) -> None:
+    """Text beside a bar; x is a share of the width."""
+    wanted: dict[str, Any] = {"va": "center", "fontsize": 7.5} | look
+    axes.text(x, place, text, transform=axes.get_yaxis_transform(), **wanted)
+
+
 def _bar(row: DecodeRow) -> dict[str, Any]:
     """Colour and hatch: sparse plain, dense dotted, others hatched, a dump crossed."""
     if row.engine != "teal":
-        return {"color": GREY, "hatch": "////"}
+        return _OTHER
     if row.dump:
         return {"color": BLUE, "hatch": "xx", "alpha": 0.6}
     return {"color": BLUE, "hatch": ""} if row.sparsity else {"color": GREEN, "hatch": ".."}
 
 
 def _figures(axes: Axes, place: int, row: DecodeRow) -> None:
-    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
-    if not row.passed or row.p50 is None:
-        axes.text(1.02, place, "failed its check", style="italic", **beside)
-        return
-    axes.text(1.02, place, f"{row.p50:.1f}", **beside)
+    _note(axes, 1.02, place, f"{row.p50:.1f}")
     ratio = row.faster_than.get("dense")
     if ratio:
-        axes.text(1.11, place, f"{ratio:.2f}x", **beside)
+        _note(axes, 1.11, place, f"{ratio:.2f}x")
     elif row.to_uniform:
-        axes.text(1.11, place, f"{row.to_uniform:.2f}x unif.*", **beside)
+        _note(axes, 1.11, place, f"{row.to_uniform:.2f}x unif.*")
     elif row.to_undumped:
-        axes.text(1.11, place, f"{row.to_undumped - 1:+.0%} time*", **beside)
+        _note(axes, 1.11, place, f"{row.to_undumped - 1:+.0%} time*")
 
 
 def _remarks(axes: Axes, rows: list[DecodeRow]) -> None:
     """What the starred figures are, and what a panel lacks."""
     if any(row.faster_than or row.to_undumped or row.to_uniform for row in rows):
-        axes.text(1.02, max(len(rows), 2) - 0.45, "* paired median", transform=axes.get_yaxis_transform(), fontsize=6.5,
-                  color="#444444", va="top")  # fmt: skip
+        _note(axes, 1.02, max(len(rows), 2) - 0.45, "* paired median", fontsize=6.5, color="#444444", va="top")
     dumped = [row for row in rows if row.dump]
     if dumped and all(row.dump for row in rows):
         missing(axes, "the same without a dump is not in this result")

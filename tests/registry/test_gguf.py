@@ -20,7 +20,6 @@ from teal_cli.registry.convert import weights as conversion
 from teal_cli.registry.download import dry_run, fetch
 from teal_cli.registry.registry import Registry
 
-BF16 = gguf.GGMLQuantizationType.BF16  # a float, among the types tested before
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
