@@ -41,6 +41,10 @@ LEAST = 16
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
+QUERIES: Any = np.int64(0)
+KEYS: Any = np.int64(1)
+"""Which of the two scales of `wide_scales`; numpy's integers for the reason given at `layout.NONE`."""
+
 
 def parts_for(threads: int, kv_heads: int) -> int:
     """Into how many parts each head's positions are divided, so that all threads get the same number of items."""
@@ -77,15 +81,24 @@ def prefetch_keys(
 
 
 @compiled
+def share_of(
+    kind: Any, shape: Any, weights: Any, tensors: Any, number: int, whose: int, shared: Any, own: Any
+) -> tuple[int, int, Any]:
+    """The range of the items of share `number`, and what the norm over all heads of its QUERIES or KEYS multiplies by;
+    ZERO where there is no such norm."""
+    begin, end = items_of(shape, shared.totals.shape[1], number, own.threads)
+    if weights.rules.wide_head_norms and tensors[Q_NORM] != NONE and begin < end:
+        return begin, end, wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)[whose]
+    return begin, end, ZERO
+
+
+@compiled
 def append_all(
     kind: Any, shape: Any, weights: Any, cache: Any, layer: int, token: Any, number: int, shared: Any, own: Any
 ) -> None:
     """Appends the keys and values to the cache that belong to the items of share `number`."""
     parts, tensors = shared.totals.shape[1], weights.tensors[layer]
-    begin, end = items_of(shape, parts, number, own.threads)
-    scale = ZERO
-    if weights.rules.wide_head_norms and tensors[Q_NORM] != NONE and begin < end:
-        scale = wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)[1]
+    begin, end, scale = share_of(kind, shape, weights, tensors, number, KEYS, shared, own)
     for item in range(begin, end):
         head, start, stop = positions(weights, layer, token, parts, item)
         if start < stop and stop == token.position + 1:
@@ -101,10 +114,7 @@ def attend(
     """The items of share `number`, after their keys and values were appended: rotates queries, leaves partial sums in
     `own`."""
     parts, group, tensors = shared.totals.shape[1], shape.heads // shape.kv_heads, weights.tensors[layer]
-    begin, end = items_of(shape, parts, number, own.threads)
-    scale = ZERO
-    if weights.rules.wide_head_norms and tensors[Q_NORM] != NONE and begin < end:
-        scale = wide_scales(kind, shape, tensors, weights.norm, shared.qkv, own)[0]
+    begin, end, scale = share_of(kind, shape, weights, tensors, number, QUERIES, shared, own)
     for item in range(begin, end):
         head, start, stop = positions(weights, layer, token, parts, item)
         if start >= stop:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from teal_kernels.steps.cpu.attention import append_all, attend, hand_over_sums, prefetch_keys
-from teal_kernels.steps.cpu.intrinsics import atomic_load, atomic_replace, get, item_bytes, put
+from teal_kernels.steps.cpu.intrinsics import atomic_load, get, item_bytes, put
 from teal_kernels.steps.cpu.layout import (
     ABANDON,
     APPENDED,
@@ -47,6 +47,7 @@ from teal_kernels.steps.cpu.sites import (
 )
 from teal_kernels.steps.cpu.sync import (
     await_state,
+    begin_late,
     begin_write,
     end_write,
     is_late,
@@ -169,8 +170,7 @@ def append_once(
 ) -> bool:  # fmt: skip
     """`append_all` by one thread, before any attends. False: this thread is late."""
     control, place = shared.control, MEMBERS + PLACES * number + APPENDED
-    before = atomic_load(control, place)
-    if before % 2 == 0 and before <= 2 * phase and atomic_replace(control, place, before, 2 * phase + 1):
+    if begin_late(control, place, phase):
         append_all(kind, shape, weights, cache, layer, token, number, shared, own)
         end_write(control, place, phase)
     await_state(control, place, phase)

@@ -59,6 +59,13 @@ def begin_write(control: Any, place: int, phase: int) -> bool:
 
 
 @compiled
+def begin_late(control: Any, place: int, phase: int) -> bool:
+    """`begin_write` of what not every phase writes: its state may be that of any phase before."""
+    before = atomic_load(control, place)
+    return before % 2 == 0 and before <= 2 * phase and atomic_replace(control, place, before, 2 * phase + 1)
+
+
+@compiled
 def end_write(control: Any, place: int, phase: int) -> None:
     atomic_swap(control, place, 2 * phase + 2)
 
@@ -116,11 +123,10 @@ def leave_stream(control: Any, phase: int, threads: int, hidden: Any, stream: An
     """Leaves the residual stream before a layer, whose first phase this is, for threads that are late, if any."""
     for thread in range(threads):
         if atomic_load(control, MEMBERS + PLACES * thread + ABSENT) != 0:
-            before = atomic_load(control, STREAM)
-            if before % 2 == 0 and before <= 2 * phase and atomic_replace(control, STREAM, before, 2 * phase + 1):
+            if begin_late(control, STREAM, phase):
                 for i in range(len(hidden)):
                     stream[i] = hidden[i]
-                atomic_swap(control, STREAM, 2 * phase + 2)
+                end_write(control, STREAM, phase)
             return
 
 
