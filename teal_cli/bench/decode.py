@@ -22,8 +22,8 @@ from teal_cli.bench.quality import Quality
 from teal_cli.bench.rows import DecodeRow, Progress
 from teal_cli.bench.subjects import Subject
 from teal_cli.bench.timing import Contender, Seconds, Spread, interleave, median_ratio
+from teal_cli.decoding.decoder import step_bytes
 from teal_cli.decoding.projector import empty_rows
-from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import HardwareError, UsageError
 from teal_cli.model.transformer import dense
 from teal_cli.runs.plans import Level

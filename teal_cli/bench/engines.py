@@ -27,7 +27,7 @@ from teal_cli.decoding.decoder import Capture, Decoder
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import PlainStep, open_step
 from teal_cli.errors import HardwareError, NotFoundError, TealError
-from teal_cli.model.cache import KVCache
+from teal_cli.model.transformer import KVCache
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import SITES
 

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from teal_cli.decoding.projector import PromptRecorder, Rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import Choose, Step
-from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import UsageError, counted
-from teal_cli.model.cache import KVCache
-from teal_cli.model.transformer import Transformer
+from teal_cli.model.transformer import KVCache, Transformer
 from teal_cli.model.transformer import dense as dense_projection
 from teal_kernels.spec import PROJECTIONS
+from teal_kernels.steps.spec import MATRICES
 
 _AT_ONCE_S, _AT_ONCE = 0.05, 16
 """Tokens that are decoded at once are those of so many seconds, and at most so many: text still flows, Ctrl-C is
@@ -277,3 +276,24 @@ class Decoder:
             return 0.0
         read = step_bytes(self.model, tally.context / tally.steps, self.mean_kept())
         return read * tally.steps / tally.decode_s / 1e9
+
+
+def step_bytes(
+    model: Transformer, context: float, kept: NDArray[np.floating] | NDArray[np.integer] | None = None
+) -> float:
+    """Bytes of weights and KV cache that one step reads: the memory floor that every speed is judged by.
+
+    Single-batch decoding is bound by reads, so bytes over time is the bandwidth achieved, and bytes over the machine's
+    bandwidth is the floor. Norm weights and biases (under 0.1%) are left out.
+
+    Args:
+        model: its matrices say what a row costs.
+        context: tokens in the cache that the step attends to (a mean will do).
+        kept: kept input entries [layers, 7] of the step; None for a dense one.
+    """
+    config = model.config
+    rows = np.array([[size for name in MATRICES for size in getattr(w, name).row_bytes] for w in model.layers])
+    weights = float(np.sum(rows * (config.inputs() if kept is None else kept)))
+    attended = sum(min(context, window or context) for window in config.sliding_windows)
+    head = len(model.lm_head.data) * sum(model.lm_head.row_bytes)
+    return weights + head + 2 * config.kv_width * model.dtype.itemsize * attended

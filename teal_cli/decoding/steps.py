@@ -17,9 +17,8 @@ from torch import Tensor
 
 from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, empty_rows
 from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
-from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.transformer import Transformer
+from teal_cli.model.transformer import KVCache, Transformer
 from teal_kernels.backends import (
     BACKENDS,
     CPU,

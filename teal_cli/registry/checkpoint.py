@@ -1,4 +1,5 @@
-"""What makes a checkpoint: which files of a listing are needed, what their headers say, and whether they are intact.
+"""What makes a checkpoint: which files of a listing are needed, what config.json and headers say, and whether all are
+intact; and the refusal of an architecture that teal does not decode, before any weights are downloaded.
 
 Reads config.json, safetensors headers and indexes; a weight only to hash it. Knows nothing of where a listing comes
 from.
@@ -11,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from teal_cli import files
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import read_chunks, readable_size
 from teal_cli.model import fp8
+from teal_cli.model.families import FAMILIES
 from teal_cli.registry.entry import FileRecord, ModelEntry
 from teal_cli.registry.events import Problem, Progress, Verified
 
@@ -35,6 +37,9 @@ _SMALL: Final = frozenset({
 _TOKENIZERS: Final = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES: Final = (".bin", ".pth", ".pt", ".ckpt")
 _DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+ARCHITECTURES: Final[dict[str, str]] = {row.architecture: family for family, row in FAMILIES.items()}
+"""The class that config.json names -> the family."""
 
 
 def select_files(names: Collection[str], where: str) -> list[str]:
@@ -101,6 +106,40 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TealError(f"{path} does not hold a JSON object", hint="fetch the model again")
     return value
+
+
+def unsupported(architecture: str, where: str) -> UsageError:
+    """The one refusal of a model that teal cannot decode, naming it and those that it can."""
+    titles = ", ".join(row.title for row in FAMILIES.values())
+    return UsageError(
+        f"{where} has the architecture {architecture}, which teal does not support",
+        hint=f"supported are {', '.join(ARCHITECTURES)}: {titles}",
+    )
+
+
+def architecture_of(config: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Architecture and family of a config.json.
+
+    Args:
+        config: the parsed config.json.
+        where: the model's name, for the message.
+
+    Returns:
+        The class name and the family, e.g. ("LlamaForCausalLM", "llama").
+
+    Raises:
+        UsageError: the architecture is none of `ARCHITECTURES`.
+    """
+    named = config.get("architectures")
+    model_type = config.get("model_type")
+    if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str):
+        architecture = named[0]
+    else:  # a config without "architectures" is told by its model_type
+        by_family = {family: name for name, family in ARCHITECTURES.items()}
+        architecture = by_family.get(str(model_type), str(model_type))
+    if architecture not in ARCHITECTURES:
+        raise unsupported(architecture, where)
+    return architecture, ARCHITECTURES[architecture]
 
 
 def context_of(config: dict[str, Any]) -> int:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.files import disk_errors, require_space
-from teal_cli.registry.architectures import architecture_of
-from teal_cli.registry.checkpoint import CONFIG, context_of, inspect_weights, read_json
+from teal_cli.registry.checkpoint import CONFIG, architecture_of, context_of, inspect_weights, read_json
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.registry.events import Done, Event, Fetched, Note, Plan, Planned
 from teal_cli.registry.registry import Registry

@@ -35,7 +35,7 @@ class ModelEntry:
         path: folder that transformers' from_pretrained loads: the hub's cache, the user's folder, or one of
             ours.
         architecture: e.g. "LlamaForCausalLM".
-        family: e.g. "llama"; one of `architectures.FAMILIES`.
+        family: e.g. "llama"; one of `families.FAMILIES`.
         dtype: dtype of most weights, as torch names it: "bfloat16", "float16", "float32".
         parameters: number of stored weights.
         size_bytes: bytes of `files`.

@@ -20,9 +20,8 @@ from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.decoding.steps import check_step, choose_step, open_step
 from teal_cli.errors import HardwareError, TealError, UsageError, counted
-from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig, load_config
-from teal_cli.model.transformer import Transformer
+from teal_cli.model.transformer import KVCache, Transformer
 from teal_cli.model.weights import Checkpoint
 from teal_cli.passes.layers import Layers, ResidentLayers, StreamedLayers, fits
 from teal_cli.registry.calibrations import remarks

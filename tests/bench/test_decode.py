@@ -17,7 +17,7 @@ from teal_cli.bench.prefill import PrefillRequest, bench_prefill
 from teal_cli.bench.rows import DecodeRow, PrefillRow
 from teal_cli.bench.shapes import ModelShape
 from teal_cli.bench.subjects import Subject, packed, stack
-from teal_cli.decoding.traffic import step_bytes
+from teal_cli.decoding.decoder import step_bytes
 from teal_cli.errors import HardwareError, NotFoundError, UsageError
 from teal_kernels.packed import PackedMatrix
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.decoder import Decoder, step_bytes
 from teal_cli.decoding.projector import Rows, empty_rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import NUMBA, TRITON_GRAPH, choose_step, open_step
-from teal_cli.decoding.traffic import step_bytes
 from teal_cli.errors import UsageError
 from teal_cli.model.transformer import Transformer
 from teal_kernels.backends import BackendError

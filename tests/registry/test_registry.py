@@ -19,8 +19,8 @@ from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, require_space, write_json
 from teal_cli.model.families import FAMILIES
 from teal_cli.registry import catalog
-from teal_cli.registry.architectures import ARCHITECTURES
 from teal_cli.registry.catalog import check_name, name_from
+from teal_cli.registry.checkpoint import ARCHITECTURES
 from teal_cli.registry.download import download, fetch
 from teal_cli.registry.entry import ModelEntry
 from teal_cli.registry.registry import Registry

@@ -14,7 +14,7 @@ import numpy as np
 
 from teal_cli.errors import UsageError
 from teal_cli.model.families import FAMILIES
-from teal_cli.registry.architectures import unsupported
+from teal_cli.registry.checkpoint import unsupported
 from teal_cli.registry.convert.reader import GgufFile, damaged
 
 # llama.cpp writes Mistral as "llama": the two compute the same where no sliding window is set.

@@ -16,9 +16,8 @@ from typing import Final
 
 from teal_cli.errors import AuthError, NotFoundError, TealError, UsageError
 from teal_cli.files import disk_errors, is_disk_full, read_chunks, require_space, sha256_of
-from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.catalog import is_repo, name_from
-from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, read_json, select_files
+from teal_cli.registry.checkpoint import CONFIG, architecture_of, has_tokenizer, read_json, select_files
 from teal_cli.registry.entry import FileRecord
 from teal_cli.registry.events import Fetched, Note, Plan, PlannedFile, Progress
 from teal_cli.registry.sources import UnreachableError

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING
 
 from teal_cli.errors import NotFoundError
 from teal_cli.files import disk_errors, read_chunks, require_space, write_json
-from teal_cli.registry.architectures import architecture_of
 from teal_cli.registry.catalog import name_from
-from teal_cli.registry.checkpoint import CONFIG, has_tokenizer, inspect_weights, read_json, select_files
+from teal_cli.registry.checkpoint import (
+    CONFIG,
+    architecture_of,
+    has_tokenizer,
+    inspect_weights,
+    read_json,
+    select_files,
+)
 from teal_cli.registry.entry import FileRecord
 from teal_cli.registry.events import Fetched, Note, Plan, PlannedFile, Progress
 
