@@ -86,7 +86,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, traits: Trait
         # Heads that share a key stand in the sequence axis: grouped attention with neither mask nor copy of k.
         grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
         return _attend(grouped, k[None], v[None], traits).reshape(1, heads * head_dim)
-    mask = None
+    mask, before = None, total - count
+    narrow = window is not None and window < total
+    if 0 < before <= count // 2 and not narrow and traits.score_cap is None:
+        # Half of a square, without a mask, is less than S times T of one: queries that nobody asked for fill it up.
+        square = torch.cat((q.new_zeros(before, heads, head_dim), q)).transpose(0, 1)[None]
+        out = _attend(square, k[None], v[None], traits, causal=True)[:, :, before:]
+        return out[0].transpose(0, 1).reshape(count, heads * head_dim)
     if count != total or (window is not None and window < total) or traits.score_cap is not None:
         rows = torch.arange(total - count, total, device=q.device)[:, None]
         columns = torch.arange(total, device=q.device)

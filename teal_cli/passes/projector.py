@@ -1,14 +1,13 @@
 """The product of many rows under a plan: what a sparse decode step computes for one row, as a matrix product.
 
-Dropped entries are set to zero. From half of them on a CPU skips their weight rows (`ops/sparse_gemm`), for the rows of
-several plans at once; below, multiplying by zero is faster. The comparison is the step's own, so the same entries are
+Dropped entries are set to zero. Where they are many, a CPU may skip their weight rows (`ops/sparse_gemm`), for the rows
+of several plans at once; else multiplying by zero is faster. The comparison is the step's own, so the same entries are
 dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import numpy as np
 import torch
@@ -19,13 +18,10 @@ from torch import Tensor
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.experts import ExpertOutputs, expert_limits
 from teal_kernels.matrix import Matrix
-from teal_kernels.ops.sparse_gemm.op import skips_zeros, sparse_gemm
+from teal_kernels.ops.sparse_gemm.op import skips_from, sparse_gemm
 from teal_kernels.ops.sparse_gemm.reference import sparse_gemm_reference
 from teal_kernels.ops.threshold.reference import row_thresholds, threshold_reference
 from teal_kernels.spec import SITES, columns
-
-_SKIPPING_FROM: Final = 0.5
-"""Target of a plan from which skipping zeros is as fast as multiplying by them."""
 
 
 class PlanProjector:
@@ -38,7 +34,7 @@ class PlanProjector:
 
     def __init__(self, plan: Plan, layer: int, device: torch.device) -> None:
         thresholds = plan.applied()
-        self._often_zero = plan.target >= _SKIPPING_FROM
+        self._target = plan.target
         self._ranked = thresholds.ranked
         self._limits = {site: torch.from_numpy(thresholds.site(layer, site)).to(device) for site in SITES}
         self._lowest = {site: torch.from_numpy(thresholds.lowest(layer, site)).to(device) for site in SITES}
@@ -84,14 +80,14 @@ class PlanProjector:
 
     def skips(self, matrix: Matrix) -> bool:
         """Whether products with a matrix skip what is dropped."""
-        return self._often_zero and skips_zeros(matrix)
+        return self._target >= skips_from(matrix)
 
     def reads(self, site: str, kept: Tensor, counts: NDArray[np.int64] | None) -> list[Tensor]:
         """What each projection of a site reads [S, K], or once what all of them do; adds to counts what they keep."""
         group = columns(site)
         if self._shared[site]:
             if counts is not None:
-                counts[group] += int(torch.count_nonzero(kept))
+                counts[group] += count_kept(kept)
             return [kept]
         every = self._limits[site]
         if self._ranked:
@@ -100,7 +96,7 @@ class PlanProjector:
         for projection, limits in enumerate(every):
             read = shrink(kept, numbers[projection]) if numbers else threshold_reference(kept, limits)
             if counts is not None:
-                counts[group.start + projection] += int(torch.count_nonzero(read))
+                counts[group.start + projection] += count_kept(read)
             found.append(read)
         return found
 
@@ -158,6 +154,15 @@ def _multiply(multiply: Callable[..., Tensor], reads: Sequence[list[Tensor]], ma
         return multiply(torch.cat([read[0] for read in reads]), matrix)
     each = [torch.cat([read[min(p, len(read) - 1)] for read in reads]) for p in range(parts)]
     return torch.cat([multiply(x, matrix, p) for p, x in enumerate(each)], dim=1)
+
+
+def count_kept(rows: Tensor) -> int:
+    """How many entries are not zero; rows hold no negative zero. On a CPU numpy counts 16-bit integers in 1/70 of the
+    time that PyTorch takes for bfloat16 (Xeon with AVX-512, 2026-11-26)."""
+    if rows.device.type != "cpu":
+        return int(torch.count_nonzero(rows))
+    whole = {2: torch.int16, 4: torch.int32}[rows.itemsize]
+    return int(np.count_nonzero(rows.view(whole).numpy()))
 
 
 def shrink(x: Tensor, t: float) -> Tensor:

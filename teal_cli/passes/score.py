@@ -19,7 +19,7 @@ from teal_cli.errors import TealError
 from teal_cli.passes.forward import States
 from teal_cli.passes.layers import Head
 
-_LOGIT_BYTES: Final = 64 << 20
+_LOGIT_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teal_kernels.matrix import FloatMatrix
-from teal_kernels.ops.sparse_gemm.op import skips_zeros, sparse_gemm
+from teal_kernels.ops.sparse_gemm.op import skips_from, skips_zeros, sparse_gemm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -18,6 +18,7 @@ def test_it_is_the_product_and_a_row_does_not_know_of_others(dtype: torch.dtype)
     x[2], x[3, 1:] = 0, 0
     matrix = FloatMatrix(weight, (70, 20))
     assert skips_zeros(matrix)
+    assert skips_from(matrix) >= 0.5
     found = sparse_gemm(x, matrix)
     exact = x.double() @ weight.double()
     assert found.dtype == dtype

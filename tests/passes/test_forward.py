@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from teal_cli.decoding.steps import open_step
 from teal_cli.errors import TealError, UsageError
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint
+from teal_cli.passes import projector
 from teal_cli.passes.forward import Advance, Sparse, States, Where, forward
 from teal_cli.passes.layers import Layers, ResidentLayers, StreamedLayers
 from teal_cli.sparsity.plan import Plan
+from teal_kernels.matrix import Matrix
+from teal_kernels.ops.sparse_gemm.op import skips_zeros
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTIONS
 
 COUNT, START = 20, 7  # both beyond the tiny models' sliding window of 8, together
@@ -71,6 +75,17 @@ class Seen:
         return self
 
 
+@pytest.fixture(params=["skips", "multiplies"])
+def either_product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever product of many rows this processor would choose, both are tried."""
+
+    def skips_from(matrix: Matrix) -> float:
+        return 0.0 if request.param == "skips" and skips_zeros(matrix) else inf
+
+    monkeypatch.setattr(projector, "skips_from", skips_from)
+
+
+@pytest.mark.usefixtures("either_product")
 def test_it_equals_the_decoder_token_by_token(tiny_family: Path) -> None:
     """The law of the pass: the same masks and, to 1e-4, the same logits as one decode step after another."""
     model = Transformer.from_checkpoint(tiny_family, torch.float32)
@@ -104,6 +119,7 @@ def judged(path: Path, plan: Plan, tokens: NDArray[np.int64], start: int) -> lis
     return logits if min(nearest) > 3e-6 else None
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("start", [0, 1, START, COUNT])
 def test_it_equals_transformers_with_masking_hooks(tiny_family: Path, start: int) -> None:
     tokens = blocks()

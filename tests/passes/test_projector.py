@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from teal_cli.passes.projector import shrink
+from teal_cli.passes.projector import count_kept, shrink
 from teal_kernels.ops.threshold.reference import threshold_reference
 
 
@@ -21,3 +21,13 @@ def test_it_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
         found, expected = shrink(x, t), threshold_reference(x, torch.tensor(t))
         assert torch.equal(found, expected), t
         assert not torch.signbit(found[found == 0]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_entries_are_counted(dtype: torch.dtype) -> None:
+    """NaN and the smallest number are entries; rows that are parts of wider ones count by themselves."""
+    x = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[x < 0.3] = 0
+    x[0, :2] = torch.tensor([torch.nan, torch.finfo(dtype).smallest_normal], dtype=dtype)
+    for rows in (x, x[:, 3:20], x[2:5], x[:0]):
+        assert count_kept(rows) == int(torch.count_nonzero(rows))
