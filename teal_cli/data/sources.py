@@ -1,5 +1,5 @@
-"""From what the user calls a dataset to its rows of text: a name of configs/, a repository of the hub, local
-files, or the text that Python carries.
+"""From what the user calls a dataset to its rows of text: a name, that is a TOML file in configs/calibrate, a
+repository of the hub, local files, or the text that Python carries.
 
 Rows come lazily, and hub sets are streamed, so a calibration on C4 fetches some megabytes. With HF_DATASETS_OFFLINE or
 HF_HUB_OFFLINE set, hub sets are read from the cache of `datasets`. This module does not know about tokens.
@@ -8,18 +8,21 @@ HF_HUB_OFFLINE set, hub sets are read from the cache of `datasets`. This module 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from teal_cli.checks import did_you_mean
-from teal_cli.data.catalog import PYTHON_DOCS, NamedDataset, named_datasets
 from teal_cli.data.hub import hub_splits
 from teal_cli.data.local import is_local, local_rows
 from teal_cli.data.python_docs import SPLITS as PYTHON_DOCS_SPLITS
 from teal_cli.data.python_docs import python_docs
 from teal_cli.errors import NotFoundError, UsageError
+from teal_cli.settings import configs
 
+PYTHON_DOCS = "python-docs"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _HELD_OUT_NAMES = ("test", "validation")
 
@@ -28,6 +31,65 @@ _ALPACA = (
     "the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n{output}"
 )
 _ALPACA_FURTHER = ", paired with an input that provides further context"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedDataset:
+    """A dataset of configs/calibrate.
+
+    Attributes:
+        name: what the user types.
+        description: what it is, in a few words.
+        hub: repository on the hub, None for the text that Python carries.
+        config: configuration of that repository, None for its only one.
+        text: column that holds the text.
+        separator: put between rows.
+        split: split to calibrate on.
+        held_out: split to check a calibration on; None where there is none.
+    """
+
+    name: str
+    description: str
+    hub: str | None
+    config: str | None
+    text: str | None
+    separator: str
+    split: str
+    held_out: str | None
+
+
+@cache
+def named_datasets() -> dict[str, NamedDataset]:
+    """Every named dataset, by name, in alphabetical order."""
+    folder = configs() / "calibrate"
+    found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda entry: entry.name)
+    datasets = (parse(entry.name.removesuffix(".toml"), entry.read_text(encoding="utf-8")) for entry in found)
+    return {dataset.name: dataset for dataset in datasets}
+
+
+def parse(name: str, text: str) -> NamedDataset:
+    """Read one file of configs/calibrate.
+
+    Raises:
+        ValueError: not TOML, or a key that is missing or unknown: the file is part of teal, so this is a
+            defect.
+    """
+    table = tomllib.loads(text)
+    splits = table.pop("splits")
+    dataset = NamedDataset(
+        name=name,
+        description=table.pop("description"),
+        hub=table.pop("hub", None),
+        config=table.pop("config", None),
+        text=table.pop("text", None),
+        separator=table.pop("separator"),
+        split=splits.pop("calibrate"),
+        held_out=splits.pop("held_out", None),
+    )
+    unknown = [*table, *splits]
+    if unknown:
+        raise ValueError(f"configs/calibrate/{name}.toml has unknown keys: {', '.join(unknown)}")
+    return dataset
 
 
 @dataclass(frozen=True, slots=True)

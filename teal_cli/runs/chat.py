@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from teal_cli.data.detokenize import TextStream
+from teal_cli.data.tokenizer import TextStream
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
 from teal_cli.files import disk_errors, occupied, write_json

@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from teal_cli.data.detokenize import TextStream
 from teal_cli.data.prompts import Prompt, Prompts
+from teal_cli.data.tokenizer import TextStream
 from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError

@@ -29,10 +29,9 @@ from teal_cli.runs.ranks import Target, run_ranks
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
-from teal_cli.store.fields import StoredMixture
 from teal_cli.store.manifest import is_collection
 from teal_cli.store.placing import check_resume, check_target, destination
-from teal_cli.store.schema import VALUE_DTYPES, level_name
+from teal_cli.store.schema import VALUE_DTYPES, StoredMixture, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 from teal_kernels.spec import PROJECTION_INDEX, SITES
 

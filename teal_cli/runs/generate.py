@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.data.detokenize import StopTexts, TextStream
 from teal_cli.data.prompts import KnownPrompts, Prompt
+from teal_cli.data.tokenizer import StopTexts, TextStream
 from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError

@@ -25,7 +25,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from teal_cli.data.detokenize import TextStream
+from teal_cli.data.tokenizer import TextStream
 from teal_cli.data.windows import token_before
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError

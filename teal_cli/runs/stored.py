@@ -14,10 +14,9 @@ from typing import Any
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import TealError, UsageError
-from teal_cli.store.fields import items, take
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import read_state
-from teal_cli.store.schema import parse_level
+from teal_cli.store.schema import items, parse_level, take
 
 _SOURCE = {"dataset": str, "split": str, "num_sequences": int, "prompt_tokens": int}
 

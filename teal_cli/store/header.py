@@ -16,7 +16,6 @@ import numpy as np
 
 from teal_cli.errors import UsageError
 from teal_cli.sparsity.criterion import TOPK
-from teal_cli.store.fields import StoredMixture, items, take
 from teal_cli.store.schema import (
     BITORDER,
     COLLECTION,
@@ -33,10 +32,13 @@ from teal_cli.store.schema import (
     SCHEMA_1,
     TOKEN_COLUMNS,
     VALUE_DTYPES,
+    StoredMixture,
     block_tokens,
     is_part_name,
+    items,
     level_name,
     parse_level,
+    take,
 )
 from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from teal_cli.data.detokenize import TextStream
-from teal_cli.data.tokenizer import load_tokenizer
+from teal_cli.data.tokenizer import TextStream, load_tokenizer
 from teal_cli.errors import UsageError
 from teal_cli.registry.registry import Registry
 from teal_cli.store.header import StoreHeader

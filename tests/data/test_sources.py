@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from teal_cli.data import sources
-from teal_cli.data.catalog import named_datasets, parse
-from teal_cli.data.sources import open_source
+from teal_cli.data.sources import named_datasets, open_source, parse
 from teal_cli.errors import NotFoundError, TealError, UsageError
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teal_cli.data.detokenize import StopTexts, TextStream
-from teal_cli.data.tokenizer import load_tokenizer
+from teal_cli.data.tokenizer import StopTexts, TextStream, load_tokenizer
 from teal_cli.errors import UsageError
 
 
