@@ -3,10 +3,11 @@ command.
 
     python benchmarks/quality.py OUT --models smollm2-135m,gemma3-270m
 
-It makes the plans that the models lack (`teal plan make`), runs them side by side over each text
-(`teal eval --json`), and writes OUT/quality.json, table.md and quality.png anew. Started again it goes on where it
-stopped: plans are in the registry, evaluations in OUT. A plan rarely drops the very bytes of another one, so its loss
-is compared with what uniform plans by magnitude lose at the bytes that it really dropped on that text.
+It makes the plans that the models lack (`teal plan make`), runs them side by side over each text (`teal eval
+--json`), and writes OUT/quality.json, table.md and quality.png anew, with the panels of other models that
+quality.json has. Started again it goes on where it stopped: plans are in the registry, evaluations in OUT. A plan
+rarely drops the very bytes of another one, so its loss is compared with what uniform plans by magnitude lose at the
+bytes that it really dropped on that text.
 
 The texts are none that plans are made from: docstrings of NumPy, and prose, the proceedings of a workshop (lcet10.txt
 of the Canterbury corpus, in Brotli's source distribution). The models must be there and calibrated.
@@ -174,6 +175,19 @@ def panels(out: Path, models: list[str]) -> Iterator[Panel]:
                 yield Panel(model, text, dense[0], rows, [(0.0, 0.0), *line])
 
 
+def earlier(out: Path, models: list[str]) -> Iterator[Panel]:
+    """Panels of other models, which OUT/quality.json has from an earlier run."""
+    file = out / "quality.json"
+    for panel in json.loads(file.read_text())["panels"] if file.exists() else []:
+        if panel["model"] not in models:
+            dense = panel["dense_nll"]
+            rows = {
+                Kind(**cell["kind"]).name(cell["level"]): {**cell, "nll": dense + cell["loss"]}
+                for cell in panel["cells"]
+            }
+            yield Panel(panel["model"], panel["text"], dense, rows, [tuple(point) for point in panel["uniform"]])
+
+
 def share_of(loss: float, realised: float, line: list[tuple[float, float]]) -> float | None:
     """Loss as a share of the uniform line's at the same bytes; the line's last piece is followed three points on."""
     at, losses = np.array(line).T
@@ -237,6 +251,7 @@ def write(out: Path, models: list[str]) -> None:
     found = list(panels(out, models))
     if not found:
         return
+    found = [*earlier(out, models), *found]
     content = [
         {
             "model": p.model,
