@@ -155,11 +155,10 @@ def children(parent: Subject, widths: Iterable[str], sparsities: Iterable[float]
 
 
 def packed(subject: Subject, weights: str) -> Subject:
-    """A stack whose matrices, embedding and head are rounded to int8 or int4, in groups of 64, under the same
-    thresholds."""
-    bits = WIDTHS[weights]
+    """A stack whose matrices are rounded to int8 or int4, embedding and head to int8, in groups of 64, under the same
+    thresholds: what `teal quantize` makes unless it is told otherwise."""
 
-    def pack(matrix: Matrix) -> PackedMatrix:
+    def pack(matrix: Matrix, bits: int = WIDTHS[weights]) -> PackedMatrix:
         layout = RowLayout(bits, 64, matrix.segments)
         return PackedMatrix(quantize(matrix.tensor(), layout), layout, matrix.dtype)
 
@@ -168,8 +167,8 @@ def packed(subject: Subject, weights: str) -> Subject:
         replace(w, qkv=pack(w.qkv), attn_out=pack(w.attn_out), gate_up=pack(w.gate_up), down=pack(w.down))
         for w in model.layers
     ]
-    embedding = pack(model.embedding)
-    head = embedding if model.lm_head is model.embedding else pack(model.lm_head)
+    embedding = pack(model.embedding, WIDTHS["int8"])
+    head = embedding if model.lm_head is model.embedding else pack(model.lm_head, WIDTHS["int8"])
     made = Transformer(model.config, layers, embedding, model.final_norm, head)
     return replace(subject, name=f"{subject.name} {weights}", model=made)
 

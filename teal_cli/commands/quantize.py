@@ -34,9 +34,13 @@ def quantize(
         int, typer.Option("--group", metavar="N", help="Outputs that share a scale: a power of two from 32 up.")
     ] = 64,
     head: Annotated[
-        bool,
-        typer.Option("--head/--no-head", help="Quantise embedding and output head, too, or leave them as they are."),
-    ] = True,
+        str,
+        typer.Option(
+            "--head",
+            metavar="int8|int4|none",
+            help="Width of embedding and output head, which need more bits than the rest; none leaves them.",
+        ),
+    ] = "int8",
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call it.", show_default="MODEL-int4 and so on")
     ] = None,
@@ -46,9 +50,9 @@ def quantize(
 ) -> None:
     """Make an int8 or int4 model of one that is here.
 
-    The matrices of every layer, the embedding and the head are rounded to the nearest codes, with a scale for each
-    group of outputs. Calibrations and plans of the model serve the new one. Interrupted, the same command goes on where
-    it stopped.
+    The matrices of every layer are rounded to the nearest codes, with a scale for each group of outputs; embedding
+    and head to int8 codes, unless --head says otherwise. Calibrations and plans of the model serve the new one.
+    Interrupted, the same command goes on where it stopped.
 
     Examples:
         teal quantize --to int4

@@ -9,7 +9,7 @@ and plans of the parent serve.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ class Quantization:
         bits, group: of `RowLayout`.
         parent, parent_revision: name and revision of the model that it was made of.
         parent_config_sha256: of the parent's config.json; calibrations and plans are made for it.
-        head: whether embedding and head are packed, too.
+        head: bits of a code of embedding and head; None where they are floats.
     """
 
     layout: int
@@ -39,11 +39,15 @@ class Quantization:
     parent: str
     parent_revision: str
     parent_config_sha256: str
-    head: bool = False
+    head: int | None = None
 
     def rows(self, widths: tuple[int, ...]) -> RowLayout:
         """The layout of the rows of a matrix with projections of these widths."""
         return RowLayout(self.bits, self.group, widths)
+
+    def table_rows(self, hidden: int) -> RowLayout | None:
+        """The layout of the rows of embedding and head; None where they are floats."""
+        return None if self.head is None else RowLayout(self.head, self.group, (hidden,))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,8 +65,11 @@ def quantization_of(config: Mapping[str, Any], file: Path) -> Quantization | Non
     hint = "make the model again with `teal quantize`"
     try:
         found = Quantization(**section)
+        if isinstance(found.head, bool):  # before it was chosen: the matrices' bits, or floats
+            found = replace(found, head=found.bits if found.head else None)
         if found.layout == VERSION:
             found.rows((1,))
+            found.table_rows(1)
     except (TypeError, ValueError) as error:
         raise TealError(f"{file}: the section {SECTION} is damaged ({error})", hint=hint) from error
     if found.layout != VERSION:

@@ -29,6 +29,7 @@ from teal_cli.model.quantized import Quantization, packed_name, packed_table, qu
 from teal_cli.model.rope import head_order
 from teal_kernels.matrix import FloatMatrix, Matrix
 from teal_kernels.packed import PackedMatrix
+from teal_kernels.packing import RowLayout
 from teal_kernels.spec import SITE_PROJECTIONS
 from teal_kernels.steps.spec import MATRICES
 
@@ -135,7 +136,8 @@ class Checkpoint:
             for field, site in MATRICES.items():
                 widths = config.segments(site)
                 if self.quantization is not None:
-                    fields[field] = self._packed(read, packed_name(index, field), widths, dtype, device, empty)
+                    layout = self.quantization.rows(widths)
+                    fields[field] = self._packed(read, packed_name(index, field), layout, dtype, device, empty)
                     continue
                 experts = self._parts[index][SITE_PROJECTIONS[site][0]].experts
                 if experts is None or config.mixture is None:
@@ -189,17 +191,16 @@ class Checkpoint:
         self,
         read: Any,
         name: str,
-        widths: tuple[int, ...],
+        layout: RowLayout,
         dtype: torch.dtype,
         device: Device,
         empty: Callable[..., Tensor],
     ) -> PackedMatrix:
-        assert self.quantization is not None
         stored = read(name)
         data = empty(*stored.shape, dtype=stored.dtype, device=device)  # begins at a cache line, unlike a mapped tensor
         data.copy_(stored)
         try:
-            return PackedMatrix(data, self.quantization.rows(widths), dtype)
+            return PackedMatrix(data, layout, dtype)
         except ValueError as error:
             raise TealError(f"{self._files[name]}: {name} is damaged ({error})", hint=_HINT) from error
 
@@ -235,16 +236,16 @@ class Checkpoint:
 
     def _table(self, name: str, dtype: torch.dtype, device: Device) -> Matrix:
         with self._reading() as read:
-            if self._packs_head:
-                return self._packed(read, packed_table(name), (self.config.hidden,), dtype, device, torch.empty)
+            if self._table_rows is not None:
+                return self._packed(read, packed_table(name), self._table_rows, dtype, device, torch.empty)
             return FloatMatrix(read(name).to(device, dtype, copy=True))
 
     @property
-    def _packs_head(self) -> bool:
-        return self.quantization is not None and self.quantization.head
+    def _table_rows(self) -> RowLayout | None:
+        return None if self.quantization is None else self.quantization.table_rows(self.config.hidden)
 
     def _stored_name(self, table: str) -> str:
-        return packed_table(table) if self._packs_head else table
+        return table if self._table_rows is None else packed_table(table)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that will be read, with its shape as stored."""
@@ -259,9 +260,7 @@ class Checkpoint:
         }
         expected[_NORM] = (config.hidden,)
         embedding, head = self._stored_name(_EMBEDDING), self._stored_name(_HEAD)
-        width = config.hidden
-        if self.quantization is not None and self.quantization.head:
-            width = self.quantization.rows((config.hidden,)).stride
+        width = config.hidden if self._table_rows is None else self._table_rows.stride
         expected[embedding] = (config.vocab, width)
         if not config.tied or head in self._files:
             expected[head] = (config.vocab, width)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,9 @@ from teal_cli.registry.registry import Registry
 from teal_kernels.packing import VERSION, quantize
 from teal_kernels.spec import SITE_PROJECTIONS
 from teal_kernels.steps.spec import MATRICES
+
+HEADS: Final[dict[str, int | None]] = {**WIDTHS, "none": None}
+"""How embedding and head may be kept -> bits of a code."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def quantize_model(
     width: str,
     *,
     group: int = 64,
-    head: bool = True,
+    head: str = "int8",
     name: str | None = None,
     force: bool = False,
 ) -> Generator[Quantized | Made, None, None]:
@@ -68,7 +72,7 @@ def quantize_model(
         model: as `Registry.get` takes it.
         width: "int8" or "int4".
         group: columns that share a scale.
-        head: quantise embedding and head, too.
+        head: "int8", "int4" or "none": of embedding and head, which need more bits than the rest; "none" leaves them.
         name: what to call it; None for the parent's name with what is special of it.
         force: make it again, in place of a model of that name.
 
@@ -91,14 +95,16 @@ def quantize_model(
         raise UsageError(
             f"weights are quantised to {' or '.join(WIDTHS)}, not to {width}", hint="--to int8 or --to int4"
         )
+    if head not in HEADS:
+        raise UsageError(f"--head is {' or '.join(HEADS)}, not {head}", hint="int8 costs little of the quality")
     quantization = Quantization(
-        VERSION, WIDTHS[width], group, entry.name, entry.revision, config_sha256(entry.path), head
+        VERSION, WIDTHS[width], group, entry.name, entry.revision, config_sha256(entry.path), HEADS[head]
     )
     try:
         quantization.rows((1,))
     except ValueError as error:
         raise UsageError(str(error), hint="64 is the usual group") from None
-    special = (f"-g{group}" if group != 64 else "") + ("" if head else "-float-head")
+    special = (f"-g{group}" if group != 64 else "") + {"int8": "", "int4": "-int4-head", "none": "-float-head"}[head]
     name = name or f"{entry.name}-{width}{special}"
     check_name(name)
     with registry.lock(name), disk_errors(registry.home):
@@ -129,10 +135,10 @@ def _size(config: ModelConfig, quantization: Quantization, entry: ModelEntry) ->
     rows = sum(config.channels(site) * quantization.rows(config.segments(site)).stride for site in MATRICES.values())
     floats = sum(config.channels(site) * sum(config.segments(site)) for site in MATRICES.values())
     kept = entry.parameters - config.layers * floats
-    if quantization.head:
+    if (table := quantization.table_rows(config.hidden)) is not None:
         tables = 1 if config.tied else 2
         kept -= tables * config.vocab * config.hidden
-        rows += tables * config.vocab * quantization.rows((config.hidden,)).stride // config.layers
+        rows += tables * config.vocab * table.stride // config.layers
     return config.layers * rows + 4 * max(0, kept) + (1 << 20)
 
 
@@ -200,9 +206,9 @@ def _ends(checkpoint: Checkpoint, quantization: Quantization) -> dict[str, Tenso
     """Embedding, final norm, and the head where it is not the embedding."""
     tables = ["embedding"] + ([] if checkpoint.tied() else ["lm_head"])
     tensors = checkpoint.stored([TOP[part][0] for part in ("final_norm", *tables)])
-    if not quantization.head:
+    layout = quantization.table_rows(checkpoint.config.hidden)
+    if layout is None:
         return tensors
-    layout = quantization.rows((checkpoint.config.hidden,))
     for name in [TOP[part][0] for part in tables]:
         try:
             tensors[packed_table(name)] = quantize(tensors.pop(name), layout)

@@ -10,18 +10,20 @@ from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.quantize import quantize_model
 
+HEADS = ("int4", "int8", "int8")
+
 
 @pytest.mark.parametrize(
-    ("name", "width", "backend"),
+    ("name", "width", "head", "backend"),
     [
-        *((name, "int8" if i % 2 else "int4", "triton-graph") for i, name in enumerate(TINY_FAMILIES)),
-        ("llama3", "int4", "triton"),
+        *((name, ("int4", "int8")[i % 2], HEADS[i % 3], "triton-graph") for i, name in enumerate(TINY_FAMILIES)),
+        ("llama3", "int4", "int8", "triton"),
     ],
 )
-def test_quantised_tiny_models(name, width, backend, tiny, teal_home, tmp_path):
+def test_quantised_tiny_models(name, width, head, backend, tiny, teal_home, tmp_path):
     fetch(str(tiny(name)), name="tiny")
     calibrated("tiny", 2, 64)
-    *_, made = quantize_model(Registry(), "tiny", width)
+    *_, made = quantize_model(Registry(), "tiny", width, head=head)
     prompts = prompt_file(tmp_path, "The quick brown fox")
     path = tmp_path / "out.zarr"
     dump = make_dump(made.entry.name, path, levels=(0.0, 0.5), prompts=prompts, max_new_tokens=3, backend=backend)
