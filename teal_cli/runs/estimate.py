@@ -1,9 +1,10 @@
-"""What a dump will take: a short piece of each level is run and stored for a moment, and the rest is told from it."""
+"""What a dump will take: a short piece of it is run and stored for a moment, as the dump will run it: each level by
+itself, or side by side in a pass. The rest is told from that."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
@@ -81,14 +83,14 @@ def storing(short: tuple[int, float], long: tuple[int, float]) -> tuple[float, f
     return row, after - row * many
 
 
-def level_work(prompt_tokens: int, steps: int, follow: str, prefill: str) -> Work:
-    """What one level takes.
+def levels_work(prompt_tokens: int, steps: int, follow: str, prefill: str, levels: int = 1) -> Work:
+    """What levels take that run side by side; `free`, each runs by itself.
 
     Args:
-        prompt_tokens, steps: of all prompts: their tokens, and the rows that follow them.
+        prompt_tokens, steps: of all prompts: their tokens, and the rows that follow them at each level.
         follow, prefill: as in `DumpRequest`.
     """
-    rows = steps + (0 if prefill == "none" else prompt_tokens)
+    rows = levels * (steps + (0 if prefill == "none" else prompt_tokens))
     if follow != "free":
         return Work(prompt_tokens + steps, 0, rows)
     return Work(0, prompt_tokens + steps, rows) if prefill == "sparse" else Work(prompt_tokens, steps, rows)
@@ -96,7 +98,8 @@ def level_work(prompt_tokens: int, steps: int, follow: str, prefill: str) -> Wor
 
 @dataclass(frozen=True)
 class _Sample:
-    """A piece of one level: its rows, bytes of data and of metadata, and seconds that all of the level will take."""
+    """A piece of levels that run side by side: its rows, bytes of data and of metadata, and seconds that all of these
+    levels will take."""
 
     rows: int
     data: int
@@ -114,12 +117,15 @@ def estimate(job: Dump, path: Path) -> Estimate:
         TealError: the checkpoint is damaged, or the disk is full.
     """
     rows = min(_ROWS, job.request.max_new_tokens - 1)
-    prompt = job.prompts[0]
     before = np.zeros(3)
-    if job.request.follow == "dense":
-        prompt, before = _dense(job, prompt, rows)
-    samples = [_sample(job, level, prompt, rows) for level in job.levels]
-    each = job.rows // len(job.levels)
+    if job.request.follow == "free":
+        samples = [_sample(job, [level], job.prompts[:1], rows) for level in job.levels]
+    else:  # side by side in one pass, a sequence on each core
+        prompts = job.prompts[: torch.get_num_threads() if job.session.device.type == "cpu" else 1]
+        if job.request.follow == "dense":
+            prompts, before = _dense(job, prompts, rows)
+        samples = [_sample(job, job.levels, prompts, rows)]
+    each = job.rows / len(samples)
     size = sum(sample.data / sample.rows * each + sample.metadata for sample in samples)
     seconds = before + sum(np.array(sample.seconds) for sample in samples)
     low, middle, high = seconds.tolist()
@@ -127,14 +133,15 @@ def estimate(job: Dump, path: Path) -> Estimate:
     return Estimate(job.rows, sampled, round(size), free_space(path), middle, low, high)
 
 
-def _dense(job: Dump, prompt: Prompt, rows: int) -> tuple[Prompt, Any]:
-    """A prompt with tokens that the dense model decodes after it, and the seconds that all these tokens will take."""
+def _dense(job: Dump, prompts: Sequence[Prompt], rows: int) -> tuple[list[Prompt], Any]:
+    """Prompts with tokens that the dense model decodes after each, and the seconds that all these tokens will take."""
     decoder = job.decoder_for(dense_plan(job.session.config.layers))
-    decode = partial(decoder.generate, prompt.token_ids, max_new_tokens=rows + 1, sampling=job.request.sampling)
-    following = tuple(decode())
-    work = level_work(*_sizes(job), "free", "none")
-    seconds = [Pace(*_decoding_pace(decoder, decode)).seconds(work) for _ in range(_RUNS)]
-    return replace(prompt, following=following), _spread(seconds)
+    decode = partial(decoder.generate, max_new_tokens=rows + 1, sampling=job.request.sampling)
+    found = [replace(prompt, following=tuple(decode(prompt.token_ids))) for prompt in prompts]
+    work = levels_work(*_sizes(job), "free", "none")
+    again = partial(decode, prompts[0].token_ids)
+    seconds = [Pace(*_decoding_pace(decoder, again)).seconds(work) for _ in range(_RUNS)]
+    return found, _spread(seconds)
 
 
 def _sizes(job: Dump) -> tuple[int, int]:
@@ -153,44 +160,49 @@ def _decoding_pace(decoder: Decoder, work: Callable[[], Iterable[Any]]) -> tuple
     return token, (tally.decode_s - before.decode_s) / (tally.steps - before.steps)
 
 
-def _sample(job: Dump, level: Level, prompt: Prompt, rows: int) -> _Sample:
-    session, request, name = job.session, job.request, level_name(level.plan.target)
-    work = level_work(*_sizes(job), request.follow, request.prefill)
+def _sample(job: Dump, levels: Sequence[Level], prompts: Sequence[Prompt], rows: int) -> _Sample:
+    """Run so many rows of each prompt at levels that run side by side; a single level where each goes its own way."""
+    session, request = job.session, job.request
+    work = levels_work(*_sizes(job), request.follow, request.prefill, len(levels))
     free = request.follow == "free"
-    decoders = {name: job.decoders[name]} if free else {}
+    plans = {level_name(level.plan.target): level.plan for level in levels}
     with TemporaryDirectory(prefix="teal-") as folder:
         path = Path(folder, "sample.zarr")
 
         def run(count: int) -> tuple[float, float, float]:
-            """Seconds of a token and of a step, and after the last row, of a store with so many rows."""
-            given = prompt if free else replace(prompt, following=prompt.following[: count + 1])
-            header, levels = store_headers(
-                session, [given], [level], count + 1, request.sampling,
-                source=KnownPrompts("sample", (given,)), stop=(), follow=request.follow,
+            """Seconds of a token and of a step, and after the last row, of a store with so many rows a prompt."""
+            given = [p if free else replace(p, following=p.following[: count + 1]) for p in prompts]
+            header, headers = store_headers(
+                session, given, levels, count + 1, request.sampling,
+                source=KnownPrompts("sample", tuple(given)), stop=(), follow=request.follow,
             )  # fmt: skip
-            writer = open_writer(path, header, levels, str(session.device), force=True)
+            writer = open_writer(path, header, headers, str(session.device), force=True)
             times: list[float] = []
             if free:
-                producer = Decoding(decoders, [given], max_new_tokens=count + 1, sampling=request.sampling)
-                token, step = _decoding_pace(decoders[name], lambda: _noting(run_job(writer, producer), times))
+                (name,) = plans
+                decoder = job.decoders[name]
+                producer = Decoding({name: decoder}, given, max_new_tokens=count + 1, sampling=request.sampling)
+                token, step = _decoding_pace(decoder, lambda: _noting(run_job(writer, producer), times))
             else:
                 begun = time.perf_counter()
-                for _ in _noting(run_job(writer, Forcing(session.layers, {name: level.plan}, [given])), times):
+                for _ in _noting(run_job(writer, Forcing(session.layers, plans, given)), times):
                     pass
-                token, step = (times[0] - begun) / (len(given.token_ids) + count), 0.0
+                fed = sum(len(prompt.token_ids) + count for prompt in given)
+                token, step = (times[-1] - begun) / fed, 0.0
             return token, step, time.perf_counter() - times[-1]
 
         def pace() -> Pace:
             short = max(1, rows // 4)
             few, (token, step, after) = run(short), run(rows)
-            return Pace(token, step, *storing((short, few[-1]), (rows, after)))
+            each = len(prompts) * len(levels)
+            return Pace(token, step, *storing((each * short, few[-1]), (each * rows, after)))
 
         run(rows)  # meets cold caches
         paces = [pace() for _ in range(_RUNS)]
         sizes = sizes_below(path)
     metadata = sum(size for file, size in sizes.items() if file.name == _METADATA)
     low, middle, high = _spread([pace.seconds(work) for pace in paces]).tolist()
-    return _Sample(rows, sum(sizes.values()) - metadata, metadata, (low, middle, high))
+    return _Sample(rows * len(prompts) * len(levels), sum(sizes.values()) - metadata, metadata, (low, middle, high))
 
 
 def _noting(events: Iterable[Any], times: list[float]) -> Iterator[Any]:

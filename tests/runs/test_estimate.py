@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from teal_cli.runs.estimate import Pace, Work, level_work, storing
+from teal_cli.runs.estimate import Pace, Work, levels_work, storing
 
 PACE = Pace(token=0.001, step=0.1, row=0.01)
 """A token of a prefill in 1 ms, a step in 100 ms, a row stored in 10 ms."""
@@ -22,8 +22,13 @@ PACE = Pace(token=0.001, step=0.1, row=0.01)
     ],
 )
 def test_the_time_of_a_level(follow: str, prefill: str, work: Work, seconds: float) -> None:
-    assert level_work(30, 200, follow, prefill) == work
+    assert levels_work(30, 200, follow, prefill) == work
     assert PACE.seconds(work) == pytest.approx(seconds)
+
+
+def test_levels_of_a_pass_share_its_tokens() -> None:
+    """What a token takes was measured with all levels side by side; rows are stored for each."""
+    assert levels_work(30, 200, "text", "none", levels=3) == Work(230, 0, 600)
 
 
 def test_ending_a_level_is_counted_once() -> None:
