@@ -17,12 +17,15 @@ from typing import Any
 from teal_cli.checks import did_you_mean
 from teal_cli.data.hub import hub_splits
 from teal_cli.data.local import is_local, local_rows
-from teal_cli.data.python_docs import SPLITS as PYTHON_DOCS_SPLITS
-from teal_cli.data.python_docs import python_docs
 from teal_cli.errors import NotFoundError, UsageError
 from teal_cli.settings import configs
 
 PYTHON_DOCS = "python-docs"
+PYTHON_DOCS_SPLITS = ("train", "test")
+_BETWEEN = re.compile(r"\n{2,}")
+_SECTION_CHARS = 8192
+_HELD_OUT_EVERY = 5
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _HELD_OUT_NAMES = ("test", "validation")
 
@@ -216,3 +219,39 @@ def _text(dataset: str, row: dict[str, Any], column: str | None) -> object:
         f"{dataset} has no column {column or 'text'!r}; its columns are {', '.join(row)}",
         hint="name the column that holds the text with --text-column",
     )
+
+
+def python_docs(split: str) -> Iterator[str]:
+    """The language reference behind `help()`, which every Python carries, in sections of about 8,192 characters.
+
+    Every fifth section is `test`, the others are `train`. The topics repeat each other (`specialnames` holds much of
+    `numeric-types`, say), so a paragraph counts only where it comes first; otherwise the held-out part would be no such
+    thing. Releases of Python differ in the text; the fingerprint of the tokens says which one was used.
+    """
+    for index, section in enumerate(_sections()):
+        if (index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == (split == "test"):
+            yield section
+
+
+def _sections() -> Iterator[str]:
+    section: list[str] = []
+    size = 0
+    for paragraph in _paragraphs():
+        section.append(paragraph)
+        size += len(paragraph)
+        if size >= _SECTION_CHARS:
+            yield "\n\n".join(section)
+            section, size = [], 0
+    if section:
+        yield "\n\n".join(section)
+
+
+def _paragraphs() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    for name in sorted(topics):
+        for paragraph in _BETWEEN.split(topics[name].strip("\n")):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                yield paragraph

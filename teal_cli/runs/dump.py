@@ -21,9 +21,8 @@ from teal_cli.errors import UsageError
 from teal_cli.files import require_space, sizes_below
 from teal_cli.model.weights import config_sha256
 from teal_cli.runs.board import Board, LocalBoard
-from teal_cli.runs.decoded import Decoding
 from teal_cli.runs.forced import Forcing
-from teal_cli.runs.job import Producer, Progress, run_job
+from teal_cli.runs.job import Decoding, Producer, Progress, run_job
 from teal_cli.runs.plans import Level, calibration_of
 from teal_cli.runs.ranks import Target, run_ranks
 from teal_cli.runs.session import Session

@@ -17,10 +17,9 @@ import torch
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.files import free_space, sizes_below
-from teal_cli.runs.decoded import Decoding
 from teal_cli.runs.dump import Dump, open_writer, store_headers
 from teal_cli.runs.forced import Forcing
-from teal_cli.runs.job import run_job
+from teal_cli.runs.job import Decoding, run_job
 from teal_cli.runs.plans import Level
 from teal_cli.sparsity.plan import dense_plan
 from teal_cli.store.schema import level_name

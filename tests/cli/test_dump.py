@@ -109,7 +109,7 @@ def test_progress_moves_with_every_row_that_is_decoded(
 def test_a_resumed_run_goes_on_counting(teal: Teal, prompts: Path, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Rows that were there count as done, and not for the rate."""
-    from teal_cli.runs.decoded import Decoding
+    from teal_cli.runs.job import Decoding
 
     store, write = tmp_path / "out.zarr", Decoding.write
     monkeypatch.setattr("teal_cli.store.header.block_tokens", lambda channels, itemsize: 16)
