@@ -87,20 +87,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, traits: Trait
         grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
         return _attend(grouped, k[None], v[None], traits).reshape(1, heads * head_dim)
     mask, before = None, total - count
-    narrow = window is not None and window < total
-    if 0 < before <= count // 2 and not narrow and traits.score_cap is None:
-        # Half of a square, without a mask, is less than S times T of one: queries that nobody asked for fill it up.
-        square = torch.cat((q.new_zeros(before, heads, head_dim), q)).transpose(0, 1)[None]
-        out = _attend(square, k[None], v[None], traits, causal=True)[:, :, before:]
-        return out[0].transpose(0, 1).reshape(count, heads * head_dim)
-    if count != total or (window is not None and window < total) or traits.score_cap is not None:
+    plain = (window is None or window >= total) and traits.score_cap is None
+    if plain and 0 < before <= count // 2:
+        # Half of a square, without a mask, is less than S times T with one: queries that nobody asked for fill it up.
+        q = torch.cat((q.new_zeros(before, heads, head_dim), q))
+    if len(q) != total or not plain:
         rows = torch.arange(total - count, total, device=q.device)[:, None]
         columns = torch.arange(total, device=q.device)
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
     out = _attend(q.transpose(0, 1)[None], k[None], v[None], traits, mask=mask, causal=mask is None)
-    return out[0].transpose(0, 1).reshape(count, heads * head_dim)
+    return out[0].transpose(0, 1)[-count:].reshape(count, heads * head_dim)
 
 
 def _attend(

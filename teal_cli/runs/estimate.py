@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
-import torch
 
 from teal_cli.data.prompts import KnownPrompts, Prompt
 from teal_cli.decoding.decoder import Decoder
 from teal_cli.files import free_space, sizes_below
+from teal_cli.passes.crew import crew
 from teal_cli.runs.dump import Dump, open_writer, store_headers
 from teal_cli.runs.forced import Forcing
 from teal_cli.runs.job import Decoding, run_job
@@ -88,6 +88,7 @@ def levels_work(prompt_tokens: int, steps: int, follow: str, prefill: str, level
     Args:
         prompt_tokens, steps: of all prompts: their tokens, and the rows that follow them at each level.
         follow, prefill: as in `DumpRequest`.
+        levels: how many.
     """
     rows = levels * (steps + (0 if prefill == "none" else prompt_tokens))
     if follow != "free":
@@ -120,7 +121,8 @@ def estimate(job: Dump, path: Path) -> Estimate:
     if job.request.follow == "free":
         samples = [_sample(job, [level], job.prompts[:1], rows) for level in job.levels]
     else:  # side by side in one pass, a sequence on each core
-        prompts = job.prompts[: torch.get_num_threads() if job.session.device.type == "cpu" else 1]
+        threads = crew(job.session.device)
+        prompts = job.prompts[: 1 if threads is None else threads.size]
         if job.request.follow == "dense":
             prompts, before = _dense(job, prompts, rows)
         samples = [_sample(job, job.levels, prompts, rows)]
