@@ -29,7 +29,10 @@ def quantize(
             autocompletion=completion.models,
         ),
     ] = None,
-    to: Annotated[str, typer.Option("--to", metavar="int8|int4", help="Width of the weights.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="int8|int4", help="Width of the weights.", autocompletion=completion.widths),
+    ],
     group: Annotated[
         int, typer.Option("--group", metavar="N", help="Outputs that share a scale: a power of two from 32 up.")
     ] = 64,
@@ -39,6 +42,7 @@ def quantize(
             "--head",
             metavar="int8|int4|none",
             help="Width of embedding and output head, which need more bits than the rest; none leaves them.",
+            autocompletion=completion.head_widths,
         ),
     ] = "int8",
     name: Annotated[

@@ -104,7 +104,8 @@ def quantize_model(
         quantization.rows((1,))
     except ValueError as error:
         raise UsageError(str(error), hint="64 is the usual group") from None
-    special = (f"-g{group}" if group != 64 else "") + {"int8": "", "int4": "-int4-head", "none": "-float-head"}[head]
+    special = f"-g{group}" if group != 64 else ""
+    special += "" if head == "int8" else f"-{'float' if head == 'none' else head}-head"
     name = name or f"{entry.name}-{width}{special}"
     check_name(name)
     with registry.lock(name), disk_errors(registry.home):

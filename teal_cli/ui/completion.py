@@ -20,6 +20,7 @@ from teal_cli.settings import BACKENDS, DTYPES, configs, teal_home
 from teal_kernels.spec import SITE_PROJECTIONS
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+WIDTHS = ("int8", "int4")
 SPARSITIES = ("0", "0.25", "0.40", "0.50", "0.65", "0.75", "0.90")
 
 Items = list[tuple[str, str]]
@@ -104,6 +105,14 @@ def sites(incomplete: str) -> Items:
 
 def dtypes(incomplete: str) -> Items:
     return _matching([(value, "") for value in DTYPES], incomplete)
+
+
+def widths(incomplete: str) -> Items:
+    return _matching([(value, "") for value in WIDTHS], incomplete)
+
+
+def head_widths(incomplete: str) -> Items:
+    return _matching([(value, "") for value in (*WIDTHS, "none")], incomplete)
 
 
 def devices(incomplete: str) -> Items:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 import torch
 
 from teal_kernels.matrix import FloatMatrix
+from teal_kernels.ops.sparse_gemm import op
 from teal_kernels.ops.sparse_gemm.op import skips_from, skips_zeros, sparse_gemm
 
 
@@ -18,7 +21,6 @@ def test_it_is_the_product_and_a_row_does_not_know_of_others(dtype: torch.dtype)
     x[2], x[3, 1:] = 0, 0
     matrix = FloatMatrix(weight, (70, 20))
     assert skips_zeros(matrix)
-    assert skips_from(matrix) >= 0.5
     found = sparse_gemm(x, matrix)
     exact = x.double() @ weight.double()
     assert found.dtype == dtype
@@ -26,6 +28,24 @@ def test_it_is_the_product_and_a_row_does_not_know_of_others(dtype: torch.dtype)
     torch.testing.assert_close(found.double(), exact, rtol=near, atol=max(near * 0.1, 1e-5))
     assert torch.equal(sparse_gemm(x, matrix, 1), found[:, 70:])
     assert torch.equal(sparse_gemm(x[4:5], matrix), found[4:5])
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "share"),
+    [
+        ({"avx2"}, torch.bfloat16, 0.5),
+        ({"avx2", "avx512f"}, torch.bfloat16, 0.8),
+        ({"avx2", "avx512f", "avx512bf16"}, torch.bfloat16, inf),
+        ({"avx2", "avx512f", "amx-bf16"}, torch.bfloat16, inf),
+        ({"avx2", "avx512f", "avx512bf16"}, torch.float32, 0.8),
+    ],
+)
+def test_skipping_is_chosen_by_processor_and_dtype(
+    features: set[str], dtype: torch.dtype, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "_features", lambda: frozenset(features))
+    assert skips_from(FloatMatrix(torch.zeros(4, 8, dtype=dtype))) == share
+    assert skips_from(FloatMatrix(torch.zeros(4, 8, dtype=dtype, device="meta"))) == inf
 
 
 def test_what_is_dropped_is_not_read() -> None:

@@ -19,6 +19,7 @@ from oracle import assert_agrees, dequantised, make_dump
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.model.quantized import SECTION
 from teal_cli.model.weights import Checkpoint
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
@@ -42,15 +43,18 @@ def made(model: str = "tiny", width: str = "int4", **options: object) -> Made:
     ("name", "width", "group", "head", "backend"),
     [
         *((name, ("int8", "int4")[i % 2], 64, ("int8", "int4")[i % 2], "auto") for i, name in enumerate(TINY_FAMILIES)),
-        ("llama3", "int4", 32, "int8", "auto"),
-        ("llama2", "int4", 128, "int8", "auto"),
+        ("llama3", "int4", 32, "int4", "auto"),
+        ("llama2", "int4", 128, "int4", "auto"),
         ("llama3", "int4", 64, "none", "auto"),
         ("qwen3", "int8", 64, "none", "auto"),
-        ("gemma3", "int4", 128, "int8", "auto"),
-        ("qwen2", "int8", 64, "int4", "auto"),
-        ("gemma3", "int4", 64, "int8", "cpu"),
+        ("gemma3", "int4", 128, "int4", "auto"),
+        ("gemma3", "int4", 64, "int4", "cpu"),
         ("llama2", "int8", 64, "int8", "cpu"),
-        ("llama3", "int4", 64, "int8", "reference"),
+        ("llama3", "int4", 64, "int4", "reference"),
+        ("llama3", "int4", 64, "int8", "auto"),
+        ("gemma3", "int4", 32, "int8", "auto"),
+        ("qwen2", "int8", 64, "int4", "auto"),
+        ("llama2", "int4", 64, "int8", "cpu"),
     ],
 )
 def test_transformers_with_the_dequantised_weights_agrees(
@@ -140,7 +144,42 @@ def test_the_command_line(ready: Path, teal: Teal) -> None:
     assert teal("calibrate", *again).code == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "bits"),
+    [
+        ((), "tiny-int4", 8),
+        (("--head", "int4"), "tiny-int4-int4-head", 4),
+        (("--head", "none"), "tiny-int4-float-head", None),
+    ],
+)
+def test_embedding_and_head_are_int8_unless_told_otherwise(
+    options: tuple[str, ...], name: str, bits: int | None, ready: Path, teal: Teal
+) -> None:
+    assert teal("quantize", "tiny", "--to", "int4", *options, "--json").json["name"] == name
+    quantization = Checkpoint(Registry().get(name).path).quantization
+    assert quantization is not None
+    assert (quantization.bits, quantization.head) == (4, bits)
+
+
+@pytest.mark.parametrize(("head", "flag"), [("int4", True), ("none", False)])
+def test_a_model_from_before_the_head_had_a_width(head: str, flag: bool, ready: Path) -> None:
+    """Its section says only whether embedding and head are packed, in as many bits as the rest."""
+    folder = made(head=head).entry.path
+    before = Checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config[SECTION]["head"] = flag
+    (folder / "config.json").write_text(json.dumps(config))
+    after = Checkpoint(folder)
+    assert after.quantization == before.quantization
+    tables = (found.embedding(torch.float32).tensor() for found in (before, after))
+    assert torch.equal(*tables)
+
+
 def test_refusals(ready: Path, teal: Teal) -> None:
+    wrong = teal("quantize", "tiny", "--to", "int4", "--head", "int3")
+    assert wrong.code != 0
+    assert "--head is int8 or int4 or none, not int3" in wrong.err
+    assert "hint: " in wrong.err
     assert "not to int3" in teal("quantize", "tiny", "--to", "int3").err
     assert "not 48" in teal("quantize", "tiny", "--to", "int4", "--group", "48").err
     assert teal("quantize", "tiny", "--to", "int4").code == 0

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from teal_cli.model.quantized import WIDTHS
+from teal_cli.runs.quantize import HEADS
 from teal_cli.ui import completion
 
 Complete = Callable[..., list[str]]
@@ -109,6 +111,11 @@ def test_datasets_and_recipes_come_from_the_shipped_files(complete: Complete) ->
 )
 def test_fixed_choices(complete: Complete, option: str, offered: tuple[str, ...]) -> None:
     assert complete(f"teal generate {option} ") == list(offered)
+
+
+@pytest.mark.parametrize(("option", "offered"), [("--to", WIDTHS), ("--head", HEADS)])
+def test_widths_of_quantised_weights(complete: Complete, option: str, offered: dict[str, object]) -> None:
+    assert complete(f"teal quantize {option} ") == list(offered)
 
 
 def test_catalog_for_downloads() -> None:

@@ -10,13 +10,13 @@ from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.quantize import quantize_model
 
-HEADS = ("int4", "int8", "int8")
-
 
 @pytest.mark.parametrize(
     ("name", "width", "head", "backend"),
     [
-        *((name, ("int4", "int8")[i % 2], HEADS[i % 3], "triton-graph") for i, name in enumerate(TINY_FAMILIES)),
+        *((n, ("int4", "int8")[i % 2], ("int4", "int8")[i % 2], "triton-graph") for i, n in enumerate(TINY_FAMILIES)),
+        ("llama3", "int4", "int4", "triton"),
+        ("llama3", "int4", "int8", "triton-graph"),
         ("llama3", "int4", "int8", "triton"),
     ],
 )
