@@ -20,6 +20,8 @@ from teal_cli.passes.forward import States
 from teal_cli.passes.layers import Head
 
 _LOGIT_BYTES: Final = 16 << 20
+"""Of float32 logits at a time. With four times as many an evaluation of SmolLM2 at five levels has 1.53 GB in memory at
+its peak in place of 1.24, and takes 1.2 times as long (windows of 2,048, two cores of a Xeon with AMX, 2026-11-26)."""
 
 
 @dataclass(frozen=True, slots=True)
