@@ -133,7 +133,7 @@ def add_kept_rows(
     """
     thresholds, limit_of, edges = limits.thresholds, limits.limit_of, rows.edges
     projections = len(thresholds)
-    groups = part.groups
+    width, groups = edges[projections], part.groups
     group, column, shares = part.number % groups, part.number // groups, part.parts // groups
     first_channel, last_channel = (0, count) if channels == EVERY else channels
     found, places = last_channel - first_channel, own.all[first_channel:]
@@ -163,7 +163,9 @@ def add_kept_rows(
             begin, end = found * group // groups, found * (group + 1) // groups
         index = places[begin:end]
         if rows.packed[FORM] == PLAIN:
-            if not add_plain(kind, rows, edges[segment], edges[following], index, x, out, column, shares, part, own):
+            if not add_plain(
+                kind, rows.address, width, edges[segment], edges[following], index, x, out, column, shares, part, own
+            ):  # fmt: skip
                 return False
         else:
             units = rows.units
@@ -181,22 +183,22 @@ def add_kept_rows(
 
 @compiled
 def add_plain(
-    kind: Any, rows: Any, begin: int, end: int, index: Any, x: Any, out: Any, column: int, shares: int, part: Any,
-    own: Any,
+    kind: Any, weight: int, width: int, begin: int, end: int, index: Any, x: Any, out: Any, column: int, shares: int,
+    part: Any, own: Any,
 ) -> bool:  # fmt: skip
-    """As `add_packed`, of columns `begin` to `end` of a matrix of floats; out: all of its columns."""
+    """As `add_packed`, of columns `begin` to `end` of a matrix of floats with `width` columns; out: all of these."""
     size = item_bytes(kind)
     first, last = share(end - begin, column, shares)
     first, last = begin + first, begin + last
     mine = out[first : max(first, last)]
     note_span(own, first, max(first, last))
     mine[:] = ZERO
-    address, stride = rows.address + first * size, rows.edges[len(rows.edges) - 1] * size
+    address = weight + first * size
     for done in range(0, len(index), part.rows):
         if atomic_load(part.control, part.place) > part.state:
             return False
         some = index[done : done + part.rows]
-        add_rows(kind, address, stride, some, len(some), x, last - first, mine)
+        add_rows(kind, address, width * size, some, len(some), x, last - first, mine)
     return True
 
 
