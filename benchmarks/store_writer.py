@@ -20,49 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
+from synthetic import SHAPES, Rows, header, level_of, thresholded
 
 from teal_cli.store.packing import pack
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
-from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES
-
-SHAPES = {  # layers, K of attn_in, attn_out, mlp_in, mlp_mid
-    "smollm2-135m": (30, (576, 576, 576, 1536)),
-    "llama-2-7b": (32, (4096, 4096, 4096, 11008)),
-}
-
-Rows = dict[str, torch.Tensor]
-
-
-def header(model: str) -> StoreHeader:
-    layers, widths = SHAPES[model]
-    return StoreHeader(
-        model=model,
-        model_revision=None,
-        config_sha256="synthetic",
-        calibration=None,
-        dtype="bfloat16",
-        prompts={"source": "normal numbers"},
-        seed=0,
-        sampling={},
-        backend="reference",
-        layers=layers,
-        channels=dict(zip(SITES, widths, strict=True)),
-    )
-
-
-def thresholded(shape: StoreHeader, threshold: float) -> list[Rows]:
-    """A block of tokens, made beforehand and used in turn: blocks are compressed one by one, so a store of equal blocks
-    has the size of one of different blocks."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for _ in range(shape.block_tokens):
-        row = {s: torch.randn(shape.layers, k, generator=generator).bfloat16() for s, k in shape.channels.items()}
-        rows.append({s: x * (x.float().abs() > threshold) for s, x in row.items()})
-    return rows
+from teal_kernels.spec import SITE_PROJECTIONS
 
 
 def write_store(path: Path, shape: StoreHeader, level: LevelHeader, rows: list[Rows]) -> tuple[float, float]:
@@ -119,9 +84,7 @@ def measure(model: str, tokens: int, file_tokens: int, repeats: int, folder: Pat
     shape = header(model)
     elements = tokens * shape.layers * sum(shape.channels.values())
     for sparsity in (0.5, 0.75, 0.9):
-        threshold = NormalDist().inv_cdf(0.5 + sparsity / 2)
-        thresholds = np.full((shape.layers, len(PROJECTIONS)), threshold, np.float32)
-        level = LevelHeader(sparsity, "uniform", thresholds, max_tokens=tokens)
+        level, threshold = level_of(shape, sparsity, tokens)
         rows = thresholded(shape, threshold)
         stores, calls, files = [], [], []
         for repeat in range(repeats):

@@ -18,7 +18,7 @@ import torch
 
 from teal_cli.version import __version__
 
-_PACKAGES: Final = ("torch", "triton", "numba", "numpy", "transformers", "llama-cpp-python")
+_PACKAGES: Final = ("torch", "triton", "numba", "numpy", "zarr", "numcodecs", "transformers", "llama-cpp-python")
 _GUESSED_CACHE = 64 << 20
 
 
