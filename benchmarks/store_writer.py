@@ -5,7 +5,7 @@
 
 Rows are normal numbers, thresholded so that the target share is dropped. Each result is one JSON object on a
 line: tokens per second of either way (producer and disk together, the store finished and closed), files,
-bytes per element, the share of time that a decoding thread would spend in `begin` and `end`, and the
+bytes per element, the share of time that a decoding thread would spend in `room` and `add`, and the
 throughput of packing alone. The two ways alternate within one run; both write to the folder of --folder.
 """
 
@@ -31,19 +31,19 @@ from teal_kernels.spec import SITE_PROJECTIONS
 
 
 def write_store(path: Path, shape: StoreHeader, level: LevelHeader, rows: list[Rows]) -> tuple[float, float]:
-    """Seconds for all tokens, and the median of the seconds per token spent in `begin` and `end`."""
+    """Seconds for all tokens, and the median of the seconds per token spent in `room` and `add`."""
     calls = []
     start = time.perf_counter()
     with StoreWriter.create(path, shape, [level]) as writer:
         out = writer.level(level.name)
         for token in range(level.max_tokens):
             t0 = time.perf_counter()
-            views = out.begin(token, token, 0)
+            _, views = out.room()
             t1 = time.perf_counter()
             for site, row in rows[token % len(rows)].items():
-                views[site].copy_(row)
+                views[site][:, 0].copy_(row)
             t2 = time.perf_counter()
-            out.end()
+            out.add(token, token, 0)
             calls.append(time.perf_counter() - t2 + t1 - t0)
         out.finish()
         writer.complete()

@@ -54,10 +54,10 @@ class Synthetic:
                     assert known[index] == token["token_id"]
                     continue
                 self._before(sequence)
-                views = level.begin(**token)
+                _, views = level.room()
                 for site, values in row(level.header, sequence * SEQUENCE_TOKENS + index).items():
-                    views[site].copy_(values)
-                level.end()
+                    views[site][:, 0].copy_(values)
+                level.add(**token)
                 yield 1
             known = known[:0]
 

@@ -84,10 +84,10 @@ def feed(writer: LevelWriter, count: int, *, dtype: str = "bfloat16", pause: flo
     """Writes rows until the level has `count`."""
     while writer.rows < count:
         token = writer.rows
-        views = writer.begin(**token_of(token))
+        _, views = writer.room()
         for site, values in row(writer.header, token, dtype).items():
-            views[site].copy_(values)
-        writer.end()
+            views[site][:, 0].copy_(values)
+        writer.add(**token_of(token))
         if pause:
             time.sleep(pause)
 

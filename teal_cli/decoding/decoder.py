@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teal_cli.decoding.projector import PromptRecorder, Rows
+from teal_cli.decoding.projector import PromptRecorder, Rows, first_rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import Choose, Step
 from teal_cli.errors import UsageError, counted
@@ -32,14 +32,16 @@ noticed soon, and a caller that ends early has waited for few that it does not t
 class Capture(Protocol):
     """Takes the vectors of each step, e.g. a level of a store."""
 
-    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> Rows | None:
-        """Announce a token; the rows it returns are filled by its step, or for one of the prompt (phase `prefill`)
-        perhaps by the prefill. None: do not record this one.
+    def room(self, count: int) -> tuple[int, Rows | None]:
+        """How many of the next `count` tokens, at least one, may be run before they are added, and where their rows go,
+        site -> [layers, tokens, K]. None: nowhere, these are not recorded.
         """
         ...
 
-    def end(self) -> None:
-        """The step that was begun has filled its rows."""
+    def add(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> None:
+        """The first row of `room` that is not added yet is filled: by the step that this token was fed to, or for one
+        of the prompt (phase `prefill`) perhaps by the prefill.
+        """
         ...
 
 
@@ -166,15 +168,11 @@ class Decoder:
         else:
             token = prompt[cached]
         for position in range(max(cached, dense), len(prompt)):
-            token = self._next(prompt[position], position, sequence, choose, prompted, "prefill")
+            token = self._feed(prompt[position], position, sequence, choose, prompted)
         yield token
         position, end = len(prompt), len(prompt) + max_new_tokens - 1
         while position < end and token not in stop:
-            if capture is None:
-                tokens = yield from self._follow(token, position, choose, end - position, stop)
-            else:
-                tokens = [self._next(token, position, sequence, choose, capture)]
-                yield from tokens
+            tokens = yield from self._follow(token, position, sequence, choose, end - position, stop, capture)
             position, token = position + len(tokens), tokens[-1]
 
     @torch.inference_mode()
@@ -188,27 +186,21 @@ class Decoder:
         token = choose(logits, position + len(prompt) - 1)
         if capture is not None and recorder is not None:
             for index, fed in enumerate(prompt):
-                recorder.copy(index, capture.begin(fed, position + index, sequence, "prefill"))
-                capture.end()
+                _, rows = capture.room(1)
+                recorder.copy(index, rows and first_rows(rows))
+                capture.add(fed, position + index, sequence, "prefill")
         self.tally.prefill_s += time.perf_counter() - start
         self.tally.prompt_tokens += len(prompt)
         return token
 
     @torch.inference_mode()
-    def _next(
-        self,
-        token: int,
-        position: int,
-        sequence: int,
-        choose: Choose,
-        capture: Capture | None,
-        phase: str = "decode",
-    ) -> int:
+    def _feed(self, token: int, position: int, sequence: int, choose: Choose, capture: Capture | None) -> int:
+        """A step with a token of the prompt."""
         start = time.perf_counter()
-        rows = None if capture is None else capture.begin(token, position, sequence, phase)
-        logits = self.step(token, position, rows)
+        _, rows = (1, None) if capture is None else capture.room(1)
+        logits = self.step(token, position, rows and first_rows(rows))
         if capture is not None:
-            capture.end()
+            capture.add(token, position, sequence, "prefill")
         chosen = choose(logits, position)
         self.tally.decode_s += time.perf_counter() - start
         self.tally.steps += 1
@@ -216,39 +208,45 @@ class Decoder:
         return chosen
 
     def _follow(
-        self, token: int, position: int, choose: Choose, left: int, stop: Collection[int]
+        self,
+        token: int,
+        position: int,
+        sequence: int,
+        choose: Choose,
+        left: int,
+        stop: Collection[int],
+        capture: Capture | None,
     ) -> Generator[int, None, list[int]]:
         """As many tokens as nobody would wait for, decoded at once, and at most `left`; returns them, too. If the
-        caller ends early, steps whose tokens it has not taken are not counted."""
-        tokens, seconds = self._decode(token, position, choose, left, stop)
+        caller ends early, steps whose tokens it has not taken are neither counted nor recorded."""
+        tally, rows = self.tally, None
+        count = max(1, min(int(_AT_ONCE_S * tally.tokens_per_s), left, _AT_ONCE))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            if capture is not None:
+                count, rows = capture.room(count)
+            tokens = self.step.follow(token, position, choose, count, stop, rows)
+        seconds = time.perf_counter() - start
+        tally.decode_s += seconds
+        tally.steps += len(tokens)
+        tally.context += sum(range(position + 1, position + 1 + len(tokens)))
         taken = 0
         try:
-            for token in tokens:
+            for fed, chosen in zip((token, *tokens), tokens, strict=False):
+                if capture is not None:
+                    start = time.perf_counter()
+                    capture.add(fed, position + taken, sequence)
+                    tally.decode_s += time.perf_counter() - start
                 taken += 1
-                yield token
+                yield chosen
             return tokens
         finally:
             unused = len(tokens) - taken
             if unused:
                 self.step.take_back(unused)
-                self.tally.decode_s -= seconds * unused / len(tokens)
-                self.tally.steps -= unused
-                self.tally.context -= sum(range(position + 1 + taken, position + 1 + len(tokens)))
-
-    @torch.inference_mode()
-    def _decode(
-        self, token: int, position: int, choose: Choose, left: int, stop: Collection[int]
-    ) -> tuple[list[int], float]:
-        """Some tokens, and how many seconds they took."""
-        tally = self.tally
-        count = int(_AT_ONCE_S * tally.tokens_per_s)
-        start = time.perf_counter()
-        tokens = self.step.follow(token, position, choose, max(1, min(count, left, _AT_ONCE)), stop)
-        seconds = time.perf_counter() - start
-        tally.decode_s += seconds
-        tally.steps += len(tokens)
-        tally.context += sum(range(position + 1, position + 1 + len(tokens)))
-        return tokens, seconds
+                tally.decode_s -= seconds * unused / len(tokens)
+                tally.steps -= unused
+                tally.context -= sum(range(position + 1 + taken, position + 1 + len(tokens)))
 
     def mean_kept(self) -> NDArray[np.float64] | None:
         """Kept entries of a mean step, float64 [layers, 7]; None for a dense step, or before the first one."""

@@ -35,6 +35,11 @@ def empty_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
     return rows
 
 
+def first_rows(rows: Rows) -> Rows:
+    """Those of the first of several tokens, site -> [layers, tokens, K]."""
+    return {site: x[:, 0] for site, x in rows.items()}
+
+
 def _note_experts(rows: Rows, layer: int, matrix: Matrix) -> None:
     """Leave in rows the experts of the one token that a matrix is for, if it is one of experts."""
     experts = experts_of(matrix)

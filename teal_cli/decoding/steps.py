@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, empty_rows
+from teal_cli.decoding.projector import DenseProjector, Rows, SparseProjector, empty_rows, first_rows
 from teal_cli.decoding.sampling import Sampler, Sampling, nan_logits
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import KVCache, Transformer
@@ -67,12 +67,21 @@ class Step(Protocol):
         """What chooses the tokens of a sequence that begins: from the logits of its prefill, then of its steps."""
         ...
 
-    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
-        """Run a token, then those that are chosen, without recording: at least one and up to `count` chosen tokens.
+    def follow(
+        self,
+        token: int,
+        position: int,
+        choose: Choose,
+        count: int,
+        stop: Collection[int],
+        rows: Rows | None = None,
+    ) -> list[int]:
+        """Run a token, then those that are chosen: at least one and up to `count` chosen tokens.
 
         Args:
             choose: of `sampler`.
             stop: tokens after which no further one is chosen.
+            rows: as of a step, one for each: site -> [layers, count, K].
         """
         ...
 
@@ -91,8 +100,16 @@ class _OneAtATime(ABC):
     @abstractmethod
     def __call__(self, token: int, position: int, rows: Rows | None = None) -> Tensor: ...
 
-    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
-        return [choose(self(token, position), position)]
+    def follow(
+        self,
+        token: int,
+        position: int,
+        choose: Choose,
+        count: int,
+        stop: Collection[int],
+        rows: Rows | None = None,
+    ) -> list[int]:
+        return [choose(self(token, position, rows and first_rows(rows)), position)]
 
     def take_back(self, count: int) -> None:
         raise ValueError("steps come one at a time here, so that none is left over")
@@ -163,12 +180,20 @@ class NumbaStep:
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:
         return Sampler(sampling, sequence=sequence)
 
-    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+    def follow(
+        self,
+        token: int,
+        position: int,
+        choose: Choose,
+        count: int,
+        stop: Collection[int],
+        rows: Rows | None = None,
+    ) -> list[int]:
         if not isinstance(choose, Sampler) or len(stop) > MOST_STOPS:
-            return [choose(self(token, position), position)]
+            return [choose(self(token, position, rows and first_rows(rows)), position)]
         self._cache.check_room(position, count)
         bits = [choose.bits(position + i) for i in range(count)]
-        chosen = self._step.steps(token, position, count, choose.rule, bits, stop)
+        chosen = self._step.steps(token, position, count, choose.rule, bits, stop, rows)
         if not chosen:
             raise nan_logits()
         self._cache.length = position + len(chosen)

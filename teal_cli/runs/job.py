@@ -246,18 +246,15 @@ class _Resumable:
     def __init__(self, level: LevelWriter, held: np.ndarray) -> None:
         self._level, self._held = level, held
         self.written = 0
-        self._recording = False
 
-    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> Rows | None:
-        self._recording = not len(self._held)
-        if self._recording:
-            return self._level.begin(token_id, position, sequence, phase)
-        if token_id != self._held[0]:
-            raise other_tokens(sequence, position)
-        self._held = self._held[1:]
-        return None
+    def room(self, count: int) -> tuple[int, Rows | None]:
+        return (min(count, len(self._held)), None) if len(self._held) else self._level.room(count)
 
-    def end(self) -> None:
-        if self._recording:
-            self._level.end()
+    def add(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> None:
+        if not len(self._held):
+            self._level.add(token_id, position, sequence, phase)
             self.written += 1
+        elif token_id == self._held[0]:
+            self._held = self._held[1:]
+        else:
+            raise other_tokens(sequence, position)

@@ -45,9 +45,9 @@ class BlockBuffer:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._filled: torch.cuda.Event | None = None
 
-    def row(self, index: int) -> dict[str, torch.Tensor]:
-        """Views [layers, K] per site, and of the experts, of the row with this index in the block."""
-        return {site: rows[:, index] for site, rows in self._rows.items()}
+    def rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Views [layers, rows, K] per site, and of the experts, of a range of rows."""
+        return {site: rows[:, start:stop] for site, rows in self._rows.items()}
 
     def set_token(self, index: int, token_id: int, position: int, sequence: int, phase: str) -> None:
         """Says which token that row belongs to."""

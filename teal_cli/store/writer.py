@@ -2,9 +2,9 @@
 
     with StoreWriter.create(path, header, levels) as writer:
         level = writer.level("s0.50")
-        rows = level.begin(token_id, position, sequence)   # views to fill, one [layers, K] per site
-        ...                                                # the decode step
-        level.end()
+        count, rows = level.room(8)                 # views to fill, one [layers, count, K] per site
+        ...                                         # up to `count` decode steps
+        level.add(token_id, position, sequence)     # for each of them: whose row it is
         level.finish()
         writer.complete()
 
@@ -67,15 +67,15 @@ class LevelWriter:
         self._files = store.site_files(self.name)
         self._block = store.header.block_tokens
         self._base = self.committed  # rows before the block being filled
-        self._count = 0  # rows ended in the block being filled
-        self._open = False
+        self._count = 0  # rows added to the block being filled
+        self._asked = 0  # rows of `room` that are not added yet
         self._filling: BlockBuffer | None = None
         self._free: list[BlockBuffer] = []
         self._pending: deque[tuple[Future[None], BlockBuffer]] = deque()
 
     @property
     def rows(self) -> int:
-        """Rows ended so far, those found on resume included."""
+        """Rows added so far, those found on resume included."""
         return self._base + self._count
 
     def committed_tokens(self) -> dict[str, np.ndarray]:
@@ -86,46 +86,46 @@ class LevelWriter:
         """The sequences of the rows counted by `committed`, rising; the last one may lack rows still."""
         return sorted(set(self.committed_tokens()["sequence"].tolist()))
 
-    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> dict[str, torch.Tensor]:
-        """Opens the next row. Waits only when the disk is two blocks behind.
+    def room(self, count: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
+        """Where the next rows go. Waits only when the disk is two blocks behind.
 
         Args:
-            token_id: the token whose step this is.
-            position: its place in its sequence, counted from 0 over prompt and answer.
-            sequence: index of the prompt.
-            phase: a key of `schema.PHASES`.
+            count: how many are wanted.
 
         Returns:
-            Per site a view [layers, K] of the block buffer in the store's data type. The step must write
-            every row of it, after thresholding; the views are valid until `end`.
+            How many there is room for now, at least one, and per site a view [layers, rows, K] in the stored data type.
+            All of a row must be written, after thresholding, before it is added; views are valid until the last one is.
 
         Raises:
             TealError: an earlier block could not be written.
-            ValueError: the level is full or finished, or a row is open.
+            ValueError: the level is full or complete.
         """
-        if self._open or self.complete or self.rows >= self.header.max_tokens:
-            state = "a row is open" if self._open else "it is complete" if self.complete else "it is full"
-            raise ValueError(f"level {self.name} takes no new row: {state}")
+        if self.complete or self.rows >= self.header.max_tokens:
+            raise ValueError(f"level {self.name} takes no new row: it is {'complete' if self.complete else 'full'}")
         if self._filling is None:
             self._filling = self._acquire()
-        self._filling.set_token(self._count, token_id, position, sequence, phase)
-        self._open = True
-        return self._filling.row(self._count)
+        self._asked = min(count, self._block - self._count, self.header.max_tokens - self.rows)
+        return self._asked, self._filling.rows(self._count, self._count + self._asked)
 
-    def end(self, **columns: float) -> None:
-        """Closes the row that `begin` opened: it is complete and will be stored.
+    def add(self, token_id: int, position: int, sequence: int, phase: str = "decode", **columns: float) -> None:
+        """The first row of `room` that is not added yet is complete and will be stored.
 
         Args:
+            token_id: the token whose step this was.
+            position: its place in its sequence, counted from 0 over prompt and answer.
+            sequence: index of the prompt.
+            phase: a key of `schema.PHASES`.
             columns: a value for each of the header's optional columns, e.g. `logprob`.
 
         Raises:
             TealError: an earlier block could not be written.
+            ValueError: `room` was not called, or its rows are added.
         """
-        if not self._open:
-            raise ValueError(f"level {self.name} has no open row")
-        assert self._filling is not None
+        if self._filling is None or not self._asked:
+            raise ValueError(f"level {self.name} has no row that could be added")
+        self._asked -= 1
+        self._filling.set_token(self._count, token_id, position, sequence, phase)
         self._filling.set_columns(self._count, columns)
-        self._open = False
         self._count += 1
         if self._count == self._block:
             self._submit()
@@ -141,10 +141,10 @@ class LevelWriter:
 
         Raises:
             TealError: an earlier block could not be written.
-            ValueError: the level has no room for them or is finished, or a row is open.
+            ValueError: the level has no room for them or is complete.
         """
         count, at = len(columns["token_id"]), 0
-        if self._open or self.complete or self.rows + count > self.header.max_tokens:
+        if self.complete or self.rows + count > self.header.max_tokens:
             raise ValueError(f"level {self.name} takes no {count} rows more")
         while at < count:
             if self._filling is None:
@@ -153,24 +153,24 @@ class LevelWriter:
             part = {name: column[at:stop] for name, column in columns.items()}
             self._filling.fill(self._count, part, {site: x[:, at:stop] for site, x in rows.items()})
             self._count += stop - at
-            at = stop
+            at, self._asked = stop, 0
             if self._count == self._block:
                 self._submit()
 
     def flush(self) -> None:
-        """Commits every ended row, a partial block too, and waits for it. An open row is given up.
+        """Commits every added row, a partial block too, and waits for it.
 
         Raises:
             TealError: a block could not be written.
         """
-        self._open = False
+        self._asked = 0
         if self._count:
             self._submit()
         while self._pending:
             self._retire()
 
     def finish(self) -> None:
-        """Commits every ended row, cuts the arrays to length and marks the level complete. Does nothing the
+        """Commits every added row, cuts the arrays to length and marks the level complete. Does nothing the
         second time.
 
         Raises:
@@ -230,7 +230,7 @@ class LevelWriter:
 class StoreWriter:
     """A store open for writing, by this process alone. Use it in a `with` statement.
 
-    Leaving the `with` before `complete`, by an exception or not, commits the rows ended so far and leaves a
+    Leaving the `with` before `complete`, by an exception or not, commits the rows added so far and leaves a
     store that reads and resumes, with `complete: false`.
     """
 

@@ -32,11 +32,11 @@ SLOW = """
 import sys, time
 from teal_cli.app import main
 from teal_cli.decoding.decoder import Decoder
-step = Decoder._next
+step = Decoder._follow
 def slower(*args):
     time.sleep(0.05)
     return step(*args)
-Decoder._next = slower
+Decoder._follow = slower
 sys.exit(main(sys.argv[1:]))
 """
 """`teal` with a step that leaves time for Ctrl-C."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from teal_cli.decoding.decoder import Decoder
+from teal_cli.decoding.projector import Rows
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.decoding.steps import Choose, open_step
 from teal_cli.model.transformer import Transformer
@@ -36,7 +37,9 @@ class Watched:
     def __call__(self, *args: object) -> Tensor:
         return self._step(*args)  # type: ignore[arg-type]
 
-    def follow(self, token: int, position: int, choose: Choose, count: int, stop: Collection[int]) -> list[int]:
+    def follow(
+        self, token: int, position: int, choose: Choose, count: int, stop: Collection[int], rows: Rows | None = None
+    ) -> list[int]:
         return [choose(self(token, position), position)]
 
     def sampler(self, sampling: Sampling, sequence: int) -> Choose:

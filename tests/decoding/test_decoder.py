@@ -48,15 +48,21 @@ class Recorder:
         self.model, self.skip = model, skip
         self.steps: list[tuple[int, int, int]] = []
         self.rows: list[Rows | None] = []
+        self._ahead: list[Rows] = []
 
-    def begin(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> Rows | None:
+    def room(self, count: int) -> tuple[int, Rows | None]:
+        until = self.skip - 1 - len(self.steps) % self.skip if self.skip else count
+        if not until:
+            return 1, None
+        some = [empty_rows(self.model.config, self.model.dtype, self.model.device) for _ in range(min(count, until))]
+        together = {site: torch.stack([rows[site] for rows in some], 1) for site in some[0]}
+        self._ahead = [{site: x[:, i] for site, x in together.items()} for i in range(len(some))]
+        return len(some), together
+
+    def add(self, token_id: int, position: int, sequence: int, phase: str = "decode") -> None:
         self.steps.append((token_id, position, sequence))
         skipped = self.skip and len(self.steps) % self.skip == 0
-        self.rows.append(None if skipped else empty_rows(self.model.config, self.model.dtype, self.model.device))
-        return self.rows[-1]
-
-    def end(self) -> None:
-        pass
+        self.rows.append(None if skipped else self._ahead.pop(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -352,11 +352,12 @@ def test_parts_that_others_take_over_change_no_bit(threads: int, variant: str) -
         busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if crowded else None
         try:
             step = model.compiled(threshold_table("half", 3), threads=threads)
-            tokens = [7]
+            tokens, rows = [7], {site: torch.zeros(3, 49, spec.channels(site), dtype=torch.bfloat16) for site in SITES}
             while len(tokens) < 49:
-                tokens += step.steps(tokens[-1], len(tokens) - 1, 16, rule, bits)
-            rows = poisoned_rows(spec, torch.bfloat16)
-            logits = step.step(tokens[-1], len(tokens) - 1, rows).clone()
+                at = len(tokens) - 1
+                some = {site: x[:, at : at + 16] for site, x in rows.items()}
+                tokens += step.steps(tokens[-1], at, 16, rule, bits, (), some)
+            logits = step.step(tokens[-1], 48, {site: x[:, 48] for site, x in rows.items()}).clone()
             made.append([torch.tensor(tokens), logits, model.kv, *rows.values()])
             counts.append(step.kept())
             step.close()
@@ -410,6 +411,25 @@ def test_chooses_as_the_rule_does(rule: SamplingRule) -> None:
     assert got == expected
     stop = expected[10]
     assert step.steps(3, 0, 30, rule, bits[:30], (299, stop)) == expected[: expected.index(stop) + 1]
+
+
+def test_several_tokens_leave_the_rows_that_each_would() -> None:
+    model = make(SPEC, torch.bfloat16)
+    step = model.compiled(threshold_table("own", len(SPEC.windows)), threads=2)
+    rule, alone, token = SamplingRule(0.0), [], 3
+    for position in range(6):
+        alone.append(poisoned_rows(SPEC, torch.bfloat16))
+        logits = step.step(token, position, alone[-1])
+        token = int(logits.argmax())
+    # Rows of a block with room for more: strides of layers and steps are not those of a tensor of its own.
+    blocks = {site: x[:, None].repeat(1, 9, 1) for site, x in poisoned_rows(SPEC, torch.bfloat16).items()}
+    rows = {site: block[:, 1:7] for site, block in blocks.items()}
+    step.steps(3, 0, 6, rule, [0] * 6, (), rows)
+    for site, block in blocks.items():
+        assert torch.equal(block[:, 1:7], torch.stack([one[site] for one in alone], 1))
+        assert block[:, [0, 7, 8]].isnan().all()
+    with pytest.raises(ValueError, match="rows"):
+        step.steps(3, 0, 7, rule, [0] * 7, (), rows)
 
 
 def test_chooses_nothing_from_nan() -> None:

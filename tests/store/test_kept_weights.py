@@ -37,11 +37,11 @@ def test_weight_rows(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     with StoreWriter.create(tmp_path / "in.zarr", header, [level]) as writer:
         for token in range(3):
-            views = writer.level("s0.50").begin(token_id=token, position=token, sequence=0)
+            _, views = writer.level("s0.50").room()
             for site, width in channels.items():
                 x = torch.randn(header.layers, width, generator=generator)
-                views[site].copy_(torch.where(x.abs() > 1.5, x, 0))
-            writer.level("s0.50").end()
+                views[site][:, 0].copy_(torch.where(x.abs() > 1.5, x, 0))
+            writer.level("s0.50").add(token, token, 0)
         writer.level("s0.50").finish()
         writer.complete()
     store = open_store(tmp_path / "in.zarr")

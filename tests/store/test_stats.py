@@ -78,10 +78,10 @@ def test_size_is_near_the_entropy_bound(tmp_path: Path, sparsity: float, thresho
     with StoreWriter.create(tmp_path / "out.zarr", wide, [level]) as writer:
         out = writer.level(level.name)
         for token in range(64):
-            for view in out.begin(token, token, 0).values():
-                x = torch.randn(1, 2048, generator=generator).bfloat16()
+            for view in out.room()[1].values():
+                x = torch.randn(1, 1, 2048, generator=generator).bfloat16()
                 view.copy_(torch.where(x.float().abs() > threshold, x, 0))
-            out.end()
+            out.add(token, token, 0)
         out.finish()
     for site in statistics(open_store(tmp_path / "out.zarr"), [level.name]):
         assert 0.99 < site.to_bound < limit
@@ -93,9 +93,9 @@ def test_a_block_in_which_nothing_is_kept(tmp_path: Path) -> None:
     with StoreWriter.create(path, header(), levels(max_tokens=3, targets=(0.9,))) as writer:
         level = writer.level(0.9)
         for token in range(3):
-            for rows in level.begin(**token_of(token)).values():
+            for rows in level.room()[1].values():
                 rows.zero_()
-            level.end()
+            level.add(**token_of(token))
         level.finish()
         writer.complete()
     found = list(statistics(open_store(path), ["s0.90"]))

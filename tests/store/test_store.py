@@ -223,11 +223,11 @@ def test_only_committed_tokens_are_seen_while_writing(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(seen.site(1, "mlp_mid")), dense(head, "mlp_mid", 1, 20))
 
 
-def test_interrupting_keeps_every_ended_row(tmp_path: Path) -> None:
+def test_interrupting_keeps_every_added_row(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     with pytest.raises(KeyboardInterrupt), StoreWriter.create(path, header(), levels()) as writer:
         feed(writer.level(0.5), 21)
-        writer.level(0.5).begin(**token_of(21))  # opened, never ended
+        writer.level(0.5).room()  # asked for, never added
         raise KeyboardInterrupt
     opened = open_store(path)
     assert not opened.complete
@@ -238,8 +238,8 @@ def test_interrupting_keeps_every_ended_row(tmp_path: Path) -> None:
 def test_a_row_that_was_not_filled_is_found(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"s0\.50/attn_in, tokens 0 to 1: layer 0: a row holds NaN"):
         with StoreWriter.create(tmp_path / "out.zarr", header(), levels()) as writer:
-            writer.level(0.5).begin(0, 0, 0)
-            writer.level(0.5).end()
+            writer.level(0.5).room()
+            writer.level(0.5).add(0, 0, 0)
 
 
 def test_rows_may_be_filled_in_inference_mode(tmp_path: Path) -> None:
@@ -253,21 +253,21 @@ def test_rows_may_be_filled_in_inference_mode(tmp_path: Path) -> None:
 def test_misuse_of_the_writer_is_refused(tmp_path: Path) -> None:
     with StoreWriter.create(tmp_path / "out.zarr", header(), levels(2)) as writer:
         level = writer.level(0.5)
-        with pytest.raises(ValueError, match="no open row"):
-            level.end()
-        level.begin(0, 0, 0)
-        with pytest.raises(ValueError, match="a row is open"):
-            level.begin(1, 1, 0)
-        level.flush()  # gives the open row up
+        with pytest.raises(ValueError, match="no row that could be added"):
+            level.add(0, 0, 0)
+        assert level.room(5)[0] == 2
+        level.flush()  # none of these was added
         feed(level, 2)
+        with pytest.raises(ValueError, match="no row that could be added"):
+            level.add(2, 2, 0)
         with pytest.raises(ValueError, match="full"):
-            level.begin(2, 2, 0)
+            level.room()
         with pytest.raises(ValueError, match="not finished"):
             writer.complete()
         level.finish()
         level.finish()
         with pytest.raises(ValueError, match="complete"):
-            level.begin(2, 2, 0)
+            level.room()
         with pytest.raises(NotFoundError):
             writer.level(0.7)
 

@@ -251,12 +251,12 @@ def test_a_projection_has_a_threshold_per_channel_where_there_is_a_scale(tmp_pat
     with StoreWriter.create(path, made, [head]) as writer:
         level = writer.level(0.5)
         for token in range(20):
-            views = level.begin(token, token, 0)
+            _, views = level.room()
             for site, view in views.items():
                 view.zero_()
                 if site == "attn_in":
-                    view.numpy()[:] = kept[token]
-            level.end(logprob=-0.5 * token)
+                    view.numpy()[:, 0] = kept[token]
+            level.add(token, token, 0, logprob=-0.5 * token)
         level.finish()
         writer.complete()
     found = open_store(path).level(0.5)

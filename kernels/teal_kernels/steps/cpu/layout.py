@@ -173,8 +173,8 @@ class Shared(NamedTuple):
         limits: float32 [any], the thresholds of projections that have one for each channel.
         limit_of, lowest_of: int64 [layers, 7] and [layers, 4], where those of a projection begin in `limits`, and the
             lowest of a site's projections; SINGLE where one threshold serves all channels.
-        rows: int64 [4, 2], per site the address of layer 0's row and the bytes from layer to layer; address NONE when
-            nothing is captured.
+        rows: int64 [4, 3], per site the address of layer 0's row of the step and the bytes from layer to layer and from
+            step to step; address NONE when nothing is captured.
         draw: see `Draw`.
 
     Written by the threads, float32: stream [hidden], the residual stream at the beginning of some layer; qkv, attn_out,

@@ -152,6 +152,11 @@ class CpuStep:
         Raises:
             ValueError: token or position out of range, rows of another shape or dtype.
         """
+        self._run(token, position, rows and {site: x[:, None] for site, x in rows.items()})
+        return self._logits
+
+    def _run(self, token: int, position: int, rows: Mapping[str, Tensor] | None) -> None:
+        """A step, and those that follow from it by `Shared.draw`; rows: site -> [layers, steps, K]."""
         if not 0 <= token < self.spec.vocab:
             raise ValueError(f"token {token} is not in a vocabulary of {self.spec.vocab}")
         if not 0 <= position < self._max_tokens:
@@ -166,10 +171,16 @@ class CpuStep:
             self._shared.kept.fill(0)
             raise
         self._count()
-        return self._logits
 
     def steps(
-        self, token: int, position: int, count: int, rule: SamplingRule, bits: Sequence[int], stop: Collection[int] = ()
+        self,
+        token: int,
+        position: int,
+        count: int,
+        rule: SamplingRule,
+        bits: Sequence[int],
+        stop: Collection[int] = (),
+        rows: Mapping[str, Tensor] | None = None,
     ) -> list[int]:
         """Runs a token, then those that are chosen, one step each, without Python in between.
 
@@ -177,6 +188,7 @@ class CpuStep:
             count: how many tokens are chosen, 1 to MOST_TOKENS.
             rule, bits: how, and the random bits of each token; a greedy rule needs none.
             stop: at most MOST_STOPS tokens, after which no further one is chosen.
+            rows: as of `step`, of `count` steps: site -> [layers, count, K], any strides between layers and steps.
 
         Returns:
             What was chosen. Fewer than `count` after a token of `stop`, or where the next logits hold NaN, or have no
@@ -196,7 +208,7 @@ class CpuStep:
         draw.bits[-1] = min(top_p_bits(rule.top_p), 2**64 - 1)
         draw.stops[: len(stop)] = list(stop)
         try:
-            self.step(token, position)
+            self._run(token, position, rows)
             chosen: list[int] = draw.tokens[: draw.numbers[CHOSEN]].tolist()
         finally:
             draw.numbers[WANTED] = draw.numbers[CHOSEN] = 0
@@ -325,12 +337,13 @@ class CpuStep:
         table.fill(NONE)
         self._captures = rows is not None
         if rows is not None:
+            steps = max(1, int(self._shared.draw.numbers[WANTED]))
             for i, site in enumerate(SITES):
-                tensor, shape = rows[site], (len(self.spec.windows), self.spec.channels(site))
+                tensor, shape = rows[site], (len(self.spec.windows), steps, self.spec.channels(site))
                 self._check(f"rows[{site!r}]", tensor, shape, contiguous=False)
-                if tensor.stride(1) != 1:
+                if tensor.stride(2) != 1:
                     raise ValueError(f"rows[{site!r}]: the channels of a layer must lie together")
-                table[i] = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
+                table[i] = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize, tensor.stride(1) * tensor.itemsize
 
     def _check_packed(self, name: str, matrix: PackedMatrix, shape: tuple[int, ...], widths: tuple[int, ...]) -> None:
         if matrix.shape != shape or matrix.segments != widths or matrix.dtype != self.dtype:

@@ -16,6 +16,7 @@ from teal_kernels.steps.cpu.layout import (
     CHOSEN,
     GREEDY,
     MOST_TOKENS,
+    NONE,
     NUCLEUS,
     RELEASED,
     ROPE_BYTES,
@@ -37,28 +38,28 @@ _HALF_WORD, _LOW_WORD = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 @compiled
-def conclude(order: Any, control: Any, draw: Any, logits: Any, step: int, following: int, own: Any) -> bool:
+def conclude(shared: Any, step: int, following: int, own: Any) -> bool:
     """After the head of a step, whose number is `step`: the next token is chosen, and its step released, if one is
     wanted. Thread 0 does that, or one that has waited too long for it. `following`: the phase after the head.
 
     Returns:
         Whether there is a next step.
     """
-    place, polls = np.int64(CHOICE), 0
+    control, draw, place, polls = shared.control, shared.draw, np.int64(CHOICE), 0
     while atomic_load(control, place) < 2 * step + 2:
         if own.thread == 0 or own.threads == 1 or take_over(control, np.int64(0), 2 * following, polls):
             chosen = np.int64(-1)
             if draw.numbers[WANTED] != 0:
-                chosen = choose(draw, logits, draw.bits[draw.numbers[CHOSEN]], own.candidates)
+                chosen = choose(draw, shared.logits, draw.bits[draw.numbers[CHOSEN]], own.candidates)
             if begin_write(control, place, step):
-                advance(order, control, draw, chosen)
+                advance(shared.order, shared.rows, control, draw, chosen)
                 end_write(control, place, step)
         polls = wait_a_little(polls)
     return atomic_load(control, RELEASED) > step + 1
 
 
 @compiled
-def advance(order: Any, control: Any, draw: Any, chosen: int) -> None:
+def advance(order: Any, rows: Any, control: Any, draw: Any, chosen: int) -> None:
     """Notes the chosen token, and releases the step that is fed with it, if one is wanted."""
     numbers = draw.numbers
     if numbers[WANTED] == 0:
@@ -74,6 +75,9 @@ def advance(order: Any, control: Any, draw: Any, chosen: int) -> None:
         order[1] += 1
         order[2] += numbers[ROPE_BYTES]
         order[3] += numbers[ROPE_BYTES]
+        for site in range(len(rows)):
+            if rows[site, 0] != NONE:
+                rows[site, 0] += rows[site, 2]
         atomic_add(control, RELEASED, 1)
 
 

@@ -101,7 +101,7 @@ def run(kind: Any, own: Any, shape: Any, weights: Any, shared: Any) -> None:
             if not begins:
                 phase = rejoin(control, own.thread, phase, own.hidden, shared.stream)
             else:
-                following = conclude(shared.order, control, shared.draw, shared.logits, step, (step + 1) * phases, own)
+                following = conclude(shared, step, (step + 1) * phases, own)
                 phase = (step + 1) * phases if following else OVER
         if own.thread == 0:
             await_members(control, own.threads)
@@ -199,7 +199,7 @@ def shared_buffers(kind: Any, threads: int, shape: Shape, row_bytes: Sequence[in
         limits=np.zeros(0, np.float32),
         limit_of=np.full((shape.layers, 7), SINGLE, np.int64),
         lowest_of=np.full((shape.layers, 4), SINGLE, np.int64),
-        rows=np.zeros((4, 2), np.int64),
+        rows=np.zeros((4, 3), np.int64),
         draw=Draw(
             numbers=np.zeros(NUMBERS, np.int64),
             temperature=np.ones(1, np.float32),
