@@ -70,7 +70,6 @@ class LevelWriter:
         self._count = 0  # rows added to the block being filled
         self._asked = 0  # rows of `room` that are not added yet
         self._filling: BlockBuffer | None = None
-        self._free: list[BlockBuffer] = []
         self._pending: deque[tuple[Future[None], BlockBuffer]] = deque()
 
     @property
@@ -190,20 +189,20 @@ class LevelWriter:
             arrays = layout.level_arrays(self._store.header, 0)
             self._store.commit(self.name, changes, [self._store.path / self.name / n / "zarr.json" for n in arrays])
         self.complete = True
-        self._free.clear()
 
     def _acquire(self) -> BlockBuffer:
-        if not self._free and len(self._pending) < _BUFFERS:
+        free = self._store.free
+        if not free and len(self._pending) < _BUFFERS:
             return BlockBuffer(self._store.header, self._store.device)
-        if not self._free:
+        if not free:
             self._retire()
-        return self._free.pop()
+        return free.pop()
 
     def _retire(self) -> None:
         """Waits for the oldest block under way; its error, if any, is raised here."""
         future, buffer = self._pending.popleft()
         future.result()
-        self._free.append(buffer)
+        self._store.free.append(buffer)
 
     def _submit(self) -> None:
         buffer, base, count = self._filling, self._base, self._count
@@ -241,6 +240,7 @@ class StoreWriter:
         self.schema = read_state(path).schema
         """That of a store that is resumed stays as it is."""
         self.device = torch.device(device)
+        self.free: list[BlockBuffer] = []  # of any level; to make one costs as much as ten rows
         self._lock, self._process = lock, os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
         threads = compression_threads()
