@@ -262,7 +262,8 @@ def _run(
 
     new_rows, seconds = 0, 0.0
     task: Task | None = None
-    verb = "Decoding" if job.request.follow == "free" else "Running"
+    passes = job.request.follow != "free"
+    verb = "Running" if passes else "Decoding"
     with progress(out) as bars:
         followed = bars.task("Decoding densely what all levels are fed", unit="tokens")
         try:
@@ -272,8 +273,12 @@ def _run(
                         followed.update(done=state.done, total=state.total)
                         continue
                     text, before = f"{verb} {state.level}", state.rows - state.new_rows
-                    task = task or bars.task(text, total=state.total_rows, unit="rows", done=before)
-                    task.update(done=state.rows, text=text)
+                    if task is None:
+                        task = bars.task(text, total=state.total_rows, unit="rows", done=before)
+                        writing = bars.task("Writing", total=state.total_rows, unit="rows", done=before)
+                    task.update(done=state.passed, text=text)
+                    if passes and state.new_rows:  # a decoded row is written at once
+                        writing.update(done=state.rows)
                     new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:
             out.warn(f"stopped; what is complete is in {path}, and `teal dump --resume -o {path}` goes on")

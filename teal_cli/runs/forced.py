@@ -17,10 +17,10 @@ from torch import Tensor
 
 from teal_cli.data.prompts import Prompt
 from teal_cli.passes.crew import Crew, crew
-from teal_cli.passes.forward import Sparse, States, Where, forward
+from teal_cli.passes.forward import Advance, Sparse, States, Where, forward
 from teal_cli.passes.layers import Head, Layers, available_bytes
 from teal_cli.passes.score import log_probabilities
-from teal_cli.runs.job import batches, other_tokens
+from teal_cli.runs.job import Passed, batches, other_tokens
 from teal_cli.sparsity.plan import Plan
 from teal_cli.store.schema import PHASES
 from teal_cli.store.writer import LevelWriter
@@ -62,15 +62,20 @@ class Forcing:
 
     def write(
         self, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
-    ) -> Iterator[int]:
+    ) -> Iterator[int | Passed]:
         """Write the rows of sequences; see `Producer`."""
         there = min(len(held[level.name]) for level in levels)
         wanted = [s for s in sequences if self.most(s) > (there if s == sequences[0] else 0)]
         prompts = [self._prompts[sequence] for sequence in wanted]
         plans = [self._plans[level.name] for level in levels]
-        every = forced_rows(self._layers, plans, prompts, self._prefill, dense_rows=self._dense, crew=self._crew)
-        for sequence, found in zip(wanted, every, strict=True):
-            for level, rows in zip(levels, found, strict=True):
+        passed, total, following = 0, len(wanted) * self._layers.config.layers, iter(wanted)
+        for event in forced_rows(self._layers, plans, prompts, self._prefill, dense_rows=self._dense, crew=self._crew):
+            if isinstance(event, Advance):
+                passed += 1
+                yield Passed(passed / total)
+                continue
+            sequence = next(following)
+            for level, rows in zip(levels, event, strict=True):
                 known = held[level.name]
                 yield _write(level, rows, sequence, known if sequence == sequences[0] else known[:0])
 
@@ -110,7 +115,7 @@ def forced_rows(
     *,
     dense_rows: bool,
     crew: Crew | None,
-) -> Iterator[list[ForcedRows]]:
+) -> Iterator[Advance | list[ForcedRows]]:
     """What decode steps fed with the following tokens of each prompt would have consumed, in order.
 
     Args:
@@ -121,7 +126,7 @@ def forced_rows(
         crew: as in `passes.forward.forward`.
 
     Yields:
-        For each prompt its rows under every plan.
+        Advance after each layer of a sequence, and for each prompt its rows under every plan.
 
     Raises:
         TealError: a logit is not finite.
@@ -135,7 +140,7 @@ def forced_rows(
 
 def _one_pass(
     layers: Layers, plans: Sequence[Plan], prompts: Sequence[Prompt], prefill: str, dense_rows: bool, crew: Crew | None
-) -> Iterator[list[ForcedRows]]:
+) -> Iterator[Advance | list[ForcedRows]]:
     """`forced_rows` of prompts that go through each layer one after the other."""
     sequences = [_Sequence(layers, plans, prompt, prefill) for prompt in prompts]
     head = layers.open_head()
@@ -149,8 +154,7 @@ def _one_pass(
         sequences[sequence].score(head, layers, states)
 
     fed = [sequence.fed[:-1] for sequence in sequences]
-    for _ in forward(layers, fed, variants, dense_rows=dense_rows, visit=visit, sink=sink, crew=crew):
-        pass
+    yield from forward(layers, fed, variants, dense_rows=dense_rows, visit=visit, sink=sink, crew=crew)
     while sequences:
         yield sequences.pop(0).rows()
 

@@ -28,13 +28,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands; one comes after every row that is decoded, and after every sequence.
+    """Where a job stands; one comes after every row that is decoded, every layer of a pass, and every sequence.
 
     Attributes:
         level: the level's name, e.g. s0.50; of several that are written side by side, the first and the last one's.
         sequences, rows: done so far over all levels, rows that a resumed store already had included. A sequence that
             ended early counts with all the rows that it might have had, once it is done.
         total_sequences, total_rows: at most to come; sequences that end early leave rows unused.
+        passed: rows that have gone through the model, in whole or in part; of a pass they come before they are written.
         seconds: since this run began.
         new_rows: rows written by this run.
     """
@@ -44,8 +45,16 @@ class Progress:
     total_sequences: int
     rows: int
     total_rows: int
+    passed: int
     new_rows: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Passed:
+    """How much of the sequences that a producer is writing has gone through the model: a share of their rows."""
+
+    share: float
 
 
 class Producer(Protocol):
@@ -67,14 +76,14 @@ class Producer(Protocol):
 
     def write(
         self, levels: Sequence[LevelWriter], sequences: Sequence[int], held: Mapping[str, np.ndarray]
-    ) -> Iterator[int]:
+    ) -> Iterator[int | Passed]:
         """Write the rows of sequences into levels.
 
         Args:
             held: level name -> token ids of the first rows of the first sequence, which the level has already.
 
         Yields:
-            How many rows were written since it last did.
+            How many rows were written since it last did; before that, where they go through a pass, how far they are.
 
         Raises:
             TealError: the disk is full, a result is not finite, or the first rows have other tokens.
@@ -101,7 +110,7 @@ def run_job(writer: StoreWriter, producer: Producer) -> Iterator[Progress]:
                 clock.skip(name, producer.sequences - len(left[name][0]))
             for lacking, batch in _shared(levels, {name: set(todo) for name, (todo, _) in left.items()}, producer):
                 wanted, there = [level.name for level in lacking], sum(len(held[level.name]) for level in lacking)
-                yield from clock.during(wanted, producer.write(lacking, batch, held), there)
+                yield from clock.during(wanted, len(batch), producer.write(lacking, batch, held), there)
                 yield clock.after(wanted, len(batch))
                 held |= {level.name: held[level.name][:0] for level in lacking}
             for level in levels:
@@ -163,26 +172,37 @@ class Clock:
         """So many sequences of a level are there."""
         self._done[level] = sequences
 
-    def during(self, levels: Sequence[str], written: Iterable[int], held: int = 0) -> Iterator[Progress]:
-        """Sequences are being written: `written` are the new rows each time, `held` those that were there."""
-        more = held
-        for new in written:
-            more, self._new = more + new, self._new + new
-            yield self._at(levels, more)
+    def during(
+        self, levels: Sequence[str], sequences: int, written: Iterable[int | Passed], held: int = 0
+    ) -> Iterator[Progress]:
+        """So many sequences are being written: `written` are the new rows each time, `held` those that were there."""
+        more, share = held, 0.0
+        for event in written:
+            if isinstance(event, Passed):
+                share = event.share
+            else:
+                more, self._new = more + event, self._new + event
+            yield self._at(levels, more, round(share * sum(self._most(level, sequences) for level in levels)))
 
     def after(self, levels: Sequence[str], sequences: int) -> Progress:
         """So many sequences have been written to some levels."""
         for level in levels:
             self._done[level] += sequences
-        return self._at(levels, 0)
+        return self._at(levels)
 
-    def _at(self, levels: Sequence[str], more: int) -> Progress:
-        """So many rows more than those of whole sequences are there."""
+    def _most(self, level: str, sequences: int) -> int:
+        """Rows of the next sequences of a level."""
+        done, last = self._done[level], len(self._rows) - 1
+        return self._rows[min(done + sequences, last)] - self._rows[min(done, last)]
+
+    def _at(self, levels: Sequence[str], more: int = 0, passed: int = 0) -> Progress:
+        """So many rows more than those of whole sequences are there, and so many have gone through the model."""
         name = levels[0] if len(levels) == 1 else f"{levels[0]} to {levels[-1]}"
         done, most = self._done.values(), len(self._done) * self._rows[-1]
-        rows = min(sum(self._rows[count] for count in done) + more, most)
+        whole = sum(self._rows[count] for count in done)
+        rows, through = min(whole + more, most), min(whole + max(more, passed), most)
         sequences, seconds = len(self._done) * (len(self._rows) - 1), time.perf_counter() - self._begun
-        return Progress(name, sum(done), sequences, rows, most, self._new, seconds)
+        return Progress(name, sum(done), sequences, rows, most, through, self._new, seconds)
 
 
 class Decoding:

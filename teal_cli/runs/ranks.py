@@ -99,10 +99,11 @@ def _levels(board: Board, writers: Sequence[StoreWriter], producer: Producer) ->
         for level in unfinished:
             again, known = left_over(level, ())
             for batch in batches(again, producer.batch):
-                yield from clock.during([name], producer.write([level], batch, {name: known}))
+                yield from clock.during([name], len(batch), producer.write([level], batch, {name: known}))
             while level is unfinished[-1] and (index := board.add(f"next/{name}", 1) - 1) < len(handed):
-                yield from clock.during([name], producer.write([level], handed[index], {name: known[:0]}))
-                done = board.add(f"written/{name}", len(handed[index]))
-                clock.skip(name, producer.sequences - len(free) + done - len(handed[index]))
-                yield clock.after([name], len(handed[index]))
+                batch = handed[index]
+                yield from clock.during([name], len(batch), producer.write([level], batch, {name: known[:0]}))
+                done = board.add(f"written/{name}", len(batch))
+                clock.skip(name, producer.sequences - len(free) + done - len(batch))
+                yield clock.after([name], len(batch))
             level.finish()

@@ -45,6 +45,27 @@ def test_work_on_a_model(teal: Teal, command: tuple[object, ...], text: str, uni
 
 
 @pytest.mark.usefixtures("ready", "every_step")
+@pytest.mark.parametrize("memory", ["--layer-by-layer", "--resident"])
+@pytest.mark.parametrize("levels", ["0.5", "0.5,0.9"])
+def test_a_pass_tells_each_layer_before_any_row_is_written(
+    teal: Teal, tmp_path: Path, memory: str, levels: str
+) -> None:
+    """Three layers of two sequences of 5 rows at each level; the tiny model has three layers."""
+    run = teal("dump", "-d", "python-docs", "-n", 2, "--prompt-tokens", 8, "--max-new-tokens", 6, "-s", levels,
+               "--follow", "text", memory, "-o", tmp_path / "made.zarr", *PLAIN)  # fmt: skip
+    assert run.code == 0, run.err
+    rows = 10 * len(levels.split(","))
+    text = "Running s0.50" + (" to s0.90" if "," in levels else "")
+    seen, written = steps(run.err, text, "rows"), steps(run.err, "Writing", "rows")
+    assert seen == sorted(seen)
+    assert seen[-1] == written[-1] == rows
+    assert len(set(seen)) >= 6, run.err
+    if memory == "--layer-by-layer":
+        before = run.err[: run.err.index("Writing:")]
+        assert len(set(steps(before, text, "rows"))) >= 6, run.err
+
+
+@pytest.mark.usefixtures("ready", "every_step")
 def test_work_on_a_store(teal: Teal, tmp_path: Path) -> None:
     store = tmp_path / "made.zarr"
     made = teal("dump", "-d", "python-docs", "-n", 2, "--prompt-tokens", 8, "--max-new-tokens", 6, "-s", "0.5,0.9",
