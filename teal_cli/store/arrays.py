@@ -15,10 +15,11 @@ import numpy as np
 
 from teal_cli.errors import TealError
 from teal_cli.store import layout
+from teal_cli.store.bits import past_the_end, row_counts
 from teal_cli.store.blocks import Block, CsrRows, csr_rows, readable_shape
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
-from teal_cli.store.packing import magnitude_bits, to_float, unpack_mask
+from teal_cli.store.packing import magnitude_bits, to_float
 from teal_cli.store.remote import Place
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
 from teal_cli.store.shards import SiteFiles
@@ -162,14 +163,13 @@ class SiteReader(Blocks):
 
     def _checked(self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray) -> Block:
         start, stop = self.span(block)
-        kept = unpack_mask(mask, self.channels)
-        problem = _problem(values, kept, row_nnz)
+        found = Block(start, values[: int(row_nnz.sum())], mask, self.channels, row_nnz, self._header.ranked)
+        problem = _problem(found)
         if problem:
             raise TealError(f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=VERIFY_HINT)
-        values = values[: int(row_nnz.sum())]
-        for array in (values, kept, row_nnz):
+        for array in (found.values, mask, row_nnz):
             array.flags.writeable = False  # blocks are cached and shared
-        return Block(start, values, kept, row_nnz, self._header.ranked)
+        return found
 
     def row_nnz(self, layer: int) -> np.ndarray:
         """uint32 [tokens], kept entries of every row of a layer.
@@ -188,12 +188,15 @@ class SiteReader(Blocks):
         return counts
 
 
-def _problem(packed: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> str | None:
+def _problem(block: Block) -> str | None:
+    counts = block.row_nnz
     if (counts == NEVER_WRITTEN).any():
         return "a committed row was never written"
-    if (np.count_nonzero(kept, axis=1) != counts).any():
+    if (row_counts(block.words) != counts).any():
         return "the bitmap disagrees with row_nnz"
-    if np.count_nonzero(magnitude_bits(packed[: int(counts.sum())])) != counts.sum():
+    if past_the_end(block.words, block.channels):
+        return "a padding bit of the bitmap is set"
+    if np.count_nonzero(magnitude_bits(block.values)) != counts.sum():
         return "a kept value is zero, so values are missing"
     return None
 

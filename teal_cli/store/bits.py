@@ -1,140 +1,155 @@
 """Bit operations on packed rows: which entries of a row were kept, 64 of them in a machine word.
 
-Channel c of a row is bit c % 64 of its word c // 64; bits past the last channel are 0. Everything here costs a few
-word operations per 64 entries. Knows no store and no statistic.
+Channel c of a row is bit c % 64 of its word c // 64; bits past the last channel are 0. Words lie word by word, uint64
+[W, rows]: what is done to every row, a shift too, is then a few long loops. Knows no store and no statistic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 WORD: Final = 64
-_ROW_WORDS: Final = 2  # rows are padded to whole groups of 128 entries, the largest that `group_sizes` counts
+_PAIRS: Final = np.uint64(0x5555555555555555)
+_QUADS: Final = np.uint64(0x3333333333333333)
+# Of two counts in four bits each, of four of them (5 << 4 is past what two counts of at most 4 make): their sums.
+_TWO_SUMS: Final = np.add.outer(np.arange(16), np.arange(16)).ravel()
+_FOUR_SUMS: Final = np.add.outer(_TWO_SUMS[: 5 << 4], _TWO_SUMS)
+
+
+def from_bitmap(mask: np.ndarray) -> np.ndarray:
+    """Bitmap uint8 [rows, ceil(K/8)] in little bit order -> uint64 [W, rows], W = ceil(K/64)."""
+    rows, octets = mask.shape
+    if rest := octets % 8:
+        mask = np.concatenate([mask, np.zeros((rows, 8 - rest), np.uint8)], axis=1)
+    return np.ascontiguousarray(np.ascontiguousarray(mask).view("<u8").T)
 
 
 def to_words(kept: np.ndarray) -> np.ndarray:
-    """bool [rows, K] -> uint64 [rows, W], W even."""
-    rows, channels = kept.shape
-    words = -(-channels // (WORD * _ROW_WORDS)) * _ROW_WORDS
-    packed = np.packbits(kept, axis=1, bitorder="little")
-    out = np.zeros((rows, words * 8), np.uint8)
-    out[:, : packed.shape[1]] = packed
-    return out.view("<u8")
+    """bool [rows, K] -> uint64 [W, rows]."""
+    return from_bitmap(np.packbits(kept, axis=1, bitorder="little"))
+
+
+def past_the_end(words: np.ndarray, channels: int) -> bool:
+    """Whether a bit past the last channel is set."""
+    return bool(channels % WORD and (words[-1] >> np.uint64(channels % WORD)).any())
 
 
 def row_counts(words: np.ndarray) -> np.ndarray:
-    """Set bits of every row: int64 [rows]."""
-    return np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    """Set bits of every row: uint32 [rows]."""
+    return np.bitwise_count(words).sum(axis=0, dtype=np.uint32)
 
 
 def total(words: np.ndarray) -> int:
-    """Set bits of all rows."""
-    return int(np.bitwise_count(words).sum(dtype=np.int64))
+    """Set bits of all rows, of which there may be 2^26."""
+    return int(np.bitwise_count(words).sum(axis=1, dtype=np.uint32).sum(dtype=np.int64))  # int64 at once is slower
 
 
 def shifted(words: np.ndarray, by: int) -> np.ndarray:
     """Every row moved towards channel 0: entry c of the result is entry c + by, nothing where there is none."""
     skip, bits = divmod(by, WORD)
-    width = words.shape[1] - skip
-    if width <= 0:
-        return np.zeros_like(words)
-    # One long row: loops over short ones take five times as long. What came from the row behind is then overwritten.
-    out, flat = np.empty_like(words), words.ravel()
-    line = out.ravel()
-    count = len(flat) - skip
-    np.right_shift(flat[skip:], np.uint64(bits), out=line[:count])
-    if bits:
-        line[: count - 1] |= flat[skip + 1 :] << np.uint64(WORD - bits)
-        np.right_shift(words[:, -1], np.uint64(bits), out=out[:, width - 1])
-    out[:, width:] = 0
+    width = max(0, len(words) - skip)
+    out = np.empty_like(words)
+    np.right_shift(words[skip:], np.uint64(bits), out=out[:width])
+    if bits and width:
+        out[: width - 1] |= words[skip + 1 :] << np.uint64(WORD - bits)
+    out[width:] = 0
     return out
 
 
 def inverted(words: np.ndarray, channels: int) -> np.ndarray:
     """The entries that are not set, of the first `channels`."""
-    valid = to_words(np.ones((1, channels), bool))
-    return ~words & valid
+    return ~words & to_words(np.ones((1, channels), bool))
 
 
-def run_counts(words: np.ndarray, channels: int) -> np.ndarray:
-    """Runs of set entries within rows, by floor(log2(length)): int64 [bit length of K].
+def runs_at_least(words: np.ndarray, channels: int, lengths: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Runs of at least n set entries within rows, and how many of these end with the row.
 
-    A row whose entry c is set where c .. c + n - 1 were set has one run for each run of at least n, and two rows of
-    n give that of 2 n.
+    A run of L entries has L - n + 1 places where n set entries begin, if any: the places for n less those for n + 1 are
+    the runs of at least n.
+
+    Args:
+        lengths: each n, rising from 1, none more than twice the one before.
     """
-    at_least = np.zeros(channels.bit_length() + 1, np.int64)
-    length = 1
-    for k in range(channels.bit_length()):
-        if not (ones := total(words)):
+    found = dict.fromkeys(lengths, (0, 0))
+    length, longer, more = 0, words, total(words)  # longer: c .. c + length are set; more: how often
+    for wanted in lengths:
+        begin, places = longer, more
+        if wanted > length + 1:
+            begin = _with_any(_and_shifted(begin, wanted - length - 1))
+            places = total(begin)
+        if not places:
             break
-        at_least[k] = ones - total(words & shifted(words, 1))
-        words = words & shifted(words, length)
-        length *= 2
-    return at_least[:-1] - at_least[1:]
+        longer = _and_shifted(begin, 1)
+        more = total(longer)
+        word, bit = divmod(channels - wanted, WORD)
+        found[wanted] = places - more, int(np.count_nonzero(begin[word] & np.uint64(1 << bit)))
+        length = wanted
+    return found
 
 
-def gap_counts(words: np.ndarray, channels: int) -> np.ndarray:
-    """Set entries by floor(log2(gap)): int64 [bit length of K].
+def _and_shifted(words: np.ndarray, by: int) -> np.ndarray:
+    """Entries c where c and c + by are set."""
+    out = shifted(words, by)
+    out &= words
+    return out
 
-    The gap of an entry is its channel minus that of the set entry before it in the row; the first entry's is its
-    channel + 1.
+
+def _with_any(words: np.ndarray) -> np.ndarray:
+    """The rows that have a set entry, if these are few; else all."""
+    some = np.bitwise_or.reduce(words, axis=0) != 0
+    return words[:, some] if 2 * np.count_nonzero(some) < len(some) else words
+
+
+def _by_sum(seen: np.ndarray, sums: np.ndarray, most: int) -> np.ndarray:
+    """How often each sum 0 .. most was seen, of what has these sums: int64 [most + 1]."""
+    return np.bincount(sums.ravel(), seen.ravel(), most + 1)[: most + 1].astype(np.int64)
+
+
+def group_histograms(words: np.ndarray, channels: int) -> dict[int, np.ndarray]:
+    """How many aligned groups of 4, 8, ..., 128 channels, the last of a row perhaps shorter, have n set entries:
+    by size, int64 [size + 1], index n.
     """
-    at_least = np.zeros(channels.bit_length() + 1, np.int64)
-    at_least[0] = total(words)
-    clear, half = inverted(words, channels), 1  # clear: c .. c + half - 1 are not set
-    for k in range(1, channels.bit_length()):
-        longer = clear & shifted(clear, half - 1) if half > 1 else clear  # of 2 * half - 1
-        if not (found := total(longer & shifted(words, 2 * half - 1))):
-            break
-        at_least[k] = found
-        clear = clear & shifted(clear, half)
-        half *= 2
-    return at_least[:-1] - at_least[1:]
-
-
-def group_sizes(words: np.ndarray, channels: int, size: int) -> np.ndarray:
-    """Set entries of every aligned group of 8, 16, 32, 64 or 128 channels, the last perhaps shorter: [rows, groups]."""
-    unit = min(size, WORD)
-    counts = np.bitwise_count(words.view(f"<u{unit // 8}"))
-    if size > WORD:
-        counts = counts[:, 0::2] + counts[:, 1::2]
-    return counts[:, : -(-channels // size)]
-
-
-def group_histogram(words: np.ndarray, channels: int, size: int) -> np.ndarray:
-    """How many aligned groups of 4, 8, ..., 128 channels have n set entries: int64 [size + 1], index n."""
-    if size > 4:
-        return np.bincount(group_sizes(words, channels, size).ravel(), minlength=size + 1)
-    octets = words.view(np.uint8)[:, : -(-channels // 8)]
-    seen = np.bincount(octets.ravel(), minlength=256)
-    values = np.arange(256, dtype=np.uint8)
-    counts = np.zeros(size + 1, np.int64)
-    np.add.at(counts, np.bitwise_count(values & 15), seen)
-    np.add.at(counts, np.bitwise_count(values >> 4), seen)
-    if -(-channels // 4) % 2:  # the upper half of the last octet is past the end
-        counts[0] -= len(words)
-    return counts
+    found: dict[int, np.ndarray] = {}
+    twos = words - (words >> np.uint64(1) & _PAIRS)  # in two bits each how many of them were set, and in four
+    fours = (twos & _QUADS) + (twos >> np.uint64(2) & _QUADS)
+    seen = np.bincount(fours.view("<u2").ravel(), minlength=_FOUR_SUMS.size).reshape(-1, _TWO_SUMS.size)
+    two = seen.sum(axis=0)
+    two[: len(seen)] += seen.sum(axis=1)
+    found[4] = two.reshape(16, 16).sum(axis=0)[:5] + two.reshape(16, 16).sum(axis=1)[:5]
+    found[8] = _by_sum(two, _TWO_SUMS, 8)
+    found[16] = _by_sum(seen, _FOUR_SUMS, 16)
+    halves = np.bitwise_count(words.view("<u4")).view("<u2")
+    seen = np.bincount(halves.ravel(), minlength=33 << 8).reshape(33, 256)[:, :33]
+    found[32] = seen.sum(axis=0) + seen.sum(axis=1)
+    found[64] = _by_sum(seen, np.add.outer(np.arange(33), np.arange(33)), 64)
+    pairs = np.bitwise_count(words)
+    pairs[: len(words) // 2 * 2 : 2] += pairs[1::2]
+    found[128] = np.bincount(pairs[::2].ravel(), minlength=129)
+    for size in (4, 8, 16, 32, 64):  # words go on past the last channel
+        found[size][0] -= words.shape[1] * (len(words) * WORD // size - -(-channels // size))
+    return found
 
 
 def channel_counts(words: np.ndarray, channels: int) -> np.ndarray:
     """In how many rows each channel is set: int64 [K]."""
     counts = np.zeros(channels, np.int64)
-    for first in range(0, len(words), 255):  # what uint8 can count
-        octets = words[first : first + 255].view(np.uint8)[:, : -(-channels // 8)]
-        kept = np.unpackbits(octets, axis=1, count=channels, bitorder="little")
+    octets = np.ascontiguousarray(words.T).view(np.uint8)
+    for first in range(0, len(octets), 255):  # what uint8 can count
+        kept = np.unpackbits(octets[first : first + 255], axis=1, count=channels, bitorder="little")
         counts += np.add.reduce(kept, axis=0, dtype=np.uint8)
     return counts
 
 
 def prefix_counts(words: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Set entries of every row below each of the rising bounds: int32 [rows, bounds], the rows of a bound together."""
-    octets = np.ascontiguousarray(words.view(np.uint8).T)
-    counts = np.bitwise_count(octets).astype(np.int32)
-    below = np.zeros((len(octets) + 1, len(words)), np.int32)
-    for index, own in enumerate(counts):  # a third of the time of np.cumsum, which goes down one column at a time
+    """Set entries of every row below each of the rising bounds: [bounds, rows], as unsigned as the last bound needs."""
+    counts = np.bitwise_count(words)
+    below = np.zeros((len(words) + 1, words.shape[1]), np.min_scalar_type(bounds[-1]))
+    for index, own in enumerate(counts):  # np.cumsum goes down one column at a time
         np.add(below[index], own, out=below[index + 1])
-    whole, rest = np.divmod(bounds, 8)
-    partial = octets[np.minimum(whole, len(octets) - 1)] & ((1 << rest) - 1).astype(np.uint8)[:, None]
-    return (below[whole] + np.bitwise_count(partial)).T
+    whole, rest = np.divmod(bounds, WORD)
+    partial = words[np.minimum(whole, len(words) - 1)]
+    partial &= ((np.uint64(1) << rest.astype(np.uint64)) - np.uint64(1))[:, None]
+    return below[whole] + np.bitwise_count(partial)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from teal_cli.errors import TealError
-from teal_cli.store.packing import exceeds, per_value, row_thresholds, to_float, unpack
+from teal_cli.store.bits import from_bitmap
+from teal_cli.store.packing import exceeds, per_value, row_thresholds, to_float, unpack, unpack_mask
+from teal_cli.store.schema import BITORDER
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -25,16 +28,32 @@ class Block:
     Attributes:
         start: index of the first token.
         values: stored data type [nnz], kept values in (token, channel) order.
-        kept: bool [tokens, K].
+        mask: uint8 [tokens, ceil(K/8)], which entries are kept, padding bits 0.
+        channels: K.
         row_nnz: uint32 [tokens].
         ranked: thresholds are counts, how many entries of a row are dropped (the criterion `topk`).
     """
 
     start: int
     values: np.ndarray
-    kept: np.ndarray
+    mask: np.ndarray
+    channels: int
     row_nnz: np.ndarray
     ranked: bool = False
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """The mask as bool [tokens, K]."""
+        kept = unpack_mask(self.mask, self.channels)
+        kept.flags.writeable = False  # blocks are cached and shared
+        return kept
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """The mask as uint64 [W, tokens], see `bits`."""
+        words = from_bitmap(self.mask)
+        words.flags.writeable = False
+        return words
 
     def compared(self, limit: np.ndarray) -> np.ndarray:
         """Thresholds float32 [] or [K] -> what each kept value, in (token, channel) order, is compared with."""
@@ -55,7 +74,8 @@ class Block:
             return self
         kept = self.kept.copy()
         kept[self.kept] = stays
-        return replace(self, values=self.values[stays], kept=kept, row_nnz=kept.sum(axis=1, dtype=np.uint32))
+        mask = np.packbits(kept, axis=1, bitorder=BITORDER)
+        return replace(self, values=self.values[stays], mask=mask, row_nnz=kept.sum(axis=1, dtype=np.uint32))
 
     def dense(self) -> np.ndarray:
         """Rows [tokens, K] in the stored data type, zeros where dropped."""
@@ -66,7 +86,9 @@ class Block:
         a, b = start - self.start, stop - self.start
         first = int(self.row_nnz[:a].sum())
         last = first + int(self.row_nnz[a:b].sum())
-        return Block(start, self.values[first:last], self.kept[a:b], self.row_nnz[a:b], self.ranked)
+        return replace(
+            self, start=start, values=self.values[first:last], mask=self.mask[a:b], row_nnz=self.row_nnz[a:b]
+        )
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class _JoinedSite(Blocks):
 def _join(start: int, blocks: list[Block]) -> Block:
     if len(blocks) == 1:
         return replace(blocks[0], start=start)
-    values, kept, row_nnz = (
-        np.concatenate([getattr(block, name) for block in blocks]) for name in ("values", "kept", "row_nnz")
+    values, mask, row_nnz = (
+        np.concatenate([getattr(block, name) for block in blocks]) for name in ("values", "mask", "row_nnz")
     )
-    return Block(start, values, kept, row_nnz, blocks[0].ranked)
+    return replace(blocks[0], start=start, values=values, mask=mask, row_nnz=row_nnz)

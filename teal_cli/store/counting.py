@@ -7,7 +7,7 @@ cross a sequence. `measures` turns the counts into statistics; docs/statistics.m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -31,7 +31,7 @@ class Batch:
     """Consecutive rows of one mask, and the rows before them.
 
     Attributes:
-        history: uint64 [before + rows, W], see `bits`.
+        history: uint64 [W, before + rows], see `bits`.
         before: rows of `history` that were counted already.
         channels: K.
         sequence: int64 [before + rows].
@@ -50,18 +50,28 @@ class Batch:
 
     @cached_property
     def words(self) -> np.ndarray:
-        """The rows themselves, [rows, W]."""
-        return self.history[self.before :]
+        """The rows themselves, [W, rows]."""
+        return np.ascontiguousarray(self.history[:, self.before :])
 
     @cached_property
     def history_kept(self) -> np.ndarray:
-        """Kept entries of every row of `history`, int64."""
+        """Kept entries of every row of `history`, uint32."""
         return bits.row_counts(self.history)
 
-    def pairs(self, distance: int) -> np.ndarray:
-        """Indices in `history` of the rows of the batch that have a row `distance` before in their sequence."""
-        later = np.arange(max(self.before, distance), len(self.history))
-        return later[self.sequence[later] == self.sequence[later - distance]]
+    @cached_property
+    def dropped_runs(self) -> dict[int, tuple[int, int]]:
+        """Runs of dropped entries, see `bits.runs_at_least`, of at least 2^k - 1 and 2^k."""
+        powers = [1 << k for k in range(self.channels.bit_length())]
+        lengths = sorted({*powers, *(n - 1 for n in powers[1:])})
+        return bits.runs_at_least(bits.inverted(self.words, self.channels), self.channels, lengths)
+
+    def apart(self, distance: int) -> tuple[slice, slice, np.ndarray]:
+        """Two ranges of `history`: the rows of the batch that have a row `distance` before, and these; bool, which of
+        such pairs are of two sequences.
+        """
+        start, stop = max(self.before, distance), len(self.sequence)
+        later, earlier = slice(start, stop), slice(start - distance, max(0, stop - distance))
+        return later, earlier, self.sequence[later] != self.sequence[earlier]
 
 
 def _channels(batch: Batch) -> np.ndarray:
@@ -72,47 +82,56 @@ def _channels(batch: Batch) -> np.ndarray:
 def _groups(batch: Batch) -> np.ndarray:
     """Aligned groups by size and kept entries: [len(GROUPS), max(GROUPS) + 1]."""
     counts = np.zeros((len(GROUPS), max(GROUPS) + 1), np.int64)
+    histograms = bits.group_histograms(batch.words, batch.channels)
     for line, size in zip(counts, GROUPS, strict=True):
-        line[: size + 1] = bits.group_histogram(batch.words, batch.channels, size)
+        line[: size + 1] = histograms[size]
     return counts
+
+
+def _by_power(at_least: Sequence[int]) -> list[int]:
+    """How many reach 1, 2, 4, ... -> how many of these reach no more."""
+    return [one - more for one, more in zip(at_least, [*at_least[1:], 0], strict=True)]
 
 
 def _runs(batch: Batch) -> np.ndarray:
     """Runs of kept and of dropped entries by floor(log2(length)): [2, bit length of K]."""
-    dropped = bits.inverted(batch.words, batch.channels)
-    return np.stack([bits.run_counts(words, batch.channels) for words in (batch.words, dropped)])
+    powers = [1 << k for k in range(batch.channels.bit_length())]
+    kept = bits.runs_at_least(batch.words, batch.channels, powers)
+    return np.array([_by_power([runs[n][0] for n in powers]) for runs in (kept, batch.dropped_runs)], np.int64)
 
 
 def _gaps(batch: Batch) -> np.ndarray:
-    """Kept entries by floor(log2(distance to the kept entry before)): [bit length of K]."""
-    return bits.gap_counts(batch.words, batch.channels)
+    """Kept entries by floor(log2(distance to the kept entry before)): [bit length of K].
+
+    A distance of 2^k is that over a run of 2^k - 1 dropped entries, unless they end the row.
+    """
+    runs = [batch.dropped_runs[(1 << k) - 1] for k in range(1, batch.channels.bit_length())]
+    return np.array(_by_power([bits.total(batch.words), *(found - ending for found, ending in runs)]), np.int64)
 
 
 def _overlap(batch: Batch) -> np.ndarray:
     """Per distance: entries kept at both rows of all pairs, at the later, at the earlier: [len(DISTANCES), 3]."""
     counts = np.zeros((len(DISTANCES), 3), np.int64)
     for line, distance in zip(counts, DISTANCES, strict=True):
-        later = batch.pairs(distance)
-        earlier = later - distance
-        line[:] = (
-            bits.total(batch.history[later] & batch.history[earlier]),
-            batch.history_kept[later].sum(),
-            batch.history_kept[earlier].sum(),
-        )
+        later, earlier, apart = batch.apart(distance)
+        both = batch.history[:, later] & batch.history[:, earlier]
+        both[:, apart] = 0
+        line[:] = bits.total(both), batch.history_kept[later][~apart].sum(), batch.history_kept[earlier][~apart].sum()
     return counts
 
 
 def _union(batch: Batch) -> np.ndarray:
     """Per B: entries kept by any row of all windows of B rows of a sequence, and the windows: [len(UNIONS), 2]."""
     counts = np.zeros((len(UNIONS), 2), np.int64)
-    union, size = batch.history, 1  # union[i]: of the `size` rows that end with row i
+    union, size = batch.history, 1  # column i: of the `size` rows from i on
     for line, wanted in zip(counts, UNIONS, strict=True):
         while size < wanted:
-            wider = union.copy()
-            wider[size:] |= union[:-size]
-            union, size = wider, 2 * size
-        ends = batch.pairs(size - 1)
-        line[:] = bits.total(union[ends]), len(ends)
+            union = union[:, size:] | union[:, :-size]
+            size *= 2
+        _, earlier, apart = batch.apart(size - 1)
+        windows = union[:, earlier]
+        windows[:, apart] = 0
+        line[:] = bits.total(windows), np.count_nonzero(~apart)
     return counts
 
 
@@ -123,7 +142,7 @@ class _Across:
     Attributes:
         ordinal: how many sequences began before the current one.
         steps: steps of the current sequence so far.
-        unions: per B, uint64 [steps, W].
+        unions: per B, uint64 [W, steps].
         limits: per B, steps that all earlier sequences of the group have.
     """
 
@@ -144,26 +163,26 @@ class _Across:
     def add(self, words: np.ndarray, counts: np.ndarray) -> None:
         """The next rows of the current sequence; adds to counts [len(UNIONS), 2] where a group has all its members."""
         start = self.steps
-        self.steps = min(start + len(words), ACROSS_STEPS)
+        self.steps = min(start + words.shape[1], ACROSS_STEPS)
         for line, size in zip(counts, UNIONS, strict=True):
             place = self.ordinal % size
             stop = self.steps if place == 0 else min(self.steps, self.limits[size])
             if stop <= start:
                 continue
-            rows = words[: stop - start]
+            rows = words[:, : stop - start]
             if place == 0:
-                self._room(size, stop, words.shape[1])[start:stop] = rows
+                self._room(size, stop, len(words))[:, start:stop] = rows
             elif place < size - 1:
-                self.unions[size][start:stop] |= rows
+                self.unions[size][:, start:stop] |= rows
             else:
-                line += bits.total(self.unions[size][start:stop] | rows), stop - start
+                line += bits.total(self.unions[size][:, start:stop] | rows), stop - start
 
     def _room(self, size: int, rows: int, width: int) -> np.ndarray:
         """The unions for B = size, with at least so many rows."""
-        found = self.unions.get(size, np.zeros((0, width), np.uint64))
-        if len(found) < rows:
-            grown = np.zeros((min(max(rows, 2 * len(found)), ACROSS_STEPS), width), np.uint64)
-            grown[: len(found)] = found
+        found = self.unions.get(size, np.zeros((width, 0), np.uint64))
+        if (have := found.shape[1]) < rows:
+            grown = np.zeros((width, min(max(rows, 2 * have), ACROSS_STEPS)), np.uint64)
+            grown[:, :have] = found
             self.unions[size] = found = grown
         return found
 
@@ -173,21 +192,21 @@ def _union_across(batch: Batch) -> np.ndarray:
     state: _Across = batch.memory.setdefault("union_across", _Across())
     counts = np.zeros((len(UNIONS), 2), np.int64)
     starts = np.flatnonzero(np.diff(batch.sequence[batch.before :], prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(batch.words)], strict=True):
+    for start, stop in zip(starts, [*starts[1:], len(batch.step)], strict=True):
         if batch.step[start] == 0:
             state.begin()
-        state.add(batch.words[start:stop], counts)
+        state.add(batch.words[:, start:stop], counts)
     return counts
 
 
 def _imbalance(batch: Batch) -> np.ndarray:
     """Per P: sum over rows with a kept entry of largest part over mean part; last, such rows: [len(PARTITIONS) + 1]."""
     most = max(PARTITIONS)
-    below = bits.prefix_counts(batch.words, batch.channels * np.arange(most + 1) // most).T
+    below = bits.prefix_counts(batch.words, batch.channels * np.arange(most + 1) // most)
     kept = below[-1]
     some = kept > 0
-    per_part = [np.diff(below[:: most // parts], axis=0).max(axis=0)[some] * parts for parts in PARTITIONS]
-    sums = [float((largest / kept[some]).sum()) for largest in per_part]
+    largest = [np.diff(below[:: most // parts], axis=0).max(axis=0)[some].astype(np.int64) for parts in PARTITIONS]
+    sums = [float((part * parts / kept[some]).sum()) for part, parts in zip(largest, PARTITIONS, strict=True)]
     return np.array([*sums, float(some.sum())])
 
 
@@ -245,9 +264,9 @@ class MaskCounts:
         self._counts: dict[str, np.ndarray] = {}
 
     def add(self, words: np.ndarray) -> None:
-        """The next rows, uint64 [rows, W]."""
+        """The next rows, uint64 [W, rows]."""
         self._pending.append(words)
-        self._pending_rows += len(words)
+        self._pending_rows += words.shape[1]
         if self._pending_rows * self._channels >= _BATCH_ENTRIES:
             self._count()
 
@@ -258,8 +277,8 @@ class MaskCounts:
         return self._counts
 
     def _count(self) -> None:
-        history = np.ascontiguousarray(np.concatenate([self._last, *self._pending]))
-        before = len(self._last)
+        history = np.concatenate([self._last, *self._pending], axis=1)
+        before = self._last.shape[1]
         start, stop = self._done, self._done + self._pending_rows
         batch = Batch(
             history=history,
@@ -273,6 +292,6 @@ class MaskCounts:
         for name, count in COUNTERS.items():
             found = count(batch)
             self._counts[name] = self._counts[name] + found if name in self._counts else found
-        self._last = history[-_BEFORE:]
+        self._last = history[:, -_BEFORE:]
         self._done = stop
         self._pending, self._pending_rows = [], 0

@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from teal_cli.store.bits import to_words
 from teal_cli.store.blocks import Block
 from teal_cli.store.counting import MaskCounts, Rows
 from teal_cli.store.measures import POINTER_BITS, QUANTILES, Mask, Row, index_bytes
@@ -229,9 +228,9 @@ class _Tally:
         halves = block.values.view(np.uint16).reshape(-1, block.values.itemsize // 2)
         for half, counts in enumerate(self._pairs):
             counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
-        self._counting.add(to_words(block.kept))
+        self._counting.add(block.words)
         for projection, counting in self._own.items():
-            counting.add(to_words(block.above(self._limits[projection], self._level.whole).kept))
+            counting.add(block.above(self._limits[projection], self._level.whole).words)
 
     def finish(self) -> None:
         """No more rows."""
