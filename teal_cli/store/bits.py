@@ -7,6 +7,7 @@ Channel c of a row is bit c % 64 of its word c // 64; bits past the last channel
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,27 @@ def from_bitmap(mask: np.ndarray) -> np.ndarray:
 def to_words(kept: np.ndarray) -> np.ndarray:
     """bool [rows, K] -> uint64 [W, rows]."""
     return from_bitmap(np.packbits(kept, axis=1, bitorder="little"))
+
+
+@cache
+def _places() -> np.ndarray:
+    """Of an octet, and of 8 bits that tell which of its set bits stay: what is left, uint8 [256 * 256]."""
+    octet, stays = np.arange(256)[:, None], np.arange(256)
+    left = np.zeros((256, 256), np.uint8)
+    for bit in range(8):
+        rank = np.bitwise_count(octet & ((1 << bit) - 1))
+        left |= ((octet >> bit & stays >> rank & 1) << bit).astype(np.uint8)
+    return left.ravel()
+
+
+def narrowed(mask: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """A bitmap, uint8 in little bit order, with those of its set bits that stay: bool [set bits], in their order."""
+    counts = np.bitwise_count(mask).ravel()
+    first = np.cumsum(counts, dtype=np.int64) - counts  # set bits before each octet
+    packed = np.append(np.packbits(stays, bitorder="little"), np.zeros(2, np.uint8)).astype(np.uint16)
+    windows = packed[:-1] | packed[1:] << 8
+    own = windows[first >> 3] >> (first & 7).astype(np.uint16) & 255
+    return np.asarray(_places()[mask.ravel().astype(np.uint16) << 8 | own].reshape(mask.shape))
 
 
 def past_the_end(words: np.ndarray, channels: int) -> bool:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from teal_cli.errors import TealError
-from teal_cli.store.bits import from_bitmap
+from teal_cli.store.bits import from_bitmap, narrowed
 from teal_cli.store.packing import exceeds, per_value, row_thresholds, to_float, unpack, unpack_mask
-from teal_cli.store.schema import BITORDER
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -61,8 +60,8 @@ class Block:
             limit = row_thresholds(self.dense(), int(limit))[:, None]
         return per_value(limit, self.kept)
 
-    def above(self, limit: np.ndarray, whole: np.ndarray | None = None) -> Block:
-        """The block thresholded again: what a projection with higher thresholds, float32 [] or [K], consumed.
+    def stays(self, limit: np.ndarray, whole: np.ndarray | None = None) -> np.ndarray:
+        """Which values a projection with higher thresholds, float32 [] or [K], kept: bool [nnz].
 
         Args:
             whole: bool [tokens of the level], rows that are left as they are; None where there are none.
@@ -70,12 +69,16 @@ class Block:
         stays = exceeds(self.values, self.compared(limit))
         if whole is not None:
             stays |= np.repeat(whole[self.start : self.start + len(self.row_nnz)], self.row_nnz)
+        return stays
+
+    def above(self, limit: np.ndarray, whole: np.ndarray | None = None) -> Block:
+        """The block thresholded again: what that projection consumed; see `stays`."""
+        stays = self.stays(limit, whole)
         if stays.all():
             return self
-        kept = self.kept.copy()
-        kept[self.kept] = stays
-        mask = np.packbits(kept, axis=1, bitorder=BITORDER)
-        return replace(self, values=self.values[stays], mask=mask, row_nnz=kept.sum(axis=1, dtype=np.uint32))
+        mask = narrowed(self.mask, stays)
+        row_nnz = np.bitwise_count(mask).sum(axis=1, dtype=np.uint32)
+        return replace(self, values=np.compress(stays, self.values), mask=mask, row_nnz=row_nnz)
 
     def dense(self) -> np.ndarray:
         """Rows [tokens, K] in the stored data type, zeros where dropped."""

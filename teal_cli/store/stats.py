@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from teal_cli.store.bits import from_bitmap, narrowed
 from teal_cli.store.blocks import Block
 from teal_cli.store.counting import MaskCounts, Rows
 from teal_cli.store.measures import POINTER_BITS, QUANTILES, Mask, Row, index_bytes
@@ -230,7 +231,8 @@ class _Tally:
             counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
         self._counting.add(block.words)
         for projection, counting in self._own.items():
-            counting.add(block.above(self._limits[projection], self._level.whole).words)
+            stays = block.stays(self._limits[projection], self._level.whole)
+            counting.add(from_bitmap(narrowed(block.mask, stays)))
 
     def finish(self) -> None:
         """No more rows."""

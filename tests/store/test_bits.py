@@ -62,6 +62,14 @@ def test_groups(kept: np.ndarray) -> None:
         assert (found[size] == np.bincount(counts, minlength=size + 1)).all(), size
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.floats(0, 1))
+def test_narrowed(kept: np.ndarray, share: float) -> None:
+    left = kept & (np.random.default_rng(1).random(kept.shape) < share)
+    found = bits.narrowed(np.packbits(kept, axis=1, bitorder="little"), left[kept])
+    assert (found == np.packbits(left, axis=1, bitorder="little")).all()
+
+
 def test_a_bit_past_the_last_channel() -> None:
     mask = np.array([[0xFF, 0x01], [0x00, 0x02]], np.uint8)
     assert bits.past_the_end(bits.from_bitmap(mask), 9)
