@@ -44,8 +44,8 @@ def pack(rows: np.ndarray, *, slots: int) -> PackedRows:
     row_nnz = np.bitwise_count(mask).sum(-1, dtype=np.uint32)  # 5x faster than counting booleans
     values = np.zeros(slots, dense.dtype)
     packed = values[: int(row_nnz.sum())]
-    # ~10x faster than boolean indexing of 16-bit data.
-    np.compress(kept.ravel(), dense.ravel(), out=packed)
+    # A tenth of the time of boolean indexing of 16-bit data; a mode other than "raise" needs no copy of `out`.
+    dense.ravel().take(np.flatnonzero(kept), out=packed, mode="clip")
     if contains_nan(packed):
         raise ValueError("a row holds NaN: it was not filled, or not thresholded")
     return PackedRows(values, mask, row_nnz)
