@@ -13,6 +13,7 @@ from teal_cli.ui.output import Output
 from teal_cli.ui.progress import progress
 
 if TYPE_CHECKING:
+    from teal_cli.store.digest import Digested
     from teal_cli.store.whole import Moved
 
 
@@ -69,11 +70,17 @@ def _published(out: Output, source: Path, repo: str, *, private: bool, force: bo
     return _moved(out, moves()), commit[0]
 
 
-def _moved(out: Output, events: Iterable[Moved]) -> Moved:
+def _moved(out: Output, events: Iterable[Moved | Digested]) -> Moved:
+    from teal_cli.store.whole import Moved
+
     last = None
     with progress(out) as bars:
-        task = bars.task("Copying", unit="B")
-        for last in events:
-            task.update(done=last.done, total=last.total)
+        copying, checking = bars.task("Copying", unit="B"), bars.task("Comparing the digest", unit="arrays")
+        for event in events:
+            if isinstance(event, Moved):
+                last = event
+                copying.update(done=event.done, total=event.total)
+            else:
+                checking.update(done=event.done, total=event.total)
     assert last is not None, "a store has files"
     return last

@@ -116,6 +116,7 @@ def verify(
         teal store verify activations.zarr
         teal store verify activations.zarr --partial --json
     """
+    from teal_cli.store.digest import Digested
     from teal_cli.store.verify import Checked
     from teal_cli.store.verify import verify as check
 
@@ -124,11 +125,11 @@ def verify(
     problems: list[Problem] = []
     blocks = 0
     with progress(out) as bars:
-        task = bars.task("Verifying", unit="blocks")
+        tasks = bars.task("Verifying", unit="blocks"), bars.task("Comparing the digest", unit="arrays")
         for event in check(store, allow_incomplete=partial):
-            if isinstance(event, Checked):
-                blocks = event.done
-                task.update(done=event.done, total=event.total)
+            if isinstance(event, Checked | Digested):
+                tasks[isinstance(event, Digested)].update(done=event.done, total=event.total)
+                blocks = event.done if isinstance(event, Checked) else blocks
             else:
                 problems.append(event)
     again = _replay(out, session, store, rows) if session and rows and not problems else []

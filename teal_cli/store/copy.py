@@ -7,7 +7,7 @@ then the copy lies in a hidden folder beside its place, so that nobody takes hal
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from typing import Final
 from teal_cli.errors import TealError
 from teal_cli.files import disk_errors, put_folder, require_space, write_bytes
 from teal_cli.store import placing
-from teal_cli.store.digest import level_digest, store_digest
+from teal_cli.store.digest import Digested, digesting, store_digest
 from teal_cli.store.header import StoreState
 from teal_cli.store.metadata import level_state, read_attributes, read_state
 from teal_cli.store.remote import place_of
@@ -25,13 +25,16 @@ _AT_A_TIME: Final = 8
 _NOTE: Final = ".digest"  # in the hidden folder: of which store it is a copy
 
 
-def copy(source: str | Path, out: Path, *, force: bool = False) -> Iterator[Moved]:
+def copy(source: str | Path, out: Path, *, force: bool = False) -> Iterator[Moved | Digested]:
     """Copies a complete store or collection.
 
     Args:
         source: folder or URL.
         out: a folder that does not exist, or is empty.
         force: replace a store that is there.
+
+    Yields:
+        Moved after each file; then, of each store, Digested after each array.
 
     Raises:
         NotFoundError, UsageError: no store there, or not a complete one; something is at `out`.
@@ -49,7 +52,8 @@ def copy(source: str | Path, out: Path, *, force: bool = False) -> Iterator[Move
         lock = placing.StoreLock(staging)
         try:
             yield from _fetch(store, staging)
-            if _digest(staging, read_state(staging)) != store.digest:
+            found = yield from _digest(staging, read_state(staging))
+            if found != store.digest:
                 raise TealError(f"what came of {place} is not what was written: its digest is another", hint=RERUN)
             (staging / _NOTE).unlink()
             put_folder(staging, target, replace=replaces)
@@ -88,10 +92,14 @@ def _fetch(store: WholeStore, staging: Path) -> Iterator[Moved]:
             pool.shutdown(cancel_futures=True)
 
 
-def _digest(folder: Path, state: StoreState) -> str:
+def _digest(folder: Path, state: StoreState) -> Generator[Digested, None, str]:
     """The digest of what is here, taken anew."""
-    if state.parts:
-        digests = [_digest(folder / part, read_state(folder / part)) for part in state.parts]
-    else:
-        digests = [level_digest(folder, name, state.header, level_state(folder, name)) for name in state.levels]
+    digests: list[str] = []
+    for part in state.parts or ():
+        found = yield from _digest(folder / part, read_state(folder / part))
+        digests.append(found)
+    for before, name in enumerate(() if state.parts else state.levels):
+        level = level_state(folder, name)
+        found = yield from digesting(folder, name, state.header, level, before, len(state.levels))
+        digests.append(found)
     return store_digest(read_attributes(folder), digests)

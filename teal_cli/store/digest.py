@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,36 @@ _CRC, _ENTRY = 4, 16  # bytes of a checksum, and of one entry (offset, length) o
 _LEFT_OUT = ("digest", "complete")
 
 
+@dataclass(frozen=True)
+class Digested:
+    """Progress: arrays of a store whose digests are taken so far and in all."""
+
+    done: int
+    total: int
+
+
 def level_digest(path: Path, level: str, header: StoreHeader, state: LevelState) -> str:
     """The digest of a level whose rows are all there and whose arrays are cut to length, in hexadecimal.
+
+    Raises:
+        TealError: metadata are unreadable.
+        OSError, ValueError: a file is missing or too short.
+    """
+    taken = digesting(path, level, header, state)
+    while True:
+        try:
+            next(taken)
+        except StopIteration as end:
+            return str(end.value)
+
+
+def digesting(
+    path: Path, level: str, header: StoreHeader, state: LevelState, before: int = 0, levels: int = 1
+) -> Generator[Digested, None, str]:
+    """`level_digest`, telling each array.
+
+    Args:
+        before, levels: how many levels of the store were done, and are there.
 
     Raises:
         TealError: metadata are unreadable.
@@ -43,11 +72,12 @@ def level_digest(path: Path, level: str, header: StoreHeader, state: LevelState)
     for site in SITES:
         total.update(_canonical(read_node(path / level / site)))
     arrays = level_arrays(header, state.tokens_committed, centre=state.centre, scale=state.scale)
-    for name, spec in arrays.items():
+    for done, (name, spec) in enumerate(arrays.items(), len(arrays) * before):
         folder = path / level / name
         total.update(_canonical([name, read_node(folder)]))
         for leaf in _leaves(folder, spec):
             total.update(leaf)
+        yield Digested(done + 1, len(arrays) * levels)
     return total.hexdigest()
 
 

@@ -1,11 +1,9 @@
 """Is every byte of a store what the schema says it must be?
 
-Reads everything that is committed and holds it against what can be known without the model: checksums, the
-bitmap against the row counts, kept values against the thresholds, zeros where zeros belong, the token columns
-against each other, the metadata against the schema and against their consolidated copy. It cannot know
-whether the values are the right ones.
-
-Yields progress and problems as they are found, so that a caller may stop at the first few.
+Reads everything that is committed and holds it against what can be known without the model: checksums, the bitmap
+against the row counts, kept values against the thresholds, zeros where zeros belong, the token columns against each
+other, the metadata against the schema and against their consolidated copy. It cannot know whether the values are the
+right ones. Yields progress and problems as they are found, so that a caller may stop at the first few.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from teal_cli.errors import TealError
 from teal_cli.store import layout
 from teal_cli.store.arrays import SiteReader
 from teal_cli.store.collection import Collection
-from teal_cli.store.digest import level_digest, store_digest
+from teal_cli.store.digest import Digested, digesting, store_digest
 from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_widths
 from teal_cli.store.metadata import as_numpy, read_node
 from teal_cli.store.packing import exceeds, magnitude_bits, per_value, unpack_mask
@@ -72,7 +70,7 @@ class Checked:
     total: int
 
 
-def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | Checked]:
+def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | Checked | Digested]:
     """Checks a store.
 
     Args:
@@ -81,8 +79,8 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
             counts.
 
     Yields:
-        A `Problem` for whatever is wrong and a `Checked` at the beginning and after each block of a site, all layers
-        together.
+        A `Problem` for whatever is wrong, a `Checked` at the beginning and after each block of a site, all layers
+        together, and at the end of each store a `Digested` after each array.
 
     Raises:
         NotFoundError, UsageError: no store of this schema there.
@@ -95,7 +93,7 @@ def verify(path: Path, *, allow_incomplete: bool = False) -> Iterator[Problem | 
         yield from _store(store, allow_incomplete)
 
 
-def _collection(store: Collection, allow_incomplete: bool) -> Iterator[Problem | Checked]:
+def _collection(store: Collection, allow_incomplete: bool) -> Iterator[Problem | Checked | Digested]:
     """Each part as the store that it is, and that together they are what the root says."""
     sound, read = True, 0
     for part in store.parts:
@@ -104,9 +102,11 @@ def _collection(store: Collection, allow_incomplete: bool) -> Iterator[Problem |
             if isinstance(event, Checked):
                 done = event.done
                 yield Checked(read + done, read + event.total)
-            else:
+            elif isinstance(event, Problem):
                 sound = False
                 yield Problem(f"{part.path.name}/{event.where}", event.what, event.fatal)
+            else:
+                yield event
         read += done
     for problem in (*_attributes(store, allow_incomplete), *_strangers(store), *_sequences(store)):
         sound = False
@@ -130,7 +130,7 @@ def _sequences(store: Collection) -> Iterator[Problem]:
             yield Problem(name, f"no part has sequence {missing[0]}")
 
 
-def _store(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem | Checked]:
+def _store(store: ActivationStore, allow_incomplete: bool) -> Iterator[Problem | Checked | Digested]:
     sound = True
     levels, damaged = [], []
     for name in store.levels:
@@ -194,15 +194,14 @@ def _reason(error: Exception) -> object:
     return error.message if isinstance(error, TealError) else error
 
 
-def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem]:
+def _digests(store: ActivationStore, levels: list[Level]) -> Iterator[Problem | Digested]:
     if store.state.schema == SCHEMA_1:
         return
-    digests = []
-    for level in levels:
-        if not level.complete:
-            continue
+    digests: list[str] = []
+    whole, folder = [level for level in levels if level.complete], local(store.path, "verified")
+    for before, level in enumerate(whole):
         try:
-            digests.append(level_digest(local(store.path, "verified"), level.name, store.header, level.state))
+            digests.append((yield from digesting(folder, level.name, store.header, level.state, before, len(whole))))
         except (OSError, ValueError, TealError) as error:
             yield Problem(level.name, f"its digest cannot be taken: {_reason(error)}")
             continue

@@ -15,6 +15,7 @@ from fixtures_store import feed, header, levels, write_store
 
 from teal_cli.errors import NotFoundError
 from teal_cli.store import layout
+from teal_cli.store.digest import Digested
 from teal_cli.store.verify import Checked, Problem, verify
 from teal_cli.store.writer import StoreWriter
 
@@ -39,7 +40,10 @@ def problems(path: Path, *, allow_incomplete: bool = False) -> list[str]:
 
 def test_a_good_store_has_no_problem(store: Path) -> None:
     events = list(verify(store))
-    assert events[-1] == Checked(16, 16)  # 2 levels, 4 sites, 2 blocks
+    assert [e for e in events if isinstance(e, Checked)][-1] == Checked(16, 16)  # 2 levels, 4 sites, 2 blocks
+    digested = [e for e in events if isinstance(e, Digested)]
+    assert [e.done for e in digested] == list(range(1, digested[-1].total + 1))  # each array of both levels
+    assert events[-1] == digested[-1]
     assert problems(store) == []
 
 
