@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,15 @@ class Subject:
         return self.model.layers[0].down.kind
 
 
-def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int) -> Subject:
+Load = Callable[[Session], object]
+"""Reads the weights of a session, where that is to be shown."""
+
+
+def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int, load: Load = Session.load) -> Subject:
     """A model of the registry, under its calibration.
+
+    Args:
+        load: called once all else is known to be right.
 
     Raises:
         NotFoundError: a sparsity above 0 and no calibration.
@@ -95,6 +102,7 @@ def registered(session: Session, sparsities: Iterable[float], prompt_tokens: int
     prompt = (once * -(-prompt_tokens // len(once)))[:prompt_tokens]
     thresholds = {s: session.thresholds(session.plan(s)) for s in (0.0, *sparsities)}
     checkpoint = None if session.entry.parent else session.entry.path
+    load(session)
     return Subject(session.entry.name, session.model, session.backend, tuple(prompt), thresholds, checkpoint)
 
 
@@ -135,23 +143,30 @@ def parse_widths(text: str | None) -> list[str]:
     return names
 
 
-def children(parent: Subject, widths: Iterable[str], sparsities: Iterable[float], **opening: Any) -> list[Subject]:
-    """What `teal quantize` made of a model, under the names that it gives by itself; same prompt.
-
-    Args:
-        opening: as `open_session` takes it.
+def child_names(parent: str, widths: Iterable[str]) -> list[str]:
+    """What `teal quantize` made of a model, under the names that it gives by itself.
 
     Raises:
         NotFoundError: one is not there.
     """
-    found = []
-    for width in widths:
-        name = f"{parent.name}-{width}"
+    names = {width: f"{parent}-{width}" for width in widths}
+    for width, name in names.items():
         if name not in Registry().names():
-            hint = f"make it with `teal quantize {parent.name} --to {width}`"
-            raise NotFoundError(f"there is no model {name}", hint=hint)
-        found.append(registered(open_session(name, **opening), tuple(sparsities), len(parent.prompt)))
-    return found
+            raise NotFoundError(f"there is no model {name}", hint=f"make it with `teal quantize {parent} --to {width}`")
+    return list(names.values())
+
+
+def children(
+    parent: Subject, names: Iterable[str], sparsities: Iterable[float], load: Load = Session.load, **opening: Any
+) -> list[Subject]:
+    """Models of these names, with the prompt of another.
+
+    Args:
+        load: as `registered` takes it.
+        opening: as `open_session` takes it.
+    """
+    sessions = [open_session(name, **opening, load=False) for name in names]
+    return [registered(session, tuple(sparsities), len(parent.prompt), load) for session in sessions]
 
 
 def packed(subject: Subject, weights: str) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from teal_cli.commands.bench_runs import (
     open_model,
     open_stack,
 )
+from teal_cli.commands.opening import load
 from teal_cli.errors import UsageError
 from teal_cli.files import check_new_file
 from teal_cli.ui import completion, options
@@ -25,6 +27,8 @@ from teal_cli.ui.output import output
 
 if TYPE_CHECKING:
     from teal_cli.bench.rows import Progress, Row
+    from teal_cli.bench.subjects import Subject
+    from teal_cli.runs.plans import Level
 
 app = typer.Typer(rich_markup_mode=None, context_settings=CONTEXT_SETTINGS, no_args_is_help=True)
 
@@ -233,7 +237,7 @@ def decode(
     from teal_cli.bench.engines import check_gguf
     from teal_cli.bench.quality import Quality
     from teal_cli.bench.shapes import parse_stack
-    from teal_cli.bench.subjects import children, packed, parse_widths, registered
+    from teal_cli.bench.subjects import child_names, children, packed, parse_widths, registered
     from teal_cli.runs.calibrate import Text
     from teal_cli.runs.session import choose_device
 
@@ -258,25 +262,31 @@ def decode(
     where = choose_device(device)
     chosen = {"dtype": dtype, "backend": backend}
 
-    def measured() -> Iterator[Iterable[Progress | Row]]:
-        if named or not shapes:
-            session = open_model(out, model, str(where), calibration, chosen, asked)
-            planned = session.levels((), plan) if plan else ()
-            subject = registered(session, levels, prompt_tokens)
-            others = children(subject, widths, levels, device=str(where), calibration=calibration, **chosen)
-            yield bench_decode(subject, request, others)
-            for level in planned:
-                yield bench_plan(subject, level, session.calibration, request)
-        for shape in shapes:
-            subject = open_stack(shape, where, levels, prompt_tokens, request.seed, chosen)
-            others = [packed(subject, width) for width in widths]
-            yield bench_decode(subject, replace(request, gguf=[], quality=None), others)  # these are of the model
-
     asked = {"model": model, "calibration": calibration, "stacks": stacks or [], "sparsities": levels,
              "plans": plan or [], "dump": dump, "tokens": request.new_tokens,
              "prompt_tokens": prompt_tokens, "rounds": request.rounds, "seed": request.seed, **chosen,
              "gguf": [file.name for file in gguf or ()], "transformers": transformers, "quick": quick,
              "weights": widths, "busy": busy, "quality": text.dataset if quality else None}  # fmt: skip
+    subjects: list[Subject] = []
+    planned: tuple[Level, ...] = ()
+    if named or not shapes:
+        session = open_model(out, model, str(where), calibration, chosen, asked)
+        planned, names = session.levels((), plan) if plan else (), child_names(session.entry.name, widths)
+        subjects = [registered(session, levels, prompt_tokens, partial(load, out))]
+        subjects += children(
+            subjects[0], names, levels, partial(load, out), device=str(where), calibration=calibration, **chosen
+        )
+
+    def measured() -> Iterator[Iterable[Progress | Row]]:
+        if subjects:
+            yield bench_decode(subjects[0], request, subjects[1:])
+        for level in planned:
+            yield bench_plan(subjects[0], level, session.calibration, request)
+        for shape in shapes:
+            subject = open_stack(shape, where, levels, prompt_tokens, request.seed, chosen)
+            others = [packed(subject, width) for width in widths]
+            yield bench_decode(subject, replace(request, gguf=[], quality=None), others)  # these are of the model
+
     finish(out, "decode", where, asked, measured(), path, "rounds")
 
 
@@ -339,7 +349,7 @@ def prefill(
     from teal_cli.bench.engines import check_gguf
     from teal_cli.bench.prefill import PrefillRequest, bench_prefill
     from teal_cli.bench.shapes import parse_stack
-    from teal_cli.bench.subjects import children, packed, parse_widths, registered
+    from teal_cli.bench.subjects import child_names, children, packed, parse_widths, registered
     from teal_cli.runs.session import choose_device
 
     out = output(json, quiet)
@@ -353,14 +363,19 @@ def prefill(
         "seed": request.seed, "dtype": dtype, "gguf": [file.name for file in gguf or ()], "transformers": transformers,
     }  # fmt: skip
 
+    shapes = [parse_stack(text) for text in stacks or ()]
+    subjects: list[Subject] = []
+    if options.on_command_line(context, "model") or not shapes:
+        session = open_model(out, model, str(where), None, chosen, asked, calibrated=False)
+        names, reading = child_names(session.entry.name, widths), partial(load, out, decodes=False)
+        subjects = [registered(session, (), tokens, reading)]
+        subjects += children(subjects[0], names, (), reading, device=str(where), **chosen)
+
     def measured() -> Iterator[Iterable[Progress | Row]]:
-        if options.on_command_line(context, "model") or not stacks:
-            session = open_model(out, model, str(where), None, chosen, asked, calibrated=False)
-            subject = registered(session, (), tokens)
-            others = children(subject, widths, (), device=str(where), **chosen)
-            yield bench_prefill([subject, *others], request)
-        for text in stacks or ():
-            subject = open_stack(parse_stack(text), where, (), tokens, request.seed, chosen)
+        if subjects:
+            yield bench_prefill(subjects, request)
+        for shape in shapes:
+            subject = open_stack(shape, where, (), tokens, request.seed, chosen)
             others = [packed(subject, width) for width in widths]
             yield bench_prefill([subject, *others], replace(request, gguf=[]))  # a GGUF is of the model
 

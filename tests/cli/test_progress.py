@@ -30,6 +30,8 @@ def steps(err: str, text: str, unit: str) -> list[int]:
         (("calibrate", "-d", "python-docs", "-n", 3, "--seq-len", 32, "--name", "other"), "Calibrating on python-docs",
          "layers", 3),
         (("eval", "-s", "0.5", "-d", "python-docs", "-n", 3, "--window", 48), "Scoring", "windows", 3),
+        (("bench", "prefill", "--rounds", 2, "--no-transformers", "--tokens", 32, "--dtype", "float32"),
+         "Reading 32 tokens", "rounds", 2),
         (("bench", "decode", "--quick", "--rounds", 2, "--no-transformers", "--no-dump", "-s", 0.5, *PLAIN),
          "Decoding tiny", "rounds", 2),
     ],
@@ -42,6 +44,9 @@ def test_work_on_a_model(teal: Teal, command: tuple[object, ...], text: str, uni
     assert seen == sorted(seen)
     assert len(set(seen)) > 1, run.err
     assert seen[-1] == most
+    if command[0] == "bench":
+        read = re.findall(r"^Loading the model: (\S+ \S+) /", run.err, re.MULTILINE)
+        assert len(set(read)) == 4, run.err  # from none to three layers
 
 
 @pytest.mark.usefixtures("ready", "every_step")
@@ -82,4 +87,7 @@ def test_work_on_a_store(teal: Teal, tmp_path: Path) -> None:
         assert seen == sorted(seen)
         assert len(set(seen)) > 1, run.err
     copied = teal("store", "copy", store, "-o", tmp_path / "copy.zarr").err
+    for told in (copied, teal("store", "verify", store).err):
+        digested = steps(told, "Comparing the digest", "arrays")
+        assert digested == list(range(1, digested[-1] + 1)), told
     assert len(set(re.findall(r"^Copying: (\S+ \S+) /", copied, re.MULTILINE))) > 1, copied
