@@ -13,7 +13,8 @@ import pytest
 import zarr
 from fixtures_store import feed, header, levels, write_store
 
-from teal_cli.errors import NotFoundError
+from teal_cli import open_store
+from teal_cli.errors import NotFoundError, TealError
 from teal_cli.store import layout
 from teal_cli.store.digest import Digested
 from teal_cli.store.verify import Checked, Problem, verify
@@ -146,6 +147,15 @@ def never_written(site: dict[str, np.ndarray]) -> None:
 
 def not_a_number(site: dict[str, np.ndarray]) -> None:
     site["values"][1, 0, 0] = 0x7FC0
+
+
+def test_a_reader_refuses_a_padding_bit(store: Path) -> None:
+    array = zarr.open_array(store, path="s0.50/attn_in/mask", mode="r+")
+    mask = np.array(array[...])
+    padding_bit({"mask": mask})
+    array[...] = mask
+    with pytest.raises(TealError, match="layer 0, tokens 0 to 16: a padding bit of the bitmap is set"):
+        open_store(store).level(0.5).site(0, "attn_in")[:]
 
 
 @pytest.mark.parametrize(
