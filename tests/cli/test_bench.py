@@ -241,7 +241,7 @@ def test_ctrl_c_leaves_nothing_behind(
     folder.mkdir()
     monkeypatch.setattr(engines.tempfile, "tempdir", str(folder))
     monkeypatch.setattr(kernels, "interleave", interrupt)
-    monkeypatch.setattr("teal_cli.store.writer.LevelWriter.end", interrupt)
+    monkeypatch.setattr("teal_cli.store.writer.LevelWriter.add", interrupt)
     file = tmp_path / "r.json"
     run = teal(*command, "--output", file)
     assert run.code == 130, run.err
