@@ -233,11 +233,11 @@ class Decoder:
         taken = 0
         try:
             for fed, chosen in zip((token, *tokens), tokens, strict=False):
+                taken += 1  # the step was done, even if its row cannot be recorded
                 if capture is not None:
                     start = time.perf_counter()
-                    capture.add(fed, position + taken, sequence)
+                    capture.add(fed, position + taken - 1, sequence)
                     tally.decode_s += time.perf_counter() - start
-                taken += 1
                 yield chosen
             return tokens
         finally:

@@ -94,16 +94,16 @@ def test_an_interrupted_dump_of_prompts_goes_on(
 
     whole, broken = tmp_path / "whole.zarr", tmp_path / "broken.zarr"
     dump(teal, whole, "--prefill", prefill)
-    end, ended = LevelWriter.end, []
+    add, ended = LevelWriter.add, []
 
-    def stopped(self: LevelWriter, **columns: float) -> None:
-        end(self, **columns)
+    def stopped(self: LevelWriter, *told: Any, **columns: float) -> None:
+        add(self, *told, **columns)
         ended.append(self)
         if len(ended) == 30:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(LevelWriter, "end", stopped)
+        patch.setattr(LevelWriter, "add", stopped)
         dump(teal, broken, "--prefill", prefill)
     assert teal("dump", "--resume", "-o", broken).code == 0
     assert open_store(broken).state.digest == open_store(whole).state.digest

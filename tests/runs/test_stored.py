@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures_cli import Teal
@@ -18,16 +19,16 @@ SMALL = ("-s", "0.5,0.9", "-d", "python-docs", "-n", 2, "--prompt-tokens", 8, "-
 
 def stopped_after(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C once that many rows are written."""
-    end, count = LevelWriter.end, 0
+    add, count = LevelWriter.add, 0
 
-    def counted(self: LevelWriter, **columns: float) -> None:
+    def counted(self: LevelWriter, *told: Any, **columns: float) -> None:
         nonlocal count
-        end(self, **columns)
+        add(self, *told, **columns)
         count += 1
         if count == rows:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(LevelWriter, "end", counted)
+    monkeypatch.setattr(LevelWriter, "add", counted)
 
 
 def test_resume_needs_nothing_else(teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
