@@ -109,7 +109,8 @@ def _too_short(source: Source, there: int, num_sequences: int, seq_len: int, roo
         hint = f"the most that fits is --num-sequences {fits}"
     else:
         most = there + seq_len - room
-        hint = f"not even one sequence fits; lower --seq-len to at most {most}, or name more text"
+        shorter = f"lower --seq-len to at most {most}, or name more text" if there > 1 else "name a text that has some"
+        hint = f"not even one sequence fits; {shorter}"
     return UsageError(
         f"{source.name}{split} has only {counted(there, 'token')}; {counted(num_sequences, 'sequence')} of {seq_len} "
         f"need {num_sequences * room:,}",

@@ -88,4 +88,6 @@ def _rows(paths: list[Path], form: str) -> Iterator[dict[str, Any]]:
             ) from error
         except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TealError(f"{path} cannot be read as {form}: {reason[0]}") from error
+            raise TealError(
+                f"{path} cannot be read as {form}: {reason[0]}", hint="open it in an editor, or take another file"
+            ) from error

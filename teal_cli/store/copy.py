@@ -42,7 +42,7 @@ def copy(source: str | Path, out: Path, *, force: bool = False) -> Iterator[Move
     """
     place, target = place_of(source), placing.destination(out)
     store = whole_store(place)
-    replaces = placing.check_target(target, force=force)
+    replaces = placing.check_target(target, force=force, hint="--force replaces it, or choose another place")
     staging = target.with_name(f".{target.name}.copy")
     with disk_errors(out):
         if staging.exists() and _note(staging) != store.digest:

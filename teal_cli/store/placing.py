@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from teal_cli.errors import TealError, UsageError
 from teal_cli.files import beside, occupied, put_folder, sync_files
@@ -80,8 +81,14 @@ def destination(path: Path) -> Path:
         raise UsageError(f"{path} cannot be followed: its links lead in a circle", hint="name another folder") from None
 
 
-def check_target(path: Path, *, force: bool) -> bool:
+_IN_THE_WAY: Final = "--force replaces it; a dump that was cut off goes on with `teal dump --resume -o STORE`"
+
+
+def check_target(path: Path, *, force: bool, hint: str = _IN_THE_WAY) -> bool:
     """Whether something is where a new store should go; cheap, so that it can be asked before a model is loaded.
+
+    Args:
+        hint: what to do about a store that is there.
 
     Raises:
         UsageError: something is there and force is not given, or it is no teal store.
@@ -98,7 +105,7 @@ def check_target(path: Path, *, force: bool) -> bool:
         what = f"{path} exists and holds files that teal did not write, such as {strangers[0]}"
         raise UsageError(what, hint="move them away, or choose another output")
     if not force:
-        raise UsageError(f"{path} exists", hint="go on with --resume, or replace it with --force")
+        raise UsageError(f"{path} exists", hint=hint)
     return True
 
 

@@ -180,3 +180,9 @@ def test_what_is_no_store(teal: Teal, tmp_path: Path) -> None:
         missing = teal("store", command, tmp_path / "nothing")
         assert missing.code == 3
         assert teal("store", command, tmp_path).code == 2
+
+
+def test_a_hint_names_only_options_that_there_are(teal: Teal, store: Path, tmp_path: Path) -> None:
+    assert teal("store", "copy", store, "-o", tmp_path / "copy.zarr").code == 0
+    again = teal("store", "copy", store, "-o", tmp_path / "copy.zarr")
+    assert (again.code, "--force" in again.err, "--resume" in again.err) == (2, True, False)
