@@ -233,9 +233,8 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def compression_threads() -> int:
-    """Threads worth having for packing and compressing, at most 4: one for each processor, decoding or not. A block that
-    is written sooner disturbs decoding less, and nothing else runs while the last one is: SmolLM2-135M at 50%, 512 rows,
-    two cores of a Xeon with AVX-512: 1.05 of the time without a dump, 1.16 with one thread (2026-11-26).
+    """Threads for packing and compressing, at most 4: one for each processor, since nothing else runs while the last
+    block of a level is written, and a block that is written sooner disturbs decoding no longer.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, processors)
