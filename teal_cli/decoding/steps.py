@@ -94,6 +94,13 @@ class Step(Protocol):
         ...
 
 
+def _chosen(
+    step: Callable[[int, int, Rows | None], Tensor], token: int, position: int, choose: Choose, rows: Rows | None
+) -> int:
+    """The token after one step, whose row is the first of `rows`."""
+    return choose(step(token, position, rows and first_rows(rows)), position)
+
+
 class _OneAtATime(ABC):
     """`follow` of a step that needs each token from outside."""
 
@@ -109,7 +116,7 @@ class _OneAtATime(ABC):
         stop: Collection[int],
         rows: Rows | None = None,
     ) -> list[int]:
-        return [choose(self(token, position, rows and first_rows(rows)), position)]
+        return [_chosen(self, token, position, choose, rows)]
 
     def take_back(self, count: int) -> None:
         raise ValueError("steps come one at a time here, so that none is left over")
@@ -190,7 +197,7 @@ class NumbaStep:
         rows: Rows | None = None,
     ) -> list[int]:
         if not isinstance(choose, Sampler) or len(stop) > MOST_STOPS:
-            return [choose(self(token, position, rows and first_rows(rows)), position)]
+            return [_chosen(self, token, position, choose, rows)]
         self._cache.check_room(position, count)
         bits = [choose.bits(position + i) for i in range(count)]
         chosen = self._step.steps(token, position, count, choose.rule, bits, stop, rows)

@@ -234,7 +234,7 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
 
 def compression_threads() -> int:
     """Threads for packing and compressing, at most 4: one for each processor, since nothing else runs while the last
-    block of a level is written, and a block that is written sooner disturbs decoding no longer.
+    block of a level is written.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, processors)
