@@ -135,6 +135,22 @@ def read_json(path: Path, *, most: int = MAX_JSON_BYTES) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
+def unread(error: Exception) -> str:
+    """Why a file that somebody else wrote is not what it should be, in words that end a sentence.
+
+    Args:
+        error: what reading it, or taking from it what it should hold, raised.
+    """
+    match error:
+        case KeyError():
+            return f"it has no {error.args[0]!r}"
+        case OSError():
+            return str(error.strerror or error)
+        case ValueError():
+            return str(error)
+    return "what it holds is of another kind"
+
+
 def read_chunks(path: Path) -> Iterator[bytes]:
     """A file's bytes, at most 8 MiB at a time."""
     with path.open("rb") as file:

@@ -255,7 +255,9 @@ def _checked(key: str, value: object, source: str) -> Any:
     try:
         return KEYS[key].check(value)
     except ValueError as error:
-        raise UsageError(f"{key} = {value!r} in {source} {error}", hint=getattr(error, "hint", None)) from None
+        where = f"unset {source}" if source == variable(key) else f"remove it from {source}"
+        hint = getattr(error, "hint", None) or f"correct it, or {where} to have the default"
+        raise UsageError(f"{key} = {value!r} in {source} {error}", hint=hint) from None
 
 
 # ---------------------------------------------------------------- places
@@ -273,10 +275,14 @@ def teal_home() -> Path:
     """The folder that holds the registry: `$TEAL_HOME`, else the user's data folder of this platform.
 
     Raises:
-        UsageError: the user has no home folder, and the environment names none.
+        UsageError: the user has no home folder and the environment names none, or what it names cannot be one.
     """
     if home := os.environ.get("TEAL_HOME"):
-        return Path(home).expanduser()
+        path = Path(home).expanduser()
+        for place in (path, *path.parents):
+            if place.is_file():
+                raise UsageError(f"TEAL_HOME cannot be a folder: {place} is a file", hint="set TEAL_HOME to a folder")
+        return path
     from platformdirs import user_data_path
 
     try:

@@ -112,6 +112,17 @@ def test_a_sparsity_outside_its_range_is_refused(user: Path, project: Path, raw:
         settings.load({"TEAL_SPARSITY": raw}, project)
 
 
+def test_a_refused_value_says_what_to_do(user: Path, project: Path) -> None:
+    with pytest.raises(UsageError, match="bfloat16, float16, float32") as variable:
+        settings.load({"TEAL_DTYPE": "foo"}, project)
+    assert variable.value.hint == "correct it, or unset TEAL_DTYPE to have the default"
+    file = project / "teal.toml"
+    file.write_text('dtype = "foo"')
+    with pytest.raises(UsageError, match="bfloat16, float16, float32") as line:
+        settings.load({}, project)
+    assert line.value.hint == f"correct it, or remove it from {file} to have the default"
+
+
 def test_misspelt_variables_are_found() -> None:
     env = {"TEAL_SPARSTY": "0.5", "TEAL_SPARSITY": "0.5", "TEAL_HOME": "/", "PATH": "/"}
     assert settings.unknown_variables(env) == ["TEAL_SPARSTY"]
@@ -134,6 +145,19 @@ def test_a_broken_file_stops_a_command_with_2(teal: Teal, tmp_path: Path, monkey
 def test_home_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEAL_HOME", "~/elsewhere")
     assert settings.teal_home() == Path.home() / "elsewhere"
+
+
+@pytest.mark.parametrize("below", ["", "models"])
+def test_a_home_that_is_a_file_is_refused(
+    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "file" / below))
+    for command in (("models", "ls"), ("generate", "-p", "x"), ("download", "smollm2-135m")):
+        run = teal(*command)
+        assert run.code == 2, run.err
+        assert f"{tmp_path / 'file'} is a file" in run.err
+        assert "hint: set TEAL_HOME to a folder" in run.err
 
 
 def test_configs_are_found_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,14 +93,14 @@ def compare(
 
     from teal_cli.data.prompts import Prompts, PromptSource, TypedPrompts
     from teal_cli.decoding.sampling import Sampling
-    from teal_cli.files import check_new_file, disk_errors, write_bytes
     from teal_cli.plots.compare import compare_page
+    from teal_cli.plots.page import check_page, write_page
     from teal_cli.runs.compare import CompareRequest, check_compare
     from teal_cli.runs.session import open_session
     from teal_cli.store.schema import parse_levels
 
     if page is not None:
-        check_new_file(page, force=force)
+        check_page(page, force=force)
     source: Prompts = PromptSource(dataset, split, prompts, None if prompts else num_sequences, prompt_tokens)
     if prompt:
         source = TypedPrompts(tuple(prompt))
@@ -120,8 +120,7 @@ def compare(
     for note in session.notes:
         out.note(note)
     if page is not None:
-        with disk_errors(page.parent):
-            write_bytes(page, [compare_page(found).encode()])
+        write_page(page, compare_page(found))
     out.result({**asdict(found), "page": page}, lambda console: _show(console, found, page))
 
 

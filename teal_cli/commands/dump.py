@@ -226,7 +226,7 @@ def dump(
         job.check(out_path, force=force, resume=resume)
     if follow == "text":
         session.layer_by_layer = layer_by_layer
-    if not session.streams:
+    if not (session.streams or (resume and job.is_complete(out_path))):
         load(out, session, decodes=follow != "text")
     made = {
         "model": session.entry.name,
@@ -301,9 +301,9 @@ def _show_estimate(console: Console, estimate: dict[str, Any]) -> None:
 
 
 def _show_result(console: Console, result: dict[str, Any]) -> None:
-    console.print(
-        f"wrote {counted(result['new_rows'], 'row')} in {result['seconds']:.1f} s to [bold]{result['store']}[/bold]"
-    )
+    rows = counted(result["new_rows"], "row")
+    done = f"wrote {rows} in {result['seconds']:.1f} s to" if result["new_rows"] else "nothing was left to write to"
+    console.print(f"{done} [bold]{result['store']}[/bold]")
     console.print(made_with(result["model"], result["calibration"], *result["plans"]), markup=False, soft_wrap=True)
     console.print(
         f"next: [cyan]teal store info {result['store']}[/cyan], or in Python "

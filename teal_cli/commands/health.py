@@ -143,7 +143,11 @@ def _settings() -> Iterator[Finding]:
 
 # ---------------------------------------------------------------- storage, models
 def _storage() -> Iterator[Finding]:
-    home = settings.teal_home()
+    try:
+        home = settings.teal_home()
+    except TealError as error:
+        yield Finding("storage", "TEAL_HOME", FAIL, error.message, error.hint)
+        return
     probe = home / f".probe-{os.getpid()}"
     try:
         home.mkdir(parents=True, exist_ok=True)

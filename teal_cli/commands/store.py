@@ -12,7 +12,6 @@ from teal_cli.commands.gathering import gathered
 from teal_cli.commands.opening import load
 from teal_cli.commands.store_tables import show_info, show_stats, show_verified
 from teal_cli.errors import UsageError, counted
-from teal_cli.files import check_new_file, disk_errors, write_bytes
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import Output, output
@@ -385,15 +384,14 @@ def report(
         teal store report activations.zarr -o report.html
         teal store report activations.zarr -o report.html --force
     """
+    from teal_cli.plots.page import check_page, write_page
     from teal_cli.plots.report import report_page
     from teal_cli.plots.style import check_picture
     from teal_cli.store.reader import open_store
 
     out = output(json, quiet)
     opened = open_store(store)
-    check_new_file(page, force=force)
+    check_page(page, force=force)
     check_picture(page.with_suffix(".svg"))
-    html = report_page(gathered(out, opened))
-    with disk_errors(page.parent):
-        write_bytes(page, [html.encode()])
+    write_page(page, report_page(gathered(out, opened)))
     out.result({"store": store, "page": page}, lambda console: console.print(f"written: {page}", markup=False))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from teal_cli.bench.results import Result
 from teal_cli.bench.rows import DecodeRow
 from teal_cli.errors import NotFoundError, UsageError
-from teal_cli.files import read_json
+from teal_cli.files import read_json, unread
 from teal_cli.plots.style import WIDTH, check_picture, plain, save, series
 from teal_cli.ui.table import percent
 
@@ -67,7 +67,7 @@ def load_evaluation(path: Path) -> Curve:
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}", hint=hint) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no finished evaluation of teal: {error!r}", hint=hint) from None
+        raise UsageError(f"{path} is no finished evaluation of teal: {unread(error)}", hint=hint) from None
 
 
 def draw(curves: Sequence[Curve], bench: Result | None, path: Path) -> None:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Final
+
+from teal_cli.errors import UsageError
+from teal_cli.files import check_new_file, disk_errors, write_bytes
+
+_ENDINGS: Final = (".html", ".htm")
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --paper: #ffffff; --panel: #f6f8fa;
@@ -40,6 +46,24 @@ svg { display: block; max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.1rem 1rem; font-size: 0.875rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
+
+
+def check_page(path: Path, *, force: bool) -> None:
+    """Refuse a page that could not be written in the end, before minutes are spent.
+
+    Raises:
+        UsageError: the name does not end in .html; and as `check_new_file`.
+        NotFoundError: its folder is not there.
+    """
+    if path.suffix.lower() not in _ENDINGS:
+        raise UsageError(f"{path.name} is no page that can be written", hint=f"end it in {_ENDINGS[0]}")
+    check_new_file(path, force=force)
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page, which appears when it is whole. Raises TealError: the disk refuses."""
+    with disk_errors(path.parent):
+        write_bytes(path, [html.encode()])
 
 
 def page(title: str, parts: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
 from teal_cli.store.manifest import is_collection
+from teal_cli.store.metadata import read_state
 from teal_cli.store.placing import check_resume, check_target, destination
 from teal_cli.store.schema import VALUE_DTYPES, StoredMixture, level_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
@@ -198,6 +199,17 @@ class Dump:
             check_resume(destination(path), *self._headers())
         require_space(path, size - (sum(sizes_below(path).values()) if resume else 0), hint=NO_ROOM)
 
+    def is_complete(self, path: Path) -> bool:
+        """Whether the store at `path` holds all rows of this run, so that resuming it computes nothing.
+
+        Raises:
+            NotFoundError, UsageError, TealError: no store there, or other settings, as `check_resume`.
+        """
+        if is_collection(path) or (self.request.follow == "dense" and not all(p.following for p in self.prompts)):
+            return False  # what it was made with is known only later
+        check_resume(destination(path), *self._headers())
+        return read_state(path).complete
+
     def run(
         self,
         path: Path,
@@ -208,6 +220,8 @@ class Dump:
         board: Board | None = None,
     ) -> Generator[Following | Progress, None, None]:
         """Write the store, yielding where it stands as often as that changes; left by an exception, it can be resumed.
+
+        Where it is complete already, nothing is computed and nothing yielded.
 
         Args:
             force, resume, durable: as `open_writer` takes them.
@@ -220,6 +234,8 @@ class Dump:
         request, board = self.request, board or LocalBoard()
         collection = is_collection(path)
         resume = resume or (collection and board.attempt > 0)
+        if resume and self.is_complete(path):
+            return
         if request.follow == "dense":
             yield from self._follow_dense(board)
         header, levels = self._headers()

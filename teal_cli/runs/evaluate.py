@@ -23,7 +23,7 @@ from teal_cli.data.sources import Source, open_source
 from teal_cli.data.tokenizer import load_tokenizer
 from teal_cli.data.windows import cut
 from teal_cli.errors import NotFoundError, TealError, UsageError
-from teal_cli.files import check_new_file, disk_errors, read_json, write_json
+from teal_cli.files import check_new_file, disk_errors, read_json, unread, write_json
 from teal_cli.model.config import load_config
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.forward import Sparse, States, check_tokens, forward
@@ -268,7 +268,9 @@ class Evaluate:
         except FileNotFoundError:
             raise NotFoundError(f"there is no evaluation at {output} to resume", hint="leave --resume away") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TealError(f"{output} is no evaluation of teal: {error!r}", hint="replace it with --force") from error
+            raise TealError(
+                f"{output} is no evaluation of teal: {unread(error)}", hint="replace it with --force"
+            ) from error
         differing = [name for name, value in self._settings.items() if found.get(name) != value]
         if differing:
             raise UsageError(

@@ -32,6 +32,7 @@ _NAMES: Final = {
     "mlp_in": ("mlp", "h1"),
     "mlp_mid": ("mlp", "h2"),
 }
+_GIVE: Final = "give the `histograms` folder that TEAL wrote for a model, such as TEAL/models/Mistral-7B/histograms"
 _FETCH: Final = "Fetch the whole `histograms` folder of the model again."
 _LAYER: Final = re.compile(r"layer-(\d{1,18})", re.ASCII)
 _MAX_BINS: Final = 1 << 20  # TEAL has 10,000
@@ -115,13 +116,13 @@ def read_histograms(folder: Path, rule: str = "teal") -> TealHistogram:
     """
     folder = folder / "histograms" if (folder / "histograms").is_dir() else folder
     if not folder.is_dir():
-        hint = "name the `histograms` folder that TEAL wrote for a model"
-        raise NotFoundError(f"there is no folder {folder}", hint=hint)
+        what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise NotFoundError(f"{what}, and TEAL's histograms are a folder", hint=_GIVE)
     found = {int(m[1]) for entry in folder.iterdir() if (m := _LAYER.fullmatch(entry.name))}
     if not found:
         raise NotFoundError(
             f"{folder} has no folders layer-0, layer-1, ...: it is not one of TEAL's histograms/",
-            hint="give the `histograms` folder of a model in TEAL's repository",
+            hint=_GIVE,
         )
     missing = max(found) + 1 - len(found)
     if missing:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teal_cli.errors import NotFoundError, TealError
+from teal_cli.files import unread
 from teal_kernels.spec import PROJECTIONS
 
 _LAYER: Final = re.compile(r"layer-(\d{1,5})")
@@ -87,7 +88,7 @@ def _read(file: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         path = np.array([[float(row[projection]) for projection in PROJECTIONS] for row in rows])
         effective = np.array([float(row[_EFFECTIVE]) for row in rows])
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
-        raise TealError(f"{file} is not one of TEAL's results.csv: {error!r}") from error
+        raise TealError(f"{file} is not one of TEAL's results.csv: {unread(error)}") from error
     if not len(path) or not ((path >= 0) & (path <= 1)).all() or not np.isfinite(effective).all():
         raise TealError(f"{file} holds levels outside [0, 1]")
     return path, effective

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.errors import NotFoundError, TealError, UsageError, counted
 from teal_cli.store import layout
 from teal_cli.store.arrays import ActivationArray, Blocks, SiteReader
 from teal_cli.store.header import LevelState, StoreHeader, StoreState
@@ -293,7 +293,9 @@ class Level:
         """
         found = np.flatnonzero(self.tokens.sequence == sequence)
         if not len(found):
-            raise NotFoundError(f"level {self.name} has no row of sequence {sequence}")
+            there = np.unique(self.tokens.sequence)
+            hint = f"it has {counted(len(there), 'sequence')}, {there[0]} to {there[-1]}" if len(there) else None
+            raise NotFoundError(f"level {self.name} has no row of sequence {sequence}", hint=hint)
         return slice(int(found[0]), int(found[-1]) + 1)  # `tokens` has checked that nothing lies between
 
     def site(self, layer: int, site: str) -> ActivationArray:

@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from teal_cli.errors import TealError
 from teal_cli.files import readable_size
 from teal_cli.settings import BACKENDS, DTYPES, configs, teal_home
 from teal_kernels.spec import SITE_PROJECTIONS
@@ -30,7 +31,7 @@ Items = list[tuple[str, str]]
 def models(incomplete: str) -> Items:
     """Names in the registry, with size and family."""
     items = []
-    for path in sorted(teal_home().glob("models/*/model.json")):
+    for path in _registered("*/model.json"):
         entry = _read_json(path)
         items.append((path.parent.name, _join(_size(entry.get("size_bytes")), entry.get("family"), entry.get("dtype"))))
     return _matching(items, incomplete)
@@ -56,7 +57,7 @@ def calibration_ids(ctx: typer.Context, incomplete: str) -> Items:
 
 def _calibrations(model: str | None, incomplete: str) -> Items:
     items = []
-    for path in sorted(teal_home().glob(f"models/{model or '*'}/calibrations/*/calibration.json")):
+    for path in _registered(f"{model or '*'}/calibrations/*/calibration.json"):
         entry = _read_json(path)
         items.append((path.parent.name, _join(path.parents[2].name, entry.get("dataset"), entry.get("dtype"))))
     return _matching(items, incomplete)
@@ -65,10 +66,7 @@ def _calibrations(model: str | None, incomplete: str) -> Items:
 def plans(ctx: typer.Context, incomplete: str) -> Items:
     """Plans of the model named so far, or of every model."""
     model = _argument(ctx, "model")
-    items = [
-        (path.parent.name, path.parents[2].name)
-        for path in (teal_home() / "models").glob(f"{model or '*'}/plans/*/plan.json")
-    ]
+    items = [(path.parent.name, path.parents[2].name) for path in _registered(f"{model or '*'}/plans/*/plan.json")]
     return _matching(items, incomplete)
 
 
@@ -141,6 +139,14 @@ def _argument(ctx: typer.Context, name: str) -> str | None:
     """A positional argument given so far. While an option at the end still lacks its value, click has not assigned
     the arguments to their names yet and keeps them aside."""
     return ctx.params.get(name) or next(iter(ctx.args), None)
+
+
+def _registered(pattern: str) -> list[Path]:
+    """Files of the registry, in order of their names; none where there is no registry."""
+    try:
+        return sorted((teal_home() / "models").glob(pattern))
+    except TealError:
+        return []
 
 
 def _matching(items: Items, incomplete: str) -> Items:

@@ -11,6 +11,7 @@ done.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -169,14 +170,11 @@ class _LineTask:
 
     def __init__(self, state: _State) -> None:
         self._state = state
-        self._shown = self._finished = False
-        self._printed_at = time.monotonic()
+        self._finished = False
+        self._printed_at = -math.inf
 
     def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
         self._state.take(done, total, text)
-        if not self._shown:
-            self._shown = True
-            print(self._state.text, file=sys.stderr, flush=True)
         finished = self._state.finished
         due = time.monotonic() - self._printed_at >= LINE_EVERY_S
         if due or (finished and not self._finished):

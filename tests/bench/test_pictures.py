@@ -176,6 +176,14 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"settings": {}, "complete": false}')
     with pytest.raises(UsageError, match="no finished evaluation"):
         evals.load_evaluation(tmp_path / "bad.json")
+    for foreign, why in (
+        ('{"results": {}}', "it has no 'levels'"),
+        ("[1]", "what it holds is of another kind"),
+        ("{", "Expecting property name"),
+    ):
+        (tmp_path / "foreign.json").write_text(foreign)
+        with pytest.raises(UsageError, match=f"no finished evaluation of teal: {why}"):
+            evals.load_evaluation(tmp_path / "foreign.json")
     models = [evals.load_evaluation(evaluation(tmp_path / f"{m}.json", model=m)) for m in ("a", "b")]
     with pytest.raises(UsageError, match="different models: a, b"):
         evals.draw(models, None, tmp_path / "e.png")

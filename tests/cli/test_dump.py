@@ -143,6 +143,21 @@ def test_resuming_what_is_complete_changes_nothing(teal: Teal, prompts: Path, tm
         np.testing.assert_array_equal(values, before[name])
 
 
+@pytest.mark.parametrize("follow", ["free", "dense"])
+def test_resuming_what_is_complete_loads_nothing(
+    teal: Teal, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: str
+) -> None:
+    store = tmp_path / "out.zarr"
+    assert teal(*small(prompts, store), "--follow", follow).code == 0
+    monkeypatch.setattr("teal_cli.commands.dump.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("teal_cli.runs.session.Session.load", lambda *_: pytest.fail("it was loaded"))
+    run = teal("dump", "--resume", "-o", store)
+    assert run.code == 0, run.err
+    assert "nothing was left to write" in run.out
+    other = teal("dump", "--resume", "-o", store, "--max-new-tokens", 21)
+    assert (other.code, "what differs: max_new_tokens" in other.err) == (2, True)
+
+
 def test_a_store_from_before_there_was_a_top_p_resumes(teal: Teal, prompts: Path, tmp_path: Path) -> None:
     store = tmp_path / "out.zarr"
     assert teal(*small(prompts, store)).code == 0

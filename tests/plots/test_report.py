@@ -116,6 +116,7 @@ def test_bad_input(teal: Teal, path: Path, tmp_path: Path) -> None:
         (("plot", "store", path, "--kind", "unions", "-o", tmp_path / "x.png"), 2, "union"),
         (("store", "report", tmp_path / "none.zarr", "-o", tmp_path / "x.html"), 3, "no"),
         (("store", "report", path, "-o", tmp_path / "no" / "x.html"), 3, "there is no folder"),
+        (("store", "report", path, "-o", tmp_path / "x.foo"), 2, "end it in .html"),
     ):
         ran = teal(*arguments)
         assert ran.code == code, ran.err

@@ -129,6 +129,7 @@ def test_bad_input(ready: Path, teal: Teal, tmp_path: Path) -> None:
         (("-p", "x", "-d", "python-docs"), 2, "exclude each other"),
         (("-p", "x" * 4000), 2, "do not fit the context"),
         (("-p", "x", "-o", tmp_path / "no" / "page.html"), 3, "there is no folder"),
+        (("-p", "x", "-o", tmp_path / "page.png"), 2, "end it in .html"),
     ):
         ran = teal("compare", *COMMON, *extra)
         assert ran.code == code, ran.err

@@ -174,3 +174,7 @@ def test_no_such_folder_and_a_folder_of_something_else(tmp_path: Path) -> None:
         read_histograms(tmp_path / "nowhere")
     with pytest.raises(NotFoundError, match="has no folders layer-0"):
         read_histograms(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotFoundError, match="is a file") as refused:
+        read_histograms(tmp_path / "file")
+    assert "histograms` folder that TEAL wrote" in str(refused.value.hint)

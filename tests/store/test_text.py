@@ -53,7 +53,7 @@ def test_store_info_lists_them(teal: Teal, store: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (("--sequence", 2), 3, "no row of sequence 2"),
+        (("--sequence", 2), 3, "no row of sequence 2\n  hint: it has 2 sequences, 0 to 1"),
         (("--level", 0.5), 2, "--sequence"),
         (("--sequence", 0, "--level", 0.7), 3, "no level"),
     ],
