@@ -92,9 +92,11 @@ def feed(writer: LevelWriter, count: int, *, dtype: str = "bfloat16", pause: flo
             time.sleep(pause)
 
 
-def write_store(path: Path, count: int = 100, *, dtype: str = "bfloat16", **changes: Any) -> None:
+def write_store(
+    path: Path, count: int = 100, *, dtype: str = "bfloat16", targets: tuple[float, ...] = TARGETS, **changes: Any
+) -> None:
     """A whole store with `count` tokens in each level."""
-    made = levels(max_tokens=count)
+    made = levels(count, targets)
     with StoreWriter.create(path, header(dtype=dtype, **changes), made) as writer:
         for level in made:
             feed(writer.level(level.name), count, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from teal_cli.ui.output import Output
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
     from teal_cli.store.reader import ActivationStore
 
 
-def gathered(out: Output, store: ActivationStore) -> Facts:
-    """The facts that pictures are drawn from. Raises as `gather`."""
+def gathered(out: Output, store: ActivationStore, levels: Sequence[str | float] = ()) -> Facts:
+    """The facts that pictures of levels are drawn from, of all if none is given. Raises as `gather`."""
     from teal_cli.plots.panels import Facts, gather
 
     with progress(out) as bars:
         task = bars.task("Measuring", unit="sites")
-        for event in gather(store):
+        for event in gather(store, levels):
             if isinstance(event, Facts):
                 return event
             task.update(done=event)

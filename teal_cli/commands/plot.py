@@ -80,7 +80,7 @@ def store(
         typer.Option(
             "--kind",
             metavar="KIND",
-            help="activations, or of all levels: density, thresholds, raster, overlap, union, nm, blocks.",
+            help="activations, density, thresholds, raster, overlap, union, nm or blocks.",
         ),
     ] = "activations",
     force: ForceOption = False,
@@ -89,12 +89,13 @@ def store(
 ) -> None:
     """The activations of a site token by token, or what its masks are like.
 
-    --level, --layer, --site, --tokens and --channels are for the activations; the other kinds are the pictures of
+    --layer, --site, --tokens and --channels are for the activations; the other kinds are the pictures of
     `teal store report`.
 
     Examples:
         teal plot store activations.zarr -o store.png
         teal plot store activations.zarr --site mlp_mid --layer -1 -o last.png
+        teal plot store activations.zarr --kind overlap --level 0.5 -o overlap.png
     """
     from teal_cli.plots.panels import draw_kind, find_kind
     from teal_cli.plots.store import draw
@@ -109,7 +110,7 @@ def store(
         draw(opened, picture, layer=layer, site=site, levels=level or (), tokens=tokens, channels=channels)
     else:
         wanted = find_kind(kind)
-        draw_kind(gathered(out, opened), wanted, picture)
+        draw_kind(gathered(out, opened, level or ()), wanted, picture)
     _drawn(out, {"store": path, "picture": picture}, [picture])
 
 

@@ -83,11 +83,12 @@ def _draw_decodes(rows: Sequence[DecodeRow], *, firm: bool) -> Figure:
         longest[row.layers] = max(longest.get(row.layers, 0.0), row.p80 or 0.0, row.floor if row.passed else 0.0)
     for axes, ((model, tokens, planned), mine) in zip(all_axes, panels.items(), strict=True):
         _draw_bars(axes, sorted(mine, key=lambda row: (row.engine != "teal", row.sparsity, row.dump)))
+        about = "\nuniform plans read as much" if planned else ""
         layers, weights = mine[0].layers, mine[0].weights or mine[0].dtype
         axes.set_xlim(0, 1.04 * longest[layers])
         axes.set_title(
             f"{model}, {counted(layers, 'layer')}, {weights}: {counted(tokens, 'new token')} after a prompt of "
-            f"{mine[0].prompt_tokens}{'; uniform plans read as much' if planned else ''}", fontsize=8.5, loc="left",
+            f"{mine[0].prompt_tokens}{about}", fontsize=8.5, loc="left",
         )  # fmt: skip
     limit = "dotted: what memory allows" if firm else "dotted: about what memory allows; its reading moved"
     all_axes[-1].set_xlabel(f"decode steps per second (bar: median, whisker: p20 to p80, {limit})", fontsize=8)

@@ -98,6 +98,7 @@ def draw(curves: Sequence[Curve], bench: Result | None, path: Path) -> None:
         _draw_cost(kl, curve, "kl", styles[curve.name])
     perplexity.set_yscale("log")
     perplexity.set_ylabel("perplexity", fontsize=8)
+    kl.set_yscale("symlog", linthresh=0.01)  # dense is 0, and what hardly decodes any more flattens nothing
     kl.set_ylabel("KL to dense, nats a token", fontsize=8)
     for axes in (perplexity, kl):
         axes.set_xlabel("dropped, % (realised)", fontsize=8)
@@ -106,7 +107,7 @@ def draw(curves: Sequence[Curve], bench: Result | None, path: Path) -> None:
     for axes in (perplexity, kl, *speed):
         axes.margins(x=0.16, y=0.1)
         plain(axes)
-    for axis in [axes.yaxis for axes in (perplexity, *speed)]:
+    for axis in [axes.yaxis for axes in (perplexity, kl, *speed)]:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
         axis.set_tick_params(which="minor", labelsize=6.5)

@@ -1,8 +1,8 @@
 """Pictures of what is in a store: small panels, each of one thing, for the report page or as a file by themselves.
 
-A kind of picture is a function that gives panels, and a row of `KINDS`. Colours are those of Okabe and Ito, which
-differ for every kind of colour vision, or the cividis map; lines have markers of their own as well. Draws with
-matplotlib on measured statistics (`store.stats`) and rows from the reader; knows neither pages nor commands.
+A kind of picture is a function that gives panels, which share their axes, and a row of `KINDS`. Every level has a
+colour, and a marker, line style or hatch of its own; legends stand beside the axes, where no line crosses them. Draws
+with matplotlib on measured statistics (`store.stats`) and rows from the reader; knows neither pages nor commands.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teal_cli.checks import did_you_mean
 from teal_cli.errors import UsageError
-from teal_cli.files import disk_errors, new_file
-from teal_cli.plots.style import check_picture
-from teal_cli.store.reader import ActivationStore
+from teal_cli.plots.style import check_picture, save, series
+from teal_cli.store.reader import ActivationStore, Level
 from teal_cli.store.stats import Measured, measure
 from teal_kernels.spec import PROJECTIONS, SITE_PROJECTIONS, SITES
 
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-_MARKERS: Final = "osD^"
-_DASHES: Final = ("-", "--", "-.", ":")
-_HATCHES: Final = ("", "//", "..", "xx")
-_MOST_LEVELS: Final = 4
+_HATCHES: Final = ("", "//", "..", "xx", "\\\\", "--", "oo")
+_WITHIN: Final = (0.002, 0.9999)
+"""Quantiles of |x| between which a distribution is drawn; what lies outside is told."""
 _SAMPLED: Final = 4_000_000  # entries of a site that a distribution is drawn from
 _TOKENS, _CHANNELS = 64, 256  # of a raster
 _PANEL: Final = (4.6, 3.2)  # inches
@@ -44,7 +42,7 @@ class Facts:
     """A store and what was measured of it.
 
     Attributes:
-        levels: names of the levels that are drawn, by rising target, at most four.
+        levels: names of the levels that were measured and are drawn, by rising target.
         sites: sizes, of every level. rows: statistics by (level, layer, projection), as `Row.values` has them.
     """
 
@@ -70,22 +68,24 @@ class Facts:
         return sum(found) / len(found) if found else None
 
 
-def gather(store: ActivationStore) -> Iterator[int | Facts]:
-    """Measure every level; how many sites are done comes first, and the facts last.
+def gather(store: ActivationStore, levels: Sequence[str | float] = ()) -> Iterator[int | Facts]:
+    """Measure levels; how many sites are done comes first, and the facts last.
+
+    Args:
+        levels: names or targets; all of the store if none is given.
 
     Raises:
+        NotFoundError: no such level.
         UsageError: the store holds no rows yet.
         TealError: a block is damaged.
     """
     sites: list[Measured] = []
-    for found in measure(store, store.levels):
+    for found in measure(store, [store.level(name).name for name in levels] or store.levels):
         sites.append(found)
         yield len(sites)
     if not sites:
         raise UsageError(f"{store.path} holds no rows yet", hint="resume the dump that makes it")
     names = sorted({found.site.level for found in sites}, key=lambda name: store.level(name).target)
-    if len(names) > _MOST_LEVELS:
-        names = [names[round(i)] for i in np.linspace(0, len(names) - 1, _MOST_LEVELS)]
     rows = {(row.level, row.layer, row.projection): row.values() for found in sites for row in found.rows}
     yield Facts(store, tuple(names), tuple(sites), rows)
 
@@ -129,36 +129,53 @@ def _density(facts: Facts) -> list[Panel]:
 
 
 def _thresholds(facts: Facts) -> list[Panel]:
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    store, levels = facts.store, [facts.store.level(name) for name in facts.levels]
+    store, levels, styles = facts.store, [facts.store.level(name) for name in facts.levels], series(facts.levels)
     layer, fullest = store.header.layers // 2, levels[0]
+    sizes = {site: _stored(fullest, layer, site) for site in SITES}
+    limits = {site: [float(np.min(level.limits(layer, site))) for level in levels] for site in SITES}
+    seen = [x for values in sizes.values() if len(values) for x in np.quantile(values, _WITHIN)]
+    seen += [limit for found in limits.values() for limit in found if limit > 0]
+    bins = np.geomspace(min(seen, default=0.1) / 1.2, max(seen, default=1.0) * 1.2, 60)
+    shares = {site: np.histogram(values, bins)[0] / max(1, len(values)) for site, values in sizes.items()}
+    highest = max(float(found.max()) for found in shares.values()) or 1.0
 
     def panel(site: str) -> Panel:
-        rows = max(1, _SAMPLED // store.header.channels[site])
-        values = np.abs(np.asarray(fullest.site(layer, site)[: min(rows, len(fullest))]))
-        values = values[values > 0]
-
         def draw(axes: Axes) -> None:
-            if len(values):
-                axes.hist(values, np.geomspace(values.min(), values.max() * 1.001, 60).tolist(), color="0.75")
+            axes.stairs(shares[site], bins, fill=True, color="0.75")
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.set_xlim(bins[0], bins[-1])
+            axes.set_ylim(0, 1.15 * highest)
+            axes.xaxis.set_major_locator(LogLocator(numticks=7))
             axes.xaxis.set_major_formatter(_short)
             axes.xaxis.set_minor_formatter(NullFormatter())
-            for number, level in enumerate(levels):
-                limit = float(np.min(level.limits(layer, site)))
+            for name, limit in zip(facts.levels, limits[site], strict=True):
                 if limit > 0:
-                    axes.axvline(limit, color=_COLOURS[number], linestyle=_DASHES[number], label=level.name)
-            axes.set_xlabel("|x|")
+                    axes.plot([limit, limit], [0, 1.08 * highest], markevery=[1], label=name, **styles[name])
             axes.set_ylabel("stored entries")
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, fontsize=8)
+            axes.yaxis.set_major_formatter(_percent)
+            _legend(axes)
+            beyond = 1 - float(shares[site].sum())
+            note = f"{beyond:.2%} of the entries are beyond the axis" if len(sizes[site]) else "nothing is stored"
+            axes.set_xlabel(f"|x|\n{note}")
 
         return Panel(f"layer {layer}, {site} (entries of {fullest.name})", draw)
 
     return [panel(site) for site in SITES]
+
+
+def _stored(level: Level, layer: int, site: str) -> NDArray[Any]:
+    """Sizes of what a level stores of a site, of its first rows."""
+    rows = max(1, _SAMPLED // level.store.header.channels[site])
+    values = np.abs(np.asarray(level.site(layer, site)[: min(rows, len(level))]))
+    return values[values > 0]
+
+
+def _legend(axes: Axes) -> None:
+    """Names of levels, right of the axes."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.3)
 
 
 def _short(value: float, _: object = None) -> str:
@@ -168,12 +185,14 @@ def _short(value: float, _: object = None) -> str:
 def _raster(facts: Facts) -> list[Panel]:
     store, layer = facts.store, facts.store.header.layers // 2
     level = store.level(facts.sparse[len(facts.sparse) // 2])
+    widest = min(_CHANNELS, max(store.header.channels.values()))
 
     def panel(site: str) -> Panel:
         kept = np.asarray(level.site(layer, site)[: min(_TOKENS, len(level))])[:, :_CHANNELS] != 0
 
         def draw(axes: Axes) -> None:
             axes.imshow(kept, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=1)
+            axes.set_xlim(-0.5, widest - 0.5)
             axes.set_xlabel("channel")
             axes.set_ylabel("token")
 
@@ -185,30 +204,45 @@ def _raster(facts: Facts) -> list[Panel]:
 def _curves(facts: Facts, key: str, chance: str, label: str, *, beside: str | None = None) -> list[Panel]:
     """A panel for each site: a statistic that has an entry for each distance or batch, a line for each level."""
     first = next(iter(facts.rows.values()))
-    steps = [int(step) for step in first[key]]
+    steps, styles = [int(step) for step in first[key]], series(facts.sparse)
 
     def panel(site: str) -> Panel:
         projections = SITE_PROJECTIONS[site][:1]
 
         def draw(axes: Axes) -> None:
-            for number, level in enumerate(facts.sparse):
-                for name, style in ((key, "-"), *(((beside, "--"),) if beside else ())):
+            for level, style in styles.items():
+                for name, line in ((key, "-"), *(((beside, "--"),) if beside else ())):
                     values = [facts.mean(level, projections, name, str(step)) for step in steps]
-                    axes.plot(
-                        steps, _gaps(values), style, color=_COLOURS[number], marker=_MARKERS[number], markersize=4,
-                        label=level if name == key else None,
-                    )  # fmt: skip
-                axes.plot(steps, _gaps(_chance(facts, level, projections, chance, steps)), ":", color=_COLOURS[number])
+                    axes.plot(steps, _gaps(values), label=level if name == key else None, **style | {"linestyle": line})
+                expected = _gaps(_chance(facts, level, projections, chance, steps))
+                axes.plot(steps, expected, color=style["color"], linestyle=":")
             axes.set_xscale("log", base=2)
             axes.set_xticks(steps, [str(step) for step in steps])
-            axes.set_xlabel(label)
-            axes.set_ylim(0, 1)
+            axes.set_xlim(steps[0] / 1.15, steps[-1] * 1.15)
+            axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(_percent)
-            axes.legend(frameon=False, fontsize=8)
+            _legend(axes)
+            lacking = [_lacking(facts, projections, key, steps, "", "no sequence is so long")]
+            lacking += (
+                [_lacking(facts, projections, beside, steps, "dashed, ", "not so many sequences")] if beside else []
+            )
+            axes.set_xlabel("\n".join([label, *filter(None, lacking)]))
 
         return Panel(f"{site} ({SITE_PROJECTIONS[site][0]})", draw)
 
     return [panel(site) for site in SITES]
+
+
+def _lacking(
+    facts: Facts, projections: Sequence[str], key: str, steps: Sequence[int], which: str, why: str
+) -> str | None:
+    """For which steps no level has a statistic, in words; None where all are there."""
+    without = [
+        str(step)
+        for step in steps
+        if all(facts.mean(level, projections, key, str(step)) is None for level in facts.sparse)
+    ]
+    return f"{which}{', '.join(without)}: {why}" if without else None
 
 
 def _chance(facts: Facts, level: str, projections: Sequence[str], key: str, steps: Sequence[int]) -> list[float | None]:
@@ -234,16 +268,15 @@ def _union(facts: Facts) -> list[Panel]:
 def _bars(facts: Facts, groups: Sequence[str], value: Callable[[str, str], float | None], label: str) -> Panel:
     def draw(axes: Axes) -> None:
         width = 0.8 / len(facts.sparse)
-        for number, level in enumerate(facts.sparse):
+        for number, (level, style) in enumerate(series(facts.sparse).items()):
             at = np.arange(len(groups)) + (number - (len(facts.sparse) - 1) / 2) * width
             heights = _gaps([value(level, group) for group in groups])
-            look: dict[str, Any] = {"color": _COLOURS[number], "hatch": _HATCHES[number], "edgecolor": "white"}
-            axes.bar(at, heights, width, label=level, **look)
+            hatch = _HATCHES[number % len(_HATCHES)]
+            axes.bar(at, heights, width, label=level, color=style["color"], hatch=hatch, edgecolor="white")
         axes.set_xticks(range(len(groups)), groups)
         axes.yaxis.set_major_formatter(_percent)
-        axes.set_ylim(0, 1.25)
-        axes.set_yticks(np.linspace(0, 1, 6))
-        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
+        axes.set_ylim(0, 1.02)
+        _legend(axes)
 
     return Panel(label, draw)
 
@@ -277,7 +310,9 @@ KINDS: Final[dict[str, Kind]] = {
         "Sizes of the entries of a middle layer, as far as its lowest level stores them, and the thresholds of all.",
         _thresholds,
     ),
-    "raster": Kind("Masks", "Which channels of a middle layer the first tokens keep: black is kept.", _raster),
+    "raster": Kind(
+        "Masks", "Which channels of a middle layer the first tokens keep at the middle level: black is kept.", _raster
+    ),
     "overlap": Kind(
         "Overlap with an earlier token",
         "Of the entries kept for a token, the share that was kept so many tokens before as well; dotted: if tokens "
@@ -325,14 +360,13 @@ def draw_kind(facts: Facts, kind: Kind, out: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = kind.panels(facts)
-    columns = min(2, len(panels))
+    columns = min(2 if len(panels) <= 4 else 3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines + 0.4), layout="constrained")
     for number, panel in enumerate(panels, 1):
         _fill(figure, figure.add_subplot(lines, columns, number), panel)
     figure.suptitle(f"{facts.store.header.model}, {facts.store.header.dtype}: {kind.name}", fontsize=11)
-    with disk_errors(out), new_file(out) as unfinished:
-        figure.savefig(unfinished, dpi=150, format=out.suffix[1:].lower())
+    save(figure, out)
 
 
 def svg_of(panel: Panel, prefix: str) -> str:

@@ -75,7 +75,7 @@ def draw(
     for line in grid[1::2]:
         line[0].set_ylabel("dropped less target, points")
     image = next(image for image in images if image is not None)
-    figure.colorbar(image, ax=list(above), label="|x|, dropped is white", extend="max", shrink=0.9)
+    figure.colorbar(image, ax=list(above), label="|x|, dropped is white", extend="max", aspect=30 * lines)
     handles, labels = next(axes for axes in below if axes.lines).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(SITES), frameon=False, fontsize=8)
     figure.suptitle(f"{store.header.model}, {store.header.dtype}: layer {shown}, {site}", fontsize=11)

@@ -79,8 +79,9 @@ def amount(done: float, total: float | None, unit: str) -> str:
     """`7/30 layers`, `12.5 MB / 92.1 MB`, `7 rows`."""
     if unit == "B":
         return readable_size(done) if total is None else f"{readable_size(done)} / {readable_size(total)}"
-    count = f"{int(done):,}" if total is None else f"{int(done):,}/{int(total):,}"
-    return f"{count} {unit}".rstrip()
+    if total is None:
+        return f"{int(done):,} {unit.removesuffix('s') if done == 1 else unit}".rstrip()
+    return f"{int(done):,}/{int(total):,} {unit}".rstrip()
 
 
 def clock(seconds: float) -> str:

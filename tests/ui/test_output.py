@@ -73,6 +73,7 @@ def test_json_of_anything_else_is_a_defect() -> None:
     [
         (7, 30, "layers", "7/30 layers"),
         (1234, None, "rows", "1,234 rows"),
+        (1, None, "sites", "1 site"),
         (3, 4, "", "3/4"),
         (999, None, "B", "999 B"),
         (12_500_000, 92_100_000, "B", "12.5 MB / 92.1 MB"),
