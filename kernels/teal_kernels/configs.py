@@ -14,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -22,6 +22,16 @@ EXACT: Final = {"enable_fp_fusion": False}
 """Compiler options of every launch: the compiler contracts no multiply and add on its own. A fused
 multiply-add is written as such (`tl.fma`), so that what is rounded where can be read in the code and holds
 for every version of Triton."""
+
+_OVERLAP_FROM: Final = (9, 0)
+"""The compute capability that has programmatic dependent launch."""
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """What every launch on `device` of a kernel that begins with `overlap.await_previous` is given."""
+    overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OVERLAP_FROM
+    return {"OVERLAP": overlap, **EXACT, **({"launch_pdl": True} if overlap else {})}
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ class Compiled:
 
 def compile_kernel(kernel, arguments: dict[str, str], constants: dict, capability: int, warps: int = 4) -> Compiled:
     """Compile for compute capability `capability`; pointers and integers are taken as divisible by 16."""
+    if "OVERLAP" in kernel.arg_names:
+        constants = constants | {"OVERLAP": capability >= 90}
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

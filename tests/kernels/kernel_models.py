@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teal_kernels.matrix import FloatMatrix
+from teal_kernels.matrix import FloatMatrix, Matrix
+from teal_kernels.packed import PackedMatrix
+from teal_kernels.packing import RowLayout, quantize
 from teal_kernels.spec import SITE_PROJECTIONS
-from teal_kernels.steps.spec import StepSpec
+from teal_kernels.steps.spec import MATRICES, StepSpec
 from teal_kernels.thresholds import Thresholds
 from teal_kernels.traits import LLAMA, Traits
 
@@ -110,6 +112,20 @@ def tiny_model(
     tables = [rope_table(max_tokens, head_dim, dtype, base) for base in bases]
     cos, sin = (torch.cat(halves).to(device) for halves in zip(*tables, strict=True))
     return Model(spec, layers, (embedding, final_norm, embedding), (cos, sin), cache[0], cache[1])
+
+
+def packed_model(model: Model, bits: int, group: int = 64, head: bool = True) -> Model:
+    """The same model with packed matrices; `head`: embedding and head, too."""
+
+    def pack(matrix: Matrix) -> PackedMatrix:
+        layout = RowLayout(bits, group, matrix.segments)
+        weight = matrix.tensor()
+        return PackedMatrix(quantize(weight.float().cpu(), layout).to(weight.device), layout, weight.dtype)
+
+    layers = [replace(layer, **{name: pack(getattr(layer, name)) for name in MATRICES}) for layer in model.layers]
+    embedding, norm, _ = model.ends
+    table = pack(embedding) if head else embedding
+    return replace(model, layers=layers, ends=(table, norm, table))
 
 
 def plan(layers: int, values: tuple[float, ...] = (0.4, 0.6, 0.5, 0.2, 0.7, 0.5, 0.1)) -> Thresholds:

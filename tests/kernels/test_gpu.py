@@ -7,10 +7,13 @@ import torch
 from kernel_cases import DTYPES, SHAPES, TOLERANCE, operands, relative_error, threshold_sets
 
 from teal_kernels.matrix import FloatMatrix
+from teal_kernels.ops.packed.op import launch_packed_dot, launch_unpack_row
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
 from teal_kernels.ops.threshold.op import threshold
 from teal_kernels.ops.threshold.reference import threshold_reference
+from teal_kernels.packed import PackedMatrix
+from teal_kernels.packing import RowLayout, quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -34,6 +37,34 @@ def test_matches_float64_and_repeats_bit_for_bit(shape, dtype):
         assert relative_error(got, wanted) < TOLERANCE[dtype], name
         for _ in range(5):
             assert torch.equal(sparse_gemv(x, FloatMatrix(weight, segments), thresholds), got), name
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(1, (5,)), (40, (130, 21, 65)), *MODEL_SHAPES], ids=str)
+def test_packed_rows_match_float64_and_repeat_bit_for_bit(shape, bits):
+    inputs, segments = shape
+    x, weight = operands(inputs, sum(segments), torch.bfloat16, device="cuda")
+    layout = RowLayout(bits, 64, segments)
+    data = quantize(weight.cpu()[:64], layout).repeat(-(-inputs // 64), 1)[:inputs].contiguous().cuda()
+    matrix, exact = PackedMatrix(data, layout, x.dtype), PackedMatrix(data, layout, torch.float32).tensor().double()
+    for name, thresholds in threshold_sets(x, len(segments)).items():
+        wanted = sparse_gemv_reference(x.double(), exact, thresholds, segments)
+        got = sparse_gemv(x, matrix, thresholds)
+        assert relative_error(got, wanted) < TOLERANCE[x.dtype], name
+        for _ in range(5):
+            assert torch.equal(sparse_gemv(x, matrix, thresholds), got), name
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_tables(bits):
+    layout = RowLayout(bits, 64, (4096,))
+    table = PackedMatrix(quantize(torch.randn(1000, 4096), layout).cuda(), layout, torch.float32)
+    x, out = torch.randn(4096, device="cuda"), torch.full((1000,), torch.nan, device="cuda")
+    launch_packed_dot(table, x, out)
+    assert relative_error(out, table.tensor().double() @ x.double()) < TOLERANCE[torch.float32]
+    row = torch.full((4096,), torch.nan, device="cuda")
+    launch_unpack_row(table, torch.tensor([999], device="cuda"), row)
+    assert torch.equal(row, table.tensor()[999])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import relative_error
-from kernel_models import plan, tiny_model
+from kernel_models import packed_model, plan, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -49,6 +49,32 @@ def test_matches_the_reference_and_the_graph_has_the_same_bits(shape, dtype, spa
         assert torch.equal(step.step(11, 250), first)
     for site, ring in step.ring.items():
         assert torch.equal(ring[:, 0], ring[:, 1]), site
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_matrices(bits, dtype, sparse):
+    from teal_kernels.steps.gpu.op import GpuStep
+    from teal_kernels.steps.gpu.reference import gpu_step_reference
+
+    thresholds = plan(2) if sparse else None
+    packed, exact = (packed_model(tiny_model(d, max_tokens=300, device="cuda"), bits) for d in (dtype, torch.float32))
+
+    def reference(model):
+        *_, keys, values = model.arguments()
+        return gpu_step_reference(model.spec, model.layers, model.ends, model.rope, keys, values, thresholds, 11, 250)
+
+    logits, _ = reference(packed)
+    exact_logits, exact_rows = reference(exact)
+    step = GpuStep(*packed.arguments(), thresholds=thresholds, ring_slots=2)
+    first = step.step(11, 250).clone()
+    assert relative_error(first, exact_logits) < 3 * relative_error(logits, exact_logits) + TOLERANCE[dtype]
+    if dtype == torch.float32:
+        for site, vectors in exact_rows.items():
+            assert relative_error(step.ring[site][:, 0], vectors) < TOLERANCE[dtype], site
+    for _ in range(5):
+        assert torch.equal(step.step(11, 250), first)
 
 
 def test_decodes_alone_as_it_does_step_by_step():

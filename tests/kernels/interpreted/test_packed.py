@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import DTYPES, TOLERANCE, channel_limits, operands, relative_error, threshold_sets
-from kernel_models import plan, tiny_model
+from kernel_models import packed_model, plan, tiny_model
 
-from teal_kernels.matrix import Matrix
 from teal_kernels.ops.packed.op import launch_packed_dot, launch_unpack_row
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
@@ -17,7 +16,6 @@ from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import RowLayout, quantize
 from teal_kernels.steps.gpu.op import GpuStep
 from teal_kernels.steps.gpu.reference import gpu_step_reference
-from teal_kernels.steps.spec import MATRICES
 
 FORMS = [(8, 64), (8, 32), (8, 256), (4, 64), (4, 32), (4, 128)]
 forms = pytest.mark.parametrize(("bits", "group"), FORMS)
@@ -69,19 +67,12 @@ def test_tables(width, bits, group):
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize(("bits", "head"), [(8, True), (4, True), (4, False)])
 def test_a_step(bits, head, sparse):
-    def pack(matrix: Matrix) -> PackedMatrix:
-        return packed(matrix.tensor(), matrix.segments, bits, 64, torch.float32)
-
-    model = tiny_model(torch.float32, biases=True, qk_norm=True)
-    layers = [replace(layer, **{name: pack(getattr(layer, name)) for name in MATRICES}) for layer in model.layers]
-    embedding, norm, _ = model.ends
-    table = pack(embedding) if head else embedding
-    model = replace(model, layers=layers, ends=(table, norm, table))
+    model = packed_model(tiny_model(torch.float32, biases=True, qk_norm=True), bits, head=head)
     thresholds = plan(2) if sparse else None
     step = GpuStep(*model.arguments(), thresholds=thresholds, ring_slots=2)
     logits = step.step(11, 17)
     _, _, *ends, rope, keys, values = model.arguments()
-    wanted, rows = gpu_step_reference(model.spec, layers, tuple(ends), rope, keys, values, thresholds, 11, 17)
+    wanted, rows = gpu_step_reference(model.spec, model.layers, tuple(ends), rope, keys, values, thresholds, 11, 17)
     assert relative_error(logits, wanted) < 1e-5
     for site, vectors in rows.items():
         assert relative_error(step.ring[site][:, 0], vectors) < 1e-5, site

@@ -14,6 +14,7 @@ import triton.language as tl
 from teal_kernels.ops.kept.kernel import kept_total, list_address
 from teal_kernels.ops.sparse_gemv.kernel import tile_columns
 from teal_kernels.ops.threshold.kernel import is_kept, projection_threshold
+from teal_kernels.overlap import await_previous
 
 
 @triton.jit
@@ -52,11 +53,13 @@ def packed_gather_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """partial[s, j] = sum over the s-th share of the kept entries r of value[r] * weight[index[r], j].
 
     Grid: (tiles, SPLITS), dealt out as in `gather_gemv_kernel`; a tile has BLOCK_N columns, whole units of 64.
     """
+    await_previous(OVERLAP)
     WORDS: tl.constexpr = BLOCK_N * BITS // 32
     PER_UNIT: tl.constexpr = 2 * BITS  # words of 64 columns
     first, stop, segment = tile_columns(tl.program_id(0), EDGES, TILES, BLOCK_N)
@@ -151,8 +154,10 @@ def packed_dot_kernel(
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[k] = x . row k of a packed table, rounded once. Grid: (cdiv(K, ROWS),)."""
+    await_previous(OVERLAP)
     PER_UNIT: tl.constexpr = 2 * BITS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = row.to(tl.int64)[:, None]
@@ -172,9 +177,10 @@ def packed_dot_kernel(
 @triton.jit
 def unpack_row_kernel(
     words_ptr, scales_ptr, row_ptr, out_ptr, N: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[j] = weight j of row `row_ptr[0]`, rounded. Grid: (cdiv(N, BLOCK),)."""
+    await_previous(OVERLAP)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N
     at = tl.load(row_ptr)

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from teal_kernels.configs import EXACT, GemvConfig
+from teal_kernels.configs import GemvConfig, launch_options
 from teal_kernels.ops.kept.op import KeptList
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import UNIT, RowLayout
@@ -52,7 +52,8 @@ def launch_packed_gather(
         index_ptr=kept.index, value_ptr=kept.value, count_ptr=kept.count, thresholds_ptr=thresholds,
         partial_ptr=partial, K=len(matrix.data), N=edges[-1], EDGES=edges, TILES=tiles[:-1], UNITS=matrix.layout.units,
         CHUNKS=len(kept.count), CHUNK=kept.chunk, SPLITS=config.splits, ROWS=config.rows, BLOCK_N=config.block_n,
-        PER_CHANNEL=thresholds.dim() == 2, num_warps=config.warps, **_arguments(matrix), **EXACT,
+        PER_CHANNEL=thresholds.dim() == 2, num_warps=config.warps,
+        **_arguments(matrix), **launch_options(partial.device),
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def launch_packed_dot(table: PackedMatrix, x: Tensor, out: Tensor) -> None:
     rows, width = table.shape
     packed_dot_kernel[(-(-rows // _DOT_ROWS),)](
         x_ptr=x, out_ptr=out, K=rows, N=width, UNITS=table.layout.units[-1], ROWS=_DOT_ROWS, WORDS=64, num_warps=4,
-        **_arguments(table), **EXACT,
+        **_arguments(table), **launch_options(out.device),
     )  # fmt: skip
 
 
@@ -73,5 +74,6 @@ def launch_unpack_row(table: PackedMatrix, row: Tensor, out: Tensor) -> None:
 
     width = table.shape[1]
     unpack_row_kernel[(-(-width // _UNPACKED),)](
-        row_ptr=row, out_ptr=out, N=width, BLOCK=_UNPACKED, num_warps=2, **_arguments(table), **EXACT
-    )
+        row_ptr=row, out_ptr=out, N=width, BLOCK=_UNPACKED, num_warps=2,
+        **_arguments(table), **launch_options(out.device),
+    )  # fmt: skip

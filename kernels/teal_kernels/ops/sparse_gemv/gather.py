@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from teal_kernels.configs import EXACT, GemvConfig
+from teal_kernels.configs import EXACT, GemvConfig, launch_options
 from teal_kernels.ops.kept.op import CHUNK, KeptList, launch_compact
 from teal_kernels.ops.packed.op import launch_packed_gather
 from teal_kernels.packed import PackedMatrix
@@ -34,7 +34,7 @@ def launch_gather(
         K=weight.shape[0], N=edges[-1], EDGES=edges, TILES=tiles[:-1], CHUNKS=len(kept.count), CHUNK=kept.chunk,
         SPLITS=config.splits, ROWS=config.rows, BLOCK_N=config.block_n, ALIGN=math.gcd(config.block_n,
         *edges), EVEN=all(n % config.block_n == 0 for n in segments),
-        PER_CHANNEL=thresholds.dim() == 2, num_warps=config.warps, **EXACT,
+        PER_CHANNEL=thresholds.dim() == 2, num_warps=config.warps, **launch_options(partial.device),
     )  # fmt: skip
 
 

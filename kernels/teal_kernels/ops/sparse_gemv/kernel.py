@@ -11,6 +11,7 @@ import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import kept_total, list_address
 from teal_kernels.ops.threshold.kernel import is_kept, projection_threshold
+from teal_kernels.overlap import await_previous
 
 
 @triton.jit
@@ -50,6 +51,7 @@ def gather_gemv_kernel(
     ALIGN: tl.constexpr,
     EVEN: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """partial[s, j] = sum over the s-th part of the kept entries r of value[r] * weight[index[r], j].
 
@@ -58,6 +60,7 @@ def gather_gemv_kernel(
     or end (EVEN: all tiles are whole), which lets each thread load 16 bytes at once. The list entries of the next
     iteration are loaded while the weights of this one are in flight.
     """
+    await_previous(OVERLAP)
     first, stop, segment = tile_columns(tl.program_id(0), EDGES, TILES, BLOCK_N)
     split = tl.program_id(1)
     columns = tl.multiple_of(first, ALIGN) + tl.arange(0, BLOCK_N)

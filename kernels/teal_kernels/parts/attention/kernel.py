@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
+from teal_kernels.overlap import await_previous
 
 
 @triton.jit
@@ -35,8 +36,10 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     CAPPED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid: (KV_HEADS, SHARES). WINDOW = 0: none. A share without positions has peak -inf and total 0."""
+    await_previous(OVERLAP)
     kv_head, share = tl.program_id(0), tl.program_id(1)
     length = (tl.load(position_ptr) + 1).to(tl.int32)
     first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
@@ -95,8 +98,10 @@ def join_kernel(
     RING: tl.constexpr,
     D: tl.constexpr,
     SHARES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Combine the shares of every head, in order, and emit. K = heads * D. Grid: (CHUNKS,)."""
+    await_previous(OVERLAP)
     chunk = tl.program_id(0)
     channel = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = channel < K

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from teal_kernels.configs import EXACT
+from teal_kernels.configs import launch_options
 from teal_kernels.ops.kept.op import Sink, chunk_warps
 from teal_kernels.parts.attention.kernel import attention_kernel, join_kernel
 from teal_kernels.traits import LLAMA, Traits
@@ -62,10 +62,10 @@ def launch_attention(
         q, keys, values, position, scratch.mixed, scratch.peak, scratch.total, keys.stride(0), scale, cap or 1.0,
         GROUP=group, D=head_dim, SHARES=shares, WINDOW=window or 0, BLOCK_G=triton.next_power_of_2(max(16, group)),
         BLOCK_D=triton.next_power_of_2(max(16, head_dim)), BLOCK_T=BLOCK_T, CAPPED=cap is not None,
-        num_warps=4, **EXACT,
+        num_warps=4, **launch_options(q.device),
     )  # fmt: skip
     arguments = sink.arguments(heads * head_dim)
     join_kernel[(arguments["CHUNKS"],)](
         scratch.mixed, scratch.peak, scratch.total, q, **arguments, D=head_dim, SHARES=shares,
-        num_warps=chunk_warps(sink.chunk), **EXACT,
+        num_warps=chunk_warps(sink.chunk), **launch_options(q.device),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
+from teal_kernels.overlap import await_previous
 from teal_kernels.parts.kernel import inverse_rms, product_columns, rounded, weighted
 
 
@@ -47,9 +48,11 @@ def rms_norm_kernel(
     NORM: tl.constexpr,
     ONCE: tl.constexpr,
     SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """SPLITS = 0: nothing is added. POST, NORM: there is a norm of the product, of the sum. ONCE: see `Traits`.
     SCALED: embedding_scale and residual_scale are not both 1. Grid: (CHUNKS,)."""
+    await_previous(OVERLAP)
     own = tl.program_id(0)
     offset = tl.arange(0, CHUNK)
     if EMBED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teal_kernels.configs import EXACT
+from teal_kernels.configs import launch_options
 from teal_kernels.ops.kept.op import Sink, chunk_warps
 from teal_kernels.parts.norm.kernel import rms_norm_kernel
 from teal_kernels.traits import LLAMA, Traits
@@ -41,5 +41,5 @@ def launch_rms_norm(
         SPLITS=0 if partial is None else len(partial), EMBED=token is not None, BIAS=bias is not None,
         POST=post_norm is not None and partial is not None, NORM=weight is not None, ONCE=traits.norm_rounds_once,
         SCALED=(traits.embedding_scale, traits.residual_scale) != (1.0, 1.0),
-        num_warps=chunk_warps(sink.chunk), **EXACT,
+        num_warps=chunk_warps(sink.chunk), **launch_options(stream.device),
     )  # fmt: skip

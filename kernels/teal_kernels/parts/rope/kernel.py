@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from teal_kernels.overlap import await_previous
 from teal_kernels.parts.kernel import inverse_rms, product_columns, rounded, weighted
 
 
@@ -65,8 +66,10 @@ def qkv_kernel(
     NORM: tl.constexpr,
     ONCE: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid: (HEADS + 2 KV_HEADS,); HALF is a power of two that holds D / 2. ONCE, WIDE: see `Traits`."""
+    await_previous(OVERLAP)
     head = tl.program_id(0)
     position = tl.load(position_ptr)
     low = tl.arange(0, HALF)

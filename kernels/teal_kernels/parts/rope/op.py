@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from teal_kernels.configs import EXACT
+from teal_kernels.configs import launch_options
 from teal_kernels.parts.rope.kernel import qkv_kernel
 from teal_kernels.traits import LLAMA, Traits
 
@@ -40,5 +40,5 @@ def launch_qkv(
         partial, bias, q_norm, k_norm, *rope, position, q, keys, values, keys.stride(0), eps, traits.norm_offset,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), SPLITS=len(partial),
         BIAS=bias is not None, NORM=norms is not None, ONCE=traits.norm_rounds_once, WIDE=traits.wide_head_norms,
-        num_warps=1, **EXACT,
+        num_warps=1, **launch_options(q.device),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
+from teal_kernels.overlap import await_previous
 from teal_kernels.parts.kernel import product_columns, rounded
 
 
@@ -29,12 +30,14 @@ def swiglu_kernel(
     RING: tl.constexpr,
     SPLITS: tl.constexpr,
     GELU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid: (CHUNKS,). Gate, up, activation and the product are each rounded to the model's dtype.
 
     GELU in its tanh form is g / (1 + exp(-2u)), u = sqrt(2 / pi) (g + 0.044715 g^3), since 1 + tanh(u) is
     2 / (1 + exp(-2u)).
     """
+    await_previous(OVERLAP)
     chunk = tl.program_id(0)
     channel = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = channel < K

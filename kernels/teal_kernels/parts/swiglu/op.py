@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teal_kernels.configs import EXACT
+from teal_kernels.configs import launch_options
 from teal_kernels.ops.kept.op import Sink, chunk_warps
 from teal_kernels.parts.swiglu.kernel import swiglu_kernel
 from teal_kernels.traits import GELU_TANH, SILU
@@ -22,5 +22,5 @@ def launch_swiglu(partial: Tensor, like: Tensor, sink: Sink, activation: str = S
     arguments = sink.arguments(size)
     swiglu_kernel[(arguments["CHUNKS"],)](
         partial, like, **arguments, SPLITS=len(partial), GELU=activation == GELU_TANH,
-        num_warps=chunk_warps(sink.chunk), **EXACT,
+        num_warps=chunk_warps(sink.chunk), **launch_options(partial.device),
     )  # fmt: skip
