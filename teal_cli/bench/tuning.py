@@ -53,7 +53,7 @@ class Tuned:
 
 
 def candidates(inputs: int, outputs: int, itemsize: int) -> list[GemvConfig]:
-    """The default, and around it other widths, depths and numbers of splits: some twenty."""
+    """The default, and around it other widths, depths and numbers of splits: some thirty."""
     found = [default_gemv_config(inputs, outputs, itemsize)]
     for width in (128, 256, 512):
         block_n = width // itemsize
@@ -63,7 +63,7 @@ def candidates(inputs: int, outputs: int, itemsize: int) -> list[GemvConfig]:
         for depth in (8192, 16384):
             rows = depth // width
             found.extend(
-                GemvConfig(block_n, rows, splits, 8 if depth == 16384 else 4)
+                GemvConfig(block_n, rows, splits)
                 for splits in (1, 2, 4, 8, 16, 32)
                 if 256 <= tiles * splits <= 2048 and inputs >= 4 * rows * splits
             )

@@ -19,7 +19,7 @@ from teal_kernels.configs import default_gemv_config
 from teal_kernels.ops.kept.kernel import compact_kernel
 from teal_kernels.ops.kept.op import chunk_for, chunk_warps
 from teal_kernels.ops.packed.kernel import packed_dot_kernel, packed_gather_kernel, unpack_row_kernel
-from teal_kernels.ops.packed.op import packed_gemv_config
+from teal_kernels.ops.packed.op import load_rows, packed_gemv_config
 from teal_kernels.ops.sparse_gemv.kernel import gather_gemv_kernel, reduce_kernel
 from teal_kernels.ops.threshold.kernel import threshold_kernel
 from teal_kernels.packing import RowLayout
@@ -31,6 +31,7 @@ from teal_kernels.parts.sample.kernel import draw_kernel, nucleus_kernel, totals
 from teal_kernels.parts.swiglu.kernel import swiglu_kernel
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+LIST_STORES = 3  # the list of the next iteration, handed round among the threads: index, value, whether it is kept
 capabilities = pytest.mark.parametrize("capability", [80, 90])
 dtypes = pytest.mark.parametrize("dtype", list(ITEMSIZE))
 halves = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -73,9 +74,9 @@ def test_gather_streams_16_bytes_at_a_time(inputs, segments, chunk, dtype, capab
     per_thread = config.rows * config.block_n * ITEMSIZE[dtype] // (16 * 32 * config.warps)
     (loop,) = built.loops()
     assert len(wide_loads(loop)) == max(1, per_thread), "every weight is loaded in the loop, 16 bytes at a time"
-    assert "bar." not in loop, "warps of a program must not wait for each other while weights stream"
+    assert loop.count("st.shared") <= LIST_STORES, "weights must not go through shared memory"
     built.assert_no_spills()
-    assert built.registers <= 96, "fewer than five programs of four warps would fit a multiprocessor"
+    assert built.registers <= 128, "fewer than four programs of four warps would fit a multiprocessor"
 
 
 @capabilities
@@ -91,7 +92,7 @@ def test_gather_with_a_threshold_for_every_channel_streams_as_well(inputs, segme
     config = default_gemv_config(inputs, sum(segments), ITEMSIZE[dtype])
     (loop,) = built.loops()
     assert len(wide_loads(loop)) >= config.rows * config.block_n * ITEMSIZE[dtype] // (16 * 32 * config.warps)
-    assert "bar." not in loop
+    assert loop.count("st.shared") <= LIST_STORES
     built.assert_no_spills()
 
 
@@ -105,6 +106,7 @@ def test_gather_with_a_threshold_for_every_channel_streams_as_well(inputs, segme
 def test_packed_gather_streams_16_bytes_at_a_time(inputs, segments, bits, group, capability):
     layout = RowLayout(bits, group, segments)
     config, pointer = packed_gemv_config(inputs, layout), POINTER_TYPES["bfloat16"]
+    rows = load_rows(config, bits)
     edges = (0, *accumulate(segments))
     tiles = (0, *accumulate(-(-n // config.block_n) for n in segments))
     built = compile_kernel(
@@ -113,7 +115,8 @@ def test_packed_gather_streams_16_bytes_at_a_time(inputs, segments, bits, group,
          "thresholds_ptr": "*fp32", "partial_ptr": "*fp32"},
         {"K": inputs, "N": edges[-1], "STRIDE": layout.stride, "GROUP": group, "BITS": bits, "EDGES": edges,
          "TILES": tiles[:-1], "UNITS": layout.units, "CHUNKS": -(-inputs // 2048), "CHUNK": 2048,
-         "SPLITS": config.splits, "ROWS": config.rows, "BLOCK_N": config.block_n, "PER_CHANNEL": False},
+         "SPLITS": config.splits, "ROWS": rows, "DEPTH": config.rows // rows, "BLOCK_N": config.block_n,
+         "PER_CHANNEL": False},
         capability, config.warps,
     )  # fmt: skip
     (loop,) = built.loops()
@@ -132,10 +135,12 @@ def test_packed_tables_build(bits, capability):
     form = {"N": 4096, "STRIDE": layout.stride, "GROUP": 64, "BITS": bits}
     dot = compile_kernel(
         packed_dot_kernel, types | {"x_ptr": pointer, "K": "i32"},
-        form | {"UNITS": layout.units[-1], "ROWS": 8, "WORDS": 64}, capability,
+        form | {"UNITS": layout.units[-1], "ROWS": 32, "WORDS": 64}, capability,
     )  # fmt: skip
     dot.assert_no_spills()
-    assert dot.vector_loads()
+    (loop,) = dot.loops()
+    assert wide_loads(loop)
+    assert "bar." not in loop, "codes must not go through shared memory"
     unpack = compile_kernel(unpack_row_kernel, types | {"row_ptr": "*i64"}, form | {"BLOCK": 256}, capability, 2)
     unpack.assert_no_spills()
 

@@ -13,8 +13,7 @@ import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import kept_total, list_address
 from teal_kernels.ops.sparse_gemv.kernel import tile_columns
-from teal_kernels.ops.threshold.kernel import is_kept, projection_threshold
-from teal_kernels.overlap import await_previous
+from teal_kernels.ops.threshold.kernel import await_previous, is_kept, projection_threshold
 
 
 @triton.jit
@@ -28,6 +27,22 @@ def code_column(word, NUMBER: tl.constexpr, BITS: tl.constexpr):
 def code(word, NUMBER: tl.constexpr, BITS: tl.constexpr):
     """Code NUMBER of each word as float32; codes are two's complement."""
     return ((word << (32 - BITS - BITS * NUMBER)) >> (32 - BITS)).to(tl.float32)
+
+
+@triton.jit
+def first_group(word, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """The group of each word's code 0, where word 0 begins a unit; of int4, codes 2, 3, 6 and 7 belong to the one after
+    it if groups are halves of units."""
+    return word * 4 // GROUP if BITS == 8 else word // 8 * 64 // GROUP
+
+
+@triton.jit
+def group_scale(scales_ptr, row, group, groups, mask, STRIDE: tl.constexpr):
+    """The scale of one group of each row, float32 like `row`; beyond the last group, where words are zero, that of the
+    last. Scales in the shape of the words would be laid out among the threads in another way than words, and every code
+    would go through shared memory to meet its own."""
+    at = row * (STRIDE // 2) + tl.minimum(group, groups - 1)
+    return tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -51,6 +66,7 @@ def packed_gather_kernel(
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -72,7 +88,8 @@ def packed_gather_kernel(
     word = tl.arange(0, WORDS)
     place = tl.multiple_of(padded * BITS // 32, 4) + word
     inside = place < last * PER_UNIT
-    group = (place // PER_UNIT) * 64 // GROUP  # of the first half of the word's unit
+    group = padded // GROUP  # the first of the tile
+    own = first_group(word, GROUP, BITS)
 
     total = kept_total(count_ptr, CHUNKS)
     begin = (total.to(tl.int64) * split // SPLITS).to(tl.int32)
@@ -81,46 +98,34 @@ def packed_gather_kernel(
     s0 = tl.zeros([ROWS, WORDS], tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
     position = begin + tl.arange(0, ROWS)
-    address = list_address(position, count_ptr, CHUNKS, CHUNK)
-    row = tl.load(index_ptr + address, mask=position < end, other=0)
-    value = tl.load(value_ptr + address, mask=position < end, other=0.0).to(tl.float32)
-    threshold = projection_threshold(thresholds_ptr, segment, row, position < end, K, PER_CHANNEL)
-    for _ in range(begin, end, ROWS):
-        used = is_kept(value, threshold) & (position < end)
-        mask = used[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None]
-        words = tl.load(words_ptr + at * (STRIDE // 4) + place[None, :], mask=mask, other=0,
-                        eviction_policy="evict_first")  # fmt: skip
-        scale_at = at * (STRIDE // 2) + group[None, :]
-        x = tl.where(used, value, 0.0)[:, None]
-        low = x * tl.load(scales_ptr + scale_at, mask=mask, other=0.0).to(tl.float32)
-        high = low
-        if GROUP < 64:
-            if BITS == 8:  # a word lies in one half of its unit
-                second = ((place % PER_UNIT) >= PER_UNIT // 2).to(tl.int32)
-                low = x * tl.load(scales_ptr + scale_at + second[None, :], mask=mask, other=0.0).to(tl.float32)
-            else:
-                high = x * tl.load(scales_ptr + scale_at + 1, mask=mask, other=0.0).to(tl.float32)
-        position += ROWS
-        address = list_address(position, count_ptr, CHUNKS, CHUNK)
-        row = tl.load(index_ptr + address, mask=position < end, other=0)
-        value = tl.load(value_ptr + address, mask=position < end, other=0.0).to(tl.float32)
-        if PER_CHANNEL:
+    for _ in range(begin, end, ROWS * DEPTH):
+        for _ in tl.static_range(DEPTH):
+            address = list_address(position, count_ptr, CHUNKS, CHUNK)
+            row = tl.load(index_ptr + address, mask=position < end, other=0)
+            value = tl.load(value_ptr + address, mask=position < end, other=0.0).to(tl.float32)
             threshold = projection_threshold(thresholds_ptr, segment, row, position < end, K, PER_CHANNEL)
-        if BITS == 8:
-            s0 = tl.fma(low, code(words, 0, BITS), s0)
-            s1 = tl.fma(low, code(words, 1, BITS), s1)
-            s2 = tl.fma(low, code(words, 2, BITS), s2)
-            s3 = tl.fma(low, code(words, 3, BITS), s3)
-        else:
+            used = is_kept(value, threshold) & (position < end)
+            at = row.to(tl.int64)
+            mask = used[:, None] & inside[None, :]
+            words = tl.load(words_ptr + at[:, None] * (STRIDE // 4) + place[None, :], mask=mask, other=0,
+                            eviction_policy="evict_first")  # fmt: skip
+            x = tl.where(used, value, 0.0)
+            low = tl.zeros([ROWS, WORDS], tl.float32)
+            high = low
+            for g in tl.static_range(BLOCK_N // GROUP):
+                scaled = x * group_scale(scales_ptr, at, group + g, last * 64 // GROUP, used, STRIDE)
+                low = tl.where((own == g)[None, :], scaled[:, None], low)
+                high = tl.where((own + (BITS == 4 and GROUP < 64) == g)[None, :], scaled[:, None], high)
             s0 = tl.fma(low, code(words, 0, BITS), s0)
             s1 = tl.fma(low, code(words, 1, BITS), s1)
             s2 = tl.fma(high, code(words, 2, BITS), s2)
             s3 = tl.fma(high, code(words, 3, BITS), s3)
-            s4 = tl.fma(low, code(words, 4, BITS), s4)
-            s5 = tl.fma(low, code(words, 5, BITS), s5)
-            s6 = tl.fma(high, code(words, 6, BITS), s6)
-            s7 = tl.fma(high, code(words, 7, BITS), s7)
+            if BITS == 4:
+                s4 = tl.fma(low, code(words, 4, BITS), s4)
+                s5 = tl.fma(low, code(words, 5, BITS), s5)
+                s6 = tl.fma(high, code(words, 6, BITS), s6)
+                s7 = tl.fma(high, code(words, 7, BITS), s7)
+            position += ROWS
     out = partial_ptr + split.to(tl.int64) * N
     store_code(out, tl.sum(s0, axis=0), word, first, stop, 0, BITS)
     store_code(out, tl.sum(s1, axis=0), word, first, stop, 1, BITS)
@@ -159,18 +164,28 @@ def packed_dot_kernel(
     """out[k] = x . row k of a packed table, rounded once. Grid: (cdiv(K, ROWS),)."""
     await_previous(OVERLAP)
     PER_UNIT: tl.constexpr = 2 * BITS
+    GROUPS: tl.constexpr = max(1, WORDS // PER_UNIT * 64 // GROUP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = row.to(tl.int64)[:, None]
+    at, inside = row.to(tl.int64), row < K
+    word = tl.arange(0, WORDS)
+    own = first_group(word, GROUP, BITS)
     sums = tl.zeros([ROWS, WORDS], tl.float32)
     for start in range(0, UNITS * PER_UNIT, WORDS):
-        place = start + tl.arange(0, WORDS)
-        mask = (row < K)[:, None] & (place < UNITS * PER_UNIT)[None, :]
-        words = tl.load(words_ptr + at * (STRIDE // 4) + place[None, :], mask=mask, other=0)
+        place = start + word
+        mask = inside[:, None] & (place < UNITS * PER_UNIT)[None, :]
+        words = tl.load(words_ptr + at[:, None] * (STRIDE // 4) + place[None, :], mask=mask, other=0)
+        group = start // PER_UNIT * 64 // GROUP
+        low = tl.zeros([ROWS, WORDS], tl.float32)
+        high = low
+        for g in tl.static_range(GROUPS):
+            scale = group_scale(scales_ptr, at, group + g, UNITS * 64 // GROUP, inside, STRIDE)
+            low = tl.where((own == g)[None, :], scale[:, None], low)
+            high = tl.where((own + (BITS == 4 and GROUP < 64) == g)[None, :], scale[:, None], high)
         for number in tl.static_range(32 // BITS):
             column = code_column(place, number, BITS)
             x = tl.load(x_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-            scale = tl.load(scales_ptr + at * (STRIDE // 2) + (column // GROUP)[None, :], mask=mask, other=0.0)
-            sums = tl.fma(x[None, :] * scale.to(tl.float32), code(words, number, BITS), sums)
+            scale = high if number // 2 % 2 else low
+            sums = tl.fma(x[None, :] * scale, code(words, number, BITS), sums)
     tl.store(out_ptr + row, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty), mask=row < K)
 
 

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import kept_total, list_address
-from teal_kernels.ops.threshold.kernel import is_kept, projection_threshold
-from teal_kernels.overlap import await_previous
+from teal_kernels.ops.threshold.kernel import await_previous, is_kept, projection_threshold
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
-from teal_kernels.overlap import await_previous
+from teal_kernels.ops.threshold.kernel import await_previous
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
-from teal_kernels.overlap import await_previous
+from teal_kernels.ops.threshold.kernel import await_previous
 from teal_kernels.parts.kernel import inverse_rms, product_columns, rounded, weighted
 
 
@@ -60,14 +60,14 @@ def rms_norm_kernel(
     post_scale = 1.0
     if POST:
         squares = tl.zeros([CHUNK], tl.float32)
-        for chunk in range(CHUNKS):
+        for chunk in tl.static_range(CHUNKS):
             channel = chunk * CHUNK + offset
             product = product_columns(partial_ptr, bias_ptr, channel, channel < K, stream_ptr, K, SPLITS, BIAS)
             squares += product * product
         post_scale = inverse_rms(tl.sum(squares, axis=0), K, eps)
     squares = tl.zeros([CHUNK], tl.float32)
     mine = tl.zeros([CHUNK], tl.float32)
-    for chunk in range(CHUNKS):
+    for chunk in tl.static_range(CHUNKS):
         channel = chunk * CHUNK + offset
         inside = channel < K
         hidden = tl.load(hidden_ptr + channel, mask=inside, other=0.0).to(tl.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.overlap import await_previous
+from teal_kernels.ops.threshold.kernel import await_previous
 from teal_kernels.parts.kernel import inverse_rms, product_columns, rounded, weighted
 
 

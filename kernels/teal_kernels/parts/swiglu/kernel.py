@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.ops.kept.kernel import emit
-from teal_kernels.overlap import await_previous
+from teal_kernels.ops.threshold.kernel import await_previous
 from teal_kernels.parts.kernel import product_columns, rounded
 
 
