@@ -53,7 +53,7 @@ class Tuned:
 
 
 def candidates(inputs: int, outputs: int, itemsize: int) -> list[GemvConfig]:
-    """The default, and around it other widths, depths and numbers of splits: some thirty."""
+    """The default, and around it other widths, depths and numbers of splits: up to twenty."""
     found = [default_gemv_config(inputs, outputs, itemsize)]
     for width in (128, 256, 512):
         block_n = width // itemsize

@@ -58,4 +58,4 @@ def test_bands_cover_every_sparsity():
 def test_candidates_are_few_and_begin_with_the_default(inputs, outputs):
     found = candidates(inputs, outputs, 2)
     assert found[0] == configs.default_gemv_config(inputs, outputs, 2)
-    assert len(found) <= 30
+    assert len(found) <= 25

@@ -49,10 +49,10 @@ def await_previous(OVERLAP: tl.constexpr):
     """Wait until the launch before this one has written its results, and let the next one begin.
 
     From compute capability 9.0 on a launch that asks for it (`configs.launch_options`) need not wait for the end of the
-    one before it: its programs are placed on multiprocessors as they fall free, and wait there. That hides what it costs
-    to begin a kernel, which a decode step pays ten times a layer. It is the first statement of a kernel: nothing that
-    another launch writes is read before it, and as every program executes it, the end of a launch implies the end of all
-    before it.
+    one before it: its programs are placed on multiprocessors as they fall free, and wait there. That hides what it
+    costs to begin a kernel, which a decode step pays ten times a layer. It is the first statement of a kernel: nothing
+    that another launch writes is read before it, and as every program executes it, the end of a launch implies the end
+    of all before it.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
