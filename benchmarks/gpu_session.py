@@ -6,13 +6,14 @@ OUT is a folder; in it come `tests.txt`, `kernels-*.json`, `decode-*.json`, thei
 matplotlib is. The most important steps run first, each in a process of its own and with what time is left, so that one
 that fails or hangs does not affect the others; `session.json` says how each ended. Needs no network and no
 checkpoint: weights are random, of the real shapes. Of this project's dependencies, an image made for PyTorch usually
-lacks zarr, msgspec, numcodecs, donfig, google-crc32c, platformdirs, gguf and datasets; pytest and hypothesis are for
-the tests.
+lacks zarr, numcodecs, donfig, google-crc32c, platformdirs, gguf, datasets and prompt_toolkit; pytest, pytest-xdist and
+hypothesis are for the tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,8 +41,11 @@ class Step:
 
 def steps(out: Path) -> list[Step]:
     """What is run, most important first."""
-    # The project's own options ask for plugins that a GPU machine need not have.
+    # The project's own options ask for plugins that a GPU machine need not have, and it may have others that warn.
     options = ["-q", "-m", "gpu", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    options += ["-p", "no:benchmark"]
+    if importlib.util.find_spec("xdist"):  # one after the other they take some eight minutes
+        options += ["-n", str(min(12, os.cpu_count() or 1))]
     ignored = ["-W", "ignore::pytest.PytestConfigWarning"]
     tests = [sys.executable, "-m", "pytest", *options, *ignored, "tests/kernels", "tests/decoding"]
 
