@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from teal_cli.commands.gathering import gathered
 from teal_cli.errors import UsageError
 from teal_cli.files import readable_size
+from teal_cli.ui.interrupts import when_stopped
 from teal_cli.ui.output import Output
 from teal_cli.ui.progress import progress
 
@@ -74,7 +75,8 @@ def _moved(out: Output, events: Iterable[Moved | Digested]) -> Moved:
     from teal_cli.store.whole import Moved
 
     last = None
-    with progress(out) as bars:
+    kept = "what has arrived is kept, and the same command goes on"
+    with progress(out) as bars, when_stopped(out.warn, kept):
         copying, checking = bars.task("Copying", unit="B"), bars.task("Comparing the digest", unit="arrays")
         for event in events:
             if isinstance(event, Moved):

@@ -9,6 +9,7 @@ import typer
 
 from teal_cli.commands.models import entry_payload
 from teal_cli.ui import completion, options
+from teal_cli.ui.interrupts import when_stopped
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import Bars, Task, progress
 
@@ -79,7 +80,9 @@ def download(
             out.note(note)
         out.result(_plan_payload(found), lambda console: _show_plan(console, found))
         return
-    with closing(library.download(model, name=name, options=chosen)) as events, progress(out) as bars:
+    kept = "what was fetched is kept, and the same command goes on"
+    events = library.download(model, name=name, options=chosen)
+    with closing(events), progress(out) as bars, when_stopped(out.warn, kept):
         done = follow(out, bars, events)
     payload = {**entry_payload(done.entry), "fetched": done.fetched}
     out.result(payload, lambda console: _show_done(console, done))

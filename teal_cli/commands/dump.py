@@ -265,7 +265,7 @@ def _run(
     passes = job.request.follow != "free"
     verb = "Running" if passes else "Decoding"
     with progress(out) as bars:
-        followed = bars.task("Decoding densely what all levels are fed", unit="tokens")
+        followed = bars.task("Decoding densely", unit="tokens")
         try:
             with closing(job.run(path, force=force, resume=resume, durable=durable, board=board)) as states:
                 for state in states:
@@ -281,7 +281,10 @@ def _run(
                         writing.update(done=state.rows)
                     new_rows, seconds = state.new_rows, state.seconds
         except KeyboardInterrupt:
-            out.warn(f"stopped; what is complete is in {path}, and `teal dump --resume -o {path}` goes on")
+            if task is None and not (resume or path.exists()):
+                out.warn(f"stopped before there were rows; nothing was written to {path}")
+            else:
+                out.warn(f"stopped; what is complete is in {path}, and `teal dump --resume -o {path}` goes on")
             raise
     return {"new_rows": new_rows, "seconds": seconds, "rows_per_s": new_rows / seconds if seconds else 0.0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 from teal_cli import settings
 from teal_cli.commands.opening import loading
 from teal_cli.ui import completion, options
+from teal_cli.ui.interrupts import when_stopped
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.output import Output, output
 from teal_cli.ui.progress import progress
@@ -149,7 +151,9 @@ def _watch(out: Output, maker: PlanMaker) -> list[MadePlan]:
     from teal_cli.runs.make_plan import MadePlan
 
     plans: list[MadePlan] = []
-    with progress(out) as bars:
+    kept = "the layers that were searched are kept, and the same command goes on"
+    greedy = maker.request.allocation == "greedy"
+    with progress(out) as bars, when_stopped(out.warn, kept) if greedy else nullcontext():
         stages: dict[str, Any] = {}
         for event in maker.run(loading(bars, maker.entry.size_bytes)):
             if isinstance(event, MadePlan):

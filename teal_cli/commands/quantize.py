@@ -10,6 +10,7 @@ import typer
 from teal_cli.commands.models import entry_payload
 from teal_cli.files import readable_size
 from teal_cli.ui import completion, options
+from teal_cli.ui.interrupts import when_stopped
 from teal_cli.ui.output import output
 from teal_cli.ui.progress import progress
 
@@ -70,6 +71,7 @@ def quantize(
     with (
         closing(quantize_model(Registry(), model, to, group=group, head=head, name=name, force=force)) as events,
         progress(out) as bars,
+        when_stopped(out.warn, "the layers that are done are kept, and the same command goes on"),
     ):
         task = bars.task("Quantising", unit="layers")
         for event in events:

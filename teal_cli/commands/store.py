@@ -12,6 +12,7 @@ from teal_cli.commands.gathering import gathered
 from teal_cli.commands.opening import load
 from teal_cli.commands.store_tables import show_info, show_stats, show_verified
 from teal_cli.errors import UsageError, counted
+from teal_cli.ui.interrupts import when_stopped
 from teal_cli.ui.lazy import CONTEXT_SETTINGS
 from teal_cli.ui.options import ForceOption, JsonOption, LevelOption, QuietOption, StoreArgument
 from teal_cli.ui.output import Output, output
@@ -360,8 +361,8 @@ def merge(
     if resume and force:
         raise UsageError("--resume and --force exclude each other", hint="--resume goes on, --force begins anew")
     out = output(json, quiet)
-    rows = 0
-    with progress(out) as bars:
+    rows, kept = 0, f"what is merged is in {target}, and the same command with --resume goes on"
+    with progress(out) as bars, when_stopped(out.warn, kept):
         task = bars.task("Merging", unit="rows")
         for event in write(open_store(store), target, force=force, resume=resume):
             rows = event.total

@@ -12,6 +12,7 @@ import torch
 from teal_cli.errors import UsageError
 from teal_cli.store.collection import Collection
 from teal_cli.store.levels import ActivationStore, Level
+from teal_cli.store.placing import check_target
 from teal_cli.store.writer import LevelHeader, LevelWriter, StoreWriter
 from teal_kernels.experts import EXPERT
 from teal_kernels.spec import SITES
@@ -53,6 +54,7 @@ def merge(store: ActivationStore, out: Path, *, force: bool = False, resume: boo
     if resume:
         writer = StoreWriter.resume(out, store.header, headers)
     else:
+        check_target(out, force=force, hint="--force replaces it; a merge that was cut off goes on with --resume")
         writer = StoreWriter.create(out, store.header, headers, force=force)
     done, total = 0, sum(map(len, levels))
     with writer:

@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish instead of a blow, for work in short steps that should end between two of them."""
+"""Ctrl-C: as a wish, for work in short steps that should end between two of them; and with word of what is left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+@contextmanager
+def when_stopped(say: Callable[[str], None], left: str) -> Iterator[None]:
+    """Where Ctrl-C ends the block, say what is left and how to go on; it ends the block all the same."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped; {left}")
+        raise
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def progress(out: Output) -> Iterator[Bars]:
         bar = [BarColumn(bar_width=width)] if width > 4 else []  # figures tell more where there is no room for both
         bars = Progress(column("{task.description}"), *bar, column("{task.fields[state]}"), console=out.err)
         with bars:
-            yield _Drawn(bars)
+            yield _Drawn(bars, out.err.width - (width + 1 if bar else 0) - 1)
     else:
         yield _Lines()
 
@@ -115,15 +115,25 @@ class _State:
 
     def __str__(self) -> str:
         """Amount, and once it is known rate, elapsed and what is left: `7/30 layers, 0.5/s, 0:14, 0:46 left`."""
-        parts = [amount(self.done, self.total, self.unit)]
+        return self.within(None)
+
+    def within(self, room: int | None) -> str:
+        """The same in so many columns: what has no room is left out as a whole, elapsed first and then the rate."""
+        rate = elapsed = left = ""
         seconds = time.monotonic() - self.begun
         if seconds >= _RATE_AFTER_S:
-            rate = (self.done - self._before) / seconds
-            parts += [f"{readable_size(rate)}/s" if self.unit == "B" else f"{rate:,.1f}/s"] if rate else []
-            parts.append(clock(seconds))
-            if self.total is not None and rate and not self.finished:
-                parts.append(f"{clock((self.total - self.done) / rate)} left")
-        return ", ".join(parts)
+            each = (self.done - self._before) / seconds
+            elapsed = clock(seconds)
+            if each:
+                rate = f"{readable_size(each)}/s" if self.unit == "B" else f"{each:,.1f}/s"
+            if self.total is not None and each and not self.finished:
+                left = f"{clock((self.total - self.done) / each)} left"
+        done = amount(self.done, self.total, self.unit)
+        for parts in ((done, rate, elapsed, left), (done, rate, left), (done, left), (done,)):
+            text = ", ".join(filter(None, parts))
+            if room is None or len(text) <= room:
+                break
+        return text
 
 
 class _Silent:
@@ -135,15 +145,29 @@ class _Silent:
 
 
 class _Drawn:
-    def __init__(self, bars: RichProgress) -> None:
-        self._bars = bars
+    """Bars on a terminal.
+
+    Args:
+        width: columns for a task's text and figures, which stand below those of the others.
+    """
+
+    def __init__(self, bars: RichProgress, width: int) -> None:
+        self._bars, self._width = bars, width
 
     def task(self, text: str, *, total: float | None = None, unit: str = "", done: float = 0) -> Task:
-        return _DrawnTask(self._bars, _State(text, total, unit, done))
+        return _DrawnTask(self, _State(text, total, unit, done))
+
+    def add(self, state: _State) -> TaskID:
+        return self._bars.add_task(state.text, total=state.total, state="")
+
+    def draw(self, task: TaskID, state: _State) -> None:
+        texts = [state.text, *(other.description for other in self._bars.tasks)]
+        shown = state.within(self._width - max(map(len, texts)))
+        self._bars.update(task, completed=state.done, total=state.total, description=state.text, state=shown)
 
 
 class _DrawnTask:
-    def __init__(self, bars: RichProgress, state: _State) -> None:
+    def __init__(self, bars: _Drawn, state: _State) -> None:
         self._bars, self._state = bars, state
         self._task: TaskID | None = None
         self._drawn_at = 0.0
@@ -151,14 +175,11 @@ class _DrawnTask:
     def update(self, *, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
         self._state.take(done, total, text)
         if self._task is None:
-            self._task = self._bars.add_task(self._state.text, total=self._state.total, state="")
+            self._task = self._bars.add(self._state)
         now = time.monotonic()
         if now - self._drawn_at >= _DRAW_EVERY_S or self._state.finished:
             self._drawn_at = now
-            state = self._state
-            self._bars.update(
-                self._task, completed=state.done, total=state.total, description=state.text, state=str(state)
-            )
+            self._bars.draw(self._task, self._state)
 
 
 class _Lines:
