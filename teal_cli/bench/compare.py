@@ -54,8 +54,9 @@ def _compared(sample: Row, rows: Sequence[Row | None]) -> Compared:
     faster = [first / value if first and value else None for value in values[1:]]
     if sample.kind != "kernel":  # steps or tokens per second, so that more is faster
         faster = [None if ratio is None else 1 / ratio for ratio in faster]
-    notes = ["missing" if row is None else "" if row.passed else row.check for row in rows]
-    note = "; ".join(f"{number}: {text}" for number, text in enumerate(notes, 1) if text)
+    notes = ["" if row is None or row.passed else row.check for row in rows]
+    told = [f"not in {number}" for number, row in enumerate(rows, 1) if row is None]
+    note = "; ".join([*told, *(f"{number}: {text}" for number, text in enumerate(notes, 1) if text)])
     return Compared(sample.kind, _identity(sample), values, tuple(faster), note)
 
 

@@ -86,7 +86,13 @@ def examine(*, offline: bool = False) -> Iterator[Finding]:
 def _versions() -> Iterator[Finding]:
     python = platform.python_version()
     yield Finding("versions", "teal", OK, __version__, data={"version": __version__})
-    yield Finding("versions", "python", OK, f"{python} on {platform.platform(terse=True)}", data={"version": python})
+    yield Finding(
+        "versions",
+        "python",
+        OK,
+        f"{python} on {platform.system()} {platform.release()}, {platform.machine()}",
+        data={"version": python},
+    )
     for name, wanted in _requirements():
         try:
             version = metadata.version(name)

@@ -6,8 +6,10 @@ parts, each with the columns that identify a row in front; nothing is lost, and 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 _GAP: Final = "  "
 TIED: Final = "\u00a0"
 """A space at which no line is broken: between a name and its number."""
-_LEAST: Final = 8
+_HASH: Final = re.compile(r"(sha256:)?[0-9a-f]{40,}")
+_LEAST: Final = 5
 """Characters that a column keeps beside wide keys, however narrow the terminal."""
 
 
@@ -29,23 +32,33 @@ def show_table(console: Console, headings: Sequence[str], rows: Iterable[Sequenc
     right = [heading.startswith(">") for heading in headings]
     names = [heading.removeprefix(">") for heading in headings]
     cells = [names, *(["" if cell is None else str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    columns_of = list(zip(*cells, strict=True))
+    widths = [max(map(len, column)) for column in columns_of]
+    words = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns_of]
+    digits = [max(map(len, column[1:]), default=0) if right[i] else 0 for i, column in enumerate(columns_of)]
+    beside = max(max(digits[i], min(words[i], _LEAST)) for i in range(keys, len(right)))
+    _narrow(widths, words[:keys], _width(console) - len(_GAP) - beside)
     for number, columns in enumerate(_parts(widths, _width(console), keys)):
         if number:
             console.print()
         room = [widths[column] for column in columns]
         if len(columns) == keys + 1 and _taken(room) > _width(console):
-            room[-1] = max(_LEAST, _width(console) - _taken(room[:-1]) - len(_GAP))
+            room[-1] = max(beside, _width(console) - _taken(room[:-1]) - len(_GAP))
         for index, row in enumerate(cells):
             for line in _lines([row[column] for column in columns], room, [right[column] for column in columns]):
                 console.print(line, style="bold" if index == 0 else None, markup=False, soft_wrap=True)
 
 
 def show_fields(console: Console, fields: Mapping[str, object]) -> None:
-    """Print a name and a value a line, the values under each other; on a terminal long ones go on below themselves."""
+    """Print a name and a value a line, the values under each other; on a terminal long ones go on below themselves, and
+    a hash that has no room is shortened.
+    """
     indent = max(map(len, fields), default=0) + len(_GAP)
     for name, value in fields.items():
-        for number, line in enumerate(beside(console, indent, str(value))):
+        text = str(value)
+        if _HASH.fullmatch(text) and indent + len(text) > _width(console):
+            text = f"{short_hash(text)}…"
+        for number, line in enumerate(beside(console, indent, text)):
             console.print(f"{'' if number else name:<{indent}}{line}".rstrip(), markup=False, soft_wrap=True)
 
 
@@ -66,8 +79,11 @@ def percent(target: float) -> str:
 
 
 def short_hash(digest: str | None) -> str | None:
-    """The first twelve digits of a hash, for people; JSON has it whole."""
-    return None if digest is None else digest[:12]
+    """The first twelve digits of a hash, after what says of which kind it is; for people: JSON has it whole."""
+    if digest is None:
+        return None
+    kind, colon, digits = digest.rpartition(":")
+    return f"{kind}{colon}{digits[:12]}"
 
 
 def _width(console: Console) -> int:
@@ -77,6 +93,17 @@ def _width(console: Console) -> int:
 
 def _taken(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _narrow(widths: list[int], words: Sequence[int], room: int) -> None:
+    """Narrow key columns in place, the widest first, until they have room: to their longest words, and if that is not
+    enough below those.
+    """
+    keys = len(words)
+    for shortest in (words, [_LEAST] * keys):
+        for key in sorted(range(keys), key=lambda i: -widths[i]):
+            over = max(0, _taken(widths[:keys]) - room)
+            widths[key] = min(widths[key], max(shortest[key], widths[key] - over))
 
 
 def _parts(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
@@ -91,10 +118,9 @@ def _parts(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
 
 
 def _lines(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> Iterable[str]:
-    """A row as one line, or as several where its last cell has to be folded."""
-    folded = _folded(cells[-1], widths[-1], shorten=True)
-    for number, last in enumerate(folded):
-        row = [*cells[:-1], last] if number == 0 else [*([""] * (len(cells) - 1)), last]
+    """A row as one line, or as several where cells have to be folded."""
+    folded = [_folded(cell, width, shorten=True) for cell, width in zip(cells, widths, strict=True)]
+    for row in zip_longest(*folded, fillvalue=""):
         aligned = zip(row, widths, right, strict=True)
         yield _GAP.join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in aligned).rstrip()
 

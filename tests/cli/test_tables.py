@@ -23,6 +23,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KERNELS = RESULTS / "amd-epyc-2-cores" / "kernels.json"
 DECODE = RESULTS / "nvidia-h200" / "decode-llama-3-8b-bfloat16.json"
 OTHER = RESULTS / "nvidia-h200" / "decode-llama-2-7b-float16.json"
+WIDE = RESULTS / "amd-epyc-2-cores" / "goals" / "decode.json"
+"""What identifies its rows leaves no room beside it at 60 columns."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 TABLES = (
@@ -40,6 +42,7 @@ TABLES = (
     ("bench", "show", "kernels.json"),
     ("bench", "show", DECODE),
     ("bench", "show", DECODE, OTHER),
+    ("bench", "show", WIDE, DECODE),
     ("eval", "-d", "python-docs", "-n", 1, "--window", 32, "-s", "0,0.5", "--sparse-from", 4),
     ("dump", "--recipe"),
     ("doctor", "--offline"),

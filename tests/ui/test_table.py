@@ -17,6 +17,26 @@ ROWS = (
 )
 
 
+def test_keys_that_leave_no_room_are_folded() -> None:
+    file = io.StringIO()
+    rows = [("a model with a name", "an engine of another", "120.5"), ("b", "c", "7.25")]
+    show_table(Console(file=file, width=36), ("model", "engine", ">steps/s"), rows, keys=2)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 36
+    assert lines[0].split() == ["model", "engine", "steps/s"]
+    assert set("\n".join(lines).split()) >= set(" ".join(cell for row in rows for cell in row).split())
+    assert [line.split()[-1] for line in lines if line.endswith(("120.5", "7.25"))] == ["120.5", "7.25"]
+
+
+@pytest.mark.parametrize("kind", ["", "sha256:"])
+def test_a_hash_is_whole_where_it_fits(kind: str) -> None:
+    digest = kind + 8 * "0123cdef"
+    for width, shown in ((60, f"{kind}0123cdef0123…"), (90, digest), (None, digest)):
+        file = io.StringIO()
+        show_fields(Console(file=file, width=width, soft_wrap=width is None), {"digest": digest})
+        assert file.getvalue() == f"digest  {shown}\n"
+
+
 def drawn(width: int | None, **options: int) -> list[str]:
     """Lines as a terminal of this width, or a pipe, gets them."""
     file = io.StringIO()
