@@ -19,7 +19,7 @@ _GAP: Final = "  "
 TIED: Final = "\u00a0"
 """A space at which no line is broken: between a name and its number."""
 _HASH: Final = re.compile(r"(sha256:)?[0-9a-f]{40,}")
-_LEAST: Final = 5
+_LEAST: Final = 7
 """Characters that a column keeps beside wide keys, however narrow the terminal."""
 
 

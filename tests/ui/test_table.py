@@ -17,12 +17,13 @@ ROWS = (
 )
 
 
-def test_keys_that_leave_no_room_are_folded() -> None:
+@pytest.mark.parametrize("width", [26, 36])
+def test_keys_that_leave_no_room_are_folded(width: int) -> None:
     file = io.StringIO()
     rows = [("a model with a name", "an engine of another", "120.5"), ("b", "c", "7.25")]
-    show_table(Console(file=file, width=36), ("model", "engine", ">steps/s"), rows, keys=2)
+    show_table(Console(file=file, width=width), ("model", "engine", ">steps/s"), rows, keys=2)
     lines = file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 36
+    assert max(map(len, lines)) <= width
     assert lines[0].split() == ["model", "engine", "steps/s"]
     assert set("\n".join(lines).split()) >= set(" ".join(cell for row in rows for cell in row).split())
     assert [line.split()[-1] for line in lines if line.endswith(("120.5", "7.25"))] == ["120.5", "7.25"]
