@@ -50,6 +50,9 @@ LOWEST_EXPONENT, HIGHEST_EXPONENT = -120, 126
 ROWS = 1 << 20
 """Weights that are rounded at once: few enough to stay in a processor's cache."""
 
+_GPU_ROWS = 1 << 26
+"""The same on a GPU, where each of some 180 operations should be worth its launch; 1.5 GB of memory."""
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -128,7 +131,7 @@ def quantize(weight: Tensor, layout: RowLayout) -> Tensor:
     if weight.dim() != 2 or weight.shape[1] != sum(layout.widths):
         raise ValueError(f"a matrix [K, {sum(layout.widths)}] was expected, not {list(weight.shape)}")
     packed = torch.empty(len(weight), layout.stride, dtype=torch.uint8, device=weight.device)
-    step = max(1, ROWS // layout.padded)
+    step = max(1, (ROWS if weight.device.type == "cpu" else _GPU_ROWS) // layout.padded)
     for first in range(0, len(weight), step):
         block = weight[first : first + step].float()
         if not (block.abs() <= LARGEST).all():
