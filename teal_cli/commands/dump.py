@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -260,6 +261,7 @@ def _run(
 ) -> dict[str, Any]:
     from teal_cli.runs.dump import Following
 
+    begun = time.perf_counter()  # what all levels are fed is decoded before the first row, and counts
     new_rows, seconds = 0, 0.0
     task: Task | None = None
     passes = job.request.follow != "free"
@@ -279,7 +281,7 @@ def _run(
                     task.update(done=state.passed, text=text)
                     if passes and state.new_rows:  # a decoded row is written at once
                         writing.update(done=state.rows)
-                    new_rows, seconds = state.new_rows, state.seconds
+                    new_rows, seconds = state.new_rows, time.perf_counter() - begun
         except KeyboardInterrupt:
             if task is None and not (resume or path.exists()):
                 out.warn(f"stopped before there were rows; nothing was written to {path}")

@@ -19,6 +19,8 @@ import zarr
 from fixtures_cli import Teal, interruptible
 
 from teal_cli import open_store
+from teal_cli.runs.board import Board
+from teal_cli.runs.dump import Dump, Following
 from teal_cli.runs.recipe import KEYS, load_recipe, shipped_recipes
 from teal_cli.store.schema import parse_levels
 from teal_cli.store.writer import LevelWriter
@@ -90,6 +92,22 @@ def test_dry_run_writes_nothing_and_is_near_the_truth(teal: Teal, prompts: Path,
     assert teal(*arguments, "--follow", follow).code == 0
     written = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
     assert estimate["store_bytes"] == pytest.approx(written, rel=0.3)
+
+
+def test_the_time_of_a_run_has_what_is_decoded_first(
+    teal: Teal, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a dry run counts it: with --follow dense the dense model decodes before there are rows."""
+    decoding = Dump._follow_dense
+
+    def slower(self: Dump, board: Board) -> Iterator[Following]:
+        time.sleep(1.5)
+        yield from decoding(self, board)
+
+    monkeypatch.setattr(Dump, "_follow_dense", slower)
+    result = teal(*small(prompts, tmp_path / "out.zarr"), "--follow", "dense", "--json").json
+    assert result["seconds"] > 1.5
+    assert result["rows_per_s"] == pytest.approx(result["new_rows"] / result["seconds"])
 
 
 @pytest.mark.parametrize("follow", ["free", "dense"])
