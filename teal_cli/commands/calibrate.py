@@ -65,6 +65,8 @@ def calibrate(
     events = library.calibrate(registry, model, text, dtype=dtype, device=choose_device(device), name=name, force=force)
     made: Calibrated = watch(out, f"Calibrating on {text.dataset}", events)
     out.result(about(made), lambda console: show_made(console, made))
+    if (found := made.calibration.provenance.sequences) is not None and found < num_sequences:
+        out.note(f"{text.dataset} has text for {found} of {counted(num_sequences, 'sequence')}")
     if scarce := made.calibration.scarce_experts():
         layer, expert, tokens = scarce[0]
         out.note(

@@ -51,11 +51,11 @@ class TokenBlocks:
 
 
 def pack(
-    source: Source, tokenizer: Tokenizer, *, num_sequences: int, seq_len: int, or_fewer: bool = False
+    source: Source, tokenizer: Tokenizer, *, num_sequences: int, seq_len: int, least: int | None = None
 ) -> TokenBlocks:
     """Fill `num_sequences` blocks of `seq_len` tokens from the beginning of a dataset.
 
-    With `or_fewer`, a dataset that is too short for them gives as many as it can, but at least one.
+    A dataset that is too short for them gives as many as it can, but at least `least`; None wants all.
 
     Raises:
         UsageError: the dataset is too short (says what would fit), or a number below 1.
@@ -73,7 +73,7 @@ def pack(
         if len(ids) >= num_sequences * room:
             break
     fitting = len(ids) // room
-    if fitting < (1 if or_fewer else num_sequences):
+    if fitting < (num_sequences if least is None else least):
         raise _too_short(source, len(ids), num_sequences, seq_len, room)
     num_sequences = min(num_sequences, fitting)
     tokens = np.empty((num_sequences, seq_len), np.dtype("<i8"))

@@ -181,6 +181,13 @@ class PromptSource:
         )
 
 
+def shortage(source: Prompts, found: int) -> list[str]:
+    """What a user should know of a dataset that gave fewer prompts than were asked for."""
+    if not isinstance(source, PromptSource) or source.file is not None or source.count is None or found >= source.count:
+        return []
+    return [f"{source.name} has text for {found} of {source.count} prompts"]
+
+
 def _long_enough(documents: Iterator[str], encode: Encode, tokens: int) -> Iterator[list[int]]:
     for document in documents:
         ids = list(encode(document))

@@ -238,7 +238,8 @@ def mean_thresholds(calibration: Calibration, sparsity: float) -> dict[str, floa
 def _blocks(entry: ModelEntry, text: Text, *, held_out: bool = False) -> TokenBlocks:
     source = open_source(text.dataset, split=text.split, text_column=text.text_column, held_out=held_out)
     tokenizer = load_tokenizer(entry.path)
-    return pack(source, tokenizer, num_sequences=text.num_sequences, seq_len=text.seq_len, or_fewer=held_out)
+    least = 1 if held_out else -(-text.num_sequences // 2)  # a text that is a little short is told, and serves
+    return pack(source, tokenizer, num_sequences=text.num_sequences, seq_len=text.seq_len, least=least)
 
 
 def _check_name(name: str | None) -> None:

@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from teal_cli.data.prompts import Prompt, Prompts
+from teal_cli.data.prompts import Prompt, Prompts, shortage
 from teal_cli.data.tokenizer import TextStream
 from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
@@ -160,6 +160,8 @@ def check_compare(session: Session, request: CompareRequest) -> tuple[tuple[Leve
     if not levels:
         raise UsageError("there is nothing to compare the dense model with", hint="give --sparsity 0.5 or --plan NAME")
     prompts = request.prompts.read(lambda text: session.encode(text, chat=request.chat), session.decode)
+    told = shortage(request.prompts, len(prompts))
+    session.notes += [note for note in told if note not in session.notes]  # a command checks before it loads, too
     for prompt in prompts:
         check_room(prompt.token_ids, request.max_new_tokens, session.config.context, session.config.rope_switch)
     session.check_decodes(*(level.plan for level in levels))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teal_cli.data.prompts import Prompt, Prompts, PromptSource
+from teal_cli.data.prompts import Prompt, Prompts, PromptSource, shortage
 from teal_cli.decoding.decoder import Decoder, check_room
 from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import UsageError
@@ -105,6 +105,7 @@ class Dump:
             )
         self.session, self.request = session, request
         self.prompts = self._read_prompts()
+        session.notes += shortage(request.prompts, len(self.prompts))
         self.levels = session.levels(() if request.plans else request.levels, request.plans)
         self._plans = {level_name(level.plan.target): level.plan for level in self.levels}
         _check_levels(self.levels)

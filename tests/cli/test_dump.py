@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from fixtures_cli import Teal, interruptible
 
 from teal_cli import open_store
+from teal_cli.passes.crew import crew
 from teal_cli.runs.board import Board
 from teal_cli.runs.dump import Dump, Following
 from teal_cli.runs.recipe import KEYS, load_recipe, shipped_recipes
@@ -66,6 +68,28 @@ def test_a_dataset_of_levels_and_prompts(teal: Teal, prompts: Path, tmp_path: Pa
     assert teal("store", "verify", store).code == 0
 
 
+def test_a_dataset_that_is_a_little_short_is_told(teal: Teal, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for index in range(4):
+        (text / f"{index}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    some = ("-d", text, "--max-new-tokens", 4, "--prompt-tokens", 8, "-s", 0.5)
+    run = teal("dump", *some, "-n", 6, "-o", tmp_path / "out.zarr")
+    assert run.code == 0, run.err
+    assert f"{text} has text for 4 of 6 prompts" in " ".join(run.err.split())
+    compared = " ".join(teal("compare", *some, "-n", 6).err.split())
+    assert compared.count(f"{text} has text for 4 of 6 prompts") == 1
+    assert teal("dump", *some, "-n", 9, "-o", tmp_path / "more.zarr").code == 2
+    enough = teal("dump", *some, "-n", 4, "-o", tmp_path / "all.zarr")
+    assert (enough.code, "has text for" in enough.err) == (0, False)
+    tokens = teal("calibrate", "-d", text, "-n", 1000, "--seq-len", 64, "--name", "short", "--json")
+    assert tokens.code == 2
+    fits = int(re.findall(r"--num-sequences (\d+)", tokens.error["hint"])[0])
+    made = teal("calibrate", "-d", text, "-n", fits + 1, "--seq-len", 64, "--name", "short")
+    assert made.code == 0, made.err
+    assert f"has text for {fits} of {fits + 1} sequences" in " ".join(made.err.split())
+
+
 def test_the_rows_are_those_of_generate(teal: Teal, prompts: Path, tmp_path: Path) -> None:
     """A dump of many is many dumps of one: sequence 0 has the random stream that `generate` has."""
     teal(*small(prompts, tmp_path / "many.zarr"), "--seed", 4)
@@ -86,7 +110,9 @@ def test_dry_run_writes_nothing_and_is_near_the_truth(teal: Teal, prompts: Path,
     estimate = teal(*arguments, "--follow", follow, "--dry-run", "--json").json
     assert not store.exists()
     assert estimate["rows"] == 3 * 3 * 69
-    assert estimate["sampled_rows"] == 3 * 32
+    passed = crew(torch.device("cpu"))
+    at_once = 1 if follow == "free" or passed is None else min(3, passed.size)  # a sequence on each core
+    assert estimate["sampled_rows"] == at_once * 3 * 32
     assert 0 < estimate["seconds_low"] <= estimate["seconds"] <= estimate["seconds_high"]
     assert set(estimate) >= {"store_bytes", "free_bytes", "levels", "prompts"}
     assert teal(*arguments, "--follow", follow).code == 0

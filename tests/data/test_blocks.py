@@ -95,10 +95,12 @@ def test_not_even_one_fits() -> None:
     assert pack(source("0123456789"), Characters(BOS), num_sequences=1, seq_len=11).tokens.shape == (1, 11)
 
 
-def test_or_fewer_takes_what_there_is() -> None:
-    assert pack(source("0123456789"), Characters(), num_sequences=5, seq_len=4, or_fewer=True).tokens.shape == (2, 4)
+def test_what_there_is_is_taken_where_that_is_enough() -> None:
+    assert pack(source("0123456789"), Characters(), num_sequences=5, seq_len=4, least=1).tokens.shape == (2, 4)
+    with pytest.raises(UsageError, match="has only 10 tokens"):
+        pack(source("0123456789"), Characters(), num_sequences=5, seq_len=4, least=3)
     with pytest.raises(UsageError, match="has only 3 tokens"):
-        pack(source("012"), Characters(), num_sequences=5, seq_len=4, or_fewer=True)
+        pack(source("012"), Characters(), num_sequences=5, seq_len=4, least=1)
 
 
 @pytest.mark.parametrize(("num_sequences", "seq_len"), [(0, 4), (-1, 4), (1, 1), (1, 0)])
