@@ -345,7 +345,9 @@ def find_kind(name: str) -> Kind:
         UsageError: there is none of that name.
     """
     if name not in KINDS:
-        raise UsageError(f"there is no picture {name!r}", hint=did_you_mean(name, KINDS) + f"kinds: {', '.join(KINDS)}")
+        raise UsageError(
+            f"there is no picture {name!r}", hint=did_you_mean(name, KINDS) + f"kinds: activations, {', '.join(KINDS)}"
+        )
     return KINDS[name]
 
 

@@ -65,7 +65,8 @@ class Remote:
         except ImportError as error:
             raise UsageError(f"{self} cannot be read: {error}", hint="install it, e.g. pip install s3fs") from error
         except Exception as error:  # a file system raises what it likes about its own URLs
-            raise UsageError(f"{self} is no URL that can be read: {error}") from error
+            hint = "URLs look like s3://bucket/store.zarr, https://... or hf://datasets/ORG/NAME"
+            raise UsageError(f"{self} is no URL that can be read: {error}", hint=hint) from error
         return fs, str(path)
 
     def node(self) -> dict[str, Any]:
