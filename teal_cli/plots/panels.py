@@ -138,7 +138,8 @@ def _thresholds(facts: Facts) -> list[Panel]:
     seen = [x for values in sizes.values() if len(values) for x in np.quantile(values, _WITHIN)]
     seen += [limit for found in limits.values() for limit in found if limit > 0]
     bins = np.geomspace(min(seen, default=0.1) / 1.2, max(seen, default=1.0) * 1.2, 60)
-    shares = {site: np.histogram(values, bins)[0] / max(1, len(values)) for site, values in sizes.items()}
+    counts = {site: np.histogram(values, bins)[0] for site, values in sizes.items()}
+    shares = {site: found / max(1, len(sizes[site])) for site, found in counts.items()}
     highest = max(float(found.max()) for found in shares.values()) or 1.0
 
     def panel(site: str) -> Panel:
@@ -156,9 +157,9 @@ def _thresholds(facts: Facts) -> list[Panel]:
             axes.set_ylabel("stored entries")
             axes.yaxis.set_major_formatter(_percent)
             _legend(axes)
-            beyond = 1 - float(shares[site].sum())
-            note = f"{beyond:.2%} of the entries are beyond the axis" if len(sizes[site]) else "nothing is stored"
-            axes.set_xlabel(f"|x|\n{note}")
+            stored, beyond = len(sizes[site]), len(sizes[site]) - int(counts[site].sum())
+            note = f"\n{beyond:,} of {stored:,} entries are beyond the axis" if beyond else ""
+            axes.set_xlabel("|x|" + (note if stored else "\nnothing is stored"))
 
         return Panel(f"layer {layer}, {site} (entries of {fullest.name})", draw)
 
