@@ -125,7 +125,8 @@ class SiteReader(Blocks):
         parts = zip(*self._load(layers, block), strict=True)
         return [self._checked(layer, block, *part) for layer, part in enumerate(parts, layers.start or 0)]
 
-    def _load(self, layer: int | slice, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _load(self, layer: int | slice, block: int) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Values of a layer, or of each layer of a range, perhaps with empty slots behind them; mask; row_nnz."""
         start, stop = self.span(block)
         values, mask, row_nnz = self.arrays
         if (quick := self._load_quick(layer, block)) is not None:
@@ -145,7 +146,7 @@ class SiteReader(Blocks):
         self._guard()
         return read
 
-    def _load_quick(self, layer: int | slice, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    def _load_quick(self, layer: int | slice, block: int) -> tuple[Any, np.ndarray, np.ndarray] | None:
         """What `_load` reads, where it is a local store's and as the writer makes it, in a third of Zarr's time."""
         if not isinstance(self._path, Path):
             return None

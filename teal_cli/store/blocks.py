@@ -84,14 +84,22 @@ class Block:
         """Rows [tokens, K] in the stored data type, zeros where dropped."""
         return unpack(self.values, self.kept)
 
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Where the values of each row begin, and the last one's end: int64 [tokens + 1]."""
+        bounds = np.zeros(len(self.row_nnz) + 1, np.int64)
+        np.cumsum(self.row_nnz, out=bounds[1:])
+        return bounds
+
+    def cut(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """values, mask and row_nnz of a part of the block, by indices of tokens in the level."""
+        a, b = start - self.start, stop - self.start
+        return self.values[self.bounds[a] : self.bounds[b]], self.mask[a:b], self.row_nnz[a:b]
+
     def rows(self, start: int, stop: int) -> Block:
         """Part of the block, by indices of tokens in the level."""
-        a, b = start - self.start, stop - self.start
-        first = int(self.row_nnz[:a].sum())
-        last = first + int(self.row_nnz[a:b].sum())
-        return replace(
-            self, start=start, values=self.values[first:last], mask=self.mask[a:b], row_nnz=self.row_nnz[a:b]
-        )
+        values, mask, row_nnz = self.cut(start, stop)
+        return replace(self, start=start, values=values, mask=mask, row_nnz=row_nnz)
 
 
 @dataclass(frozen=True)

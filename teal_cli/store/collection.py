@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -25,8 +25,12 @@ from teal_cli.store.header import LevelState, differing_fields
 from teal_cli.store.levels import ActivationStore, Level
 from teal_cli.store.metadata import VERIFY_HINT
 from teal_cli.store.remote import Place
+from teal_cli.store.shards import compression_threads
 
 _CACHED_BLOCKS = 4
+
+_Held = dict[tuple[int, int, int | None, int | None], list[Block]]
+"""(part, its block, first layer, the one after the last) -> those layers of that block."""
 
 
 class Collection(ActivationStore):
@@ -86,13 +90,12 @@ class JoinedLevel(Level):
         self.parts = tuple(parts)
         self._segments = _in_order(store, name, parts)
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """The token columns; raises as those of a store."""
-        parts = [level.columns() for level in self.parts]
-        segments = self._segments
+    def columns(self, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Token columns; raises as those of a store."""
+        parts = [level.columns(names) for level in self.parts]
         return {
-            name: np.concatenate([np.empty(0, dtype), *(parts[p][name][a:b] for p, a, b in segments.tolist())])
-            for name, dtype in self.store.header.token_columns.items()
+            name: np.concatenate([parts[0][name][:0], *(parts[p][name][a:b] for p, a, b in self._segments.tolist())])
+            for name in parts[0]
         }
 
     def site_reader(self, site: str) -> Blocks:
@@ -126,14 +129,15 @@ def _in_order(store: Collection, level: str, parts: Sequence[Level]) -> np.ndarr
     """(part, first row, row after the last) of each sequence that the parts have, by sequence: int64 [sequences, 3]."""
     found: dict[int, tuple[int, int, int]] = {}
     for number, part in enumerate(parts):
-        sequence = part.tokens.sequence
+        sequence = part.columns(("sequence",))["sequence"]  # the other columns take longer to read than a block
         starts = np.flatnonzero(np.diff(sequence.astype(np.int64), prepend=-1))
         for start, stop in zip(starts, np.append(starts, len(sequence))[1:], strict=True):
             key = int(sequence[start])
             if key in found:
-                names = " and ".join(store.parts[index].path.name for index in (found[key][0], number))
+                one, other = (store.parts[index].path.name for index in (found[key][0], number))
+                has = f"{one} and {other} both have" if one != other else f"{one} has in two places"
                 raise TealError(
-                    f"{store.path}: {level}: {names} both have sequence {key}",
+                    f"{store.path}: {level}: {has} sequence {key}",
                     hint="a collection has each sequence once; " + VERIFY_HINT,
                 )
             found[key] = (number, int(start), int(stop))
@@ -146,11 +150,12 @@ class _JoinedSite(Blocks):
     def __init__(self, level: JoinedLevel, site: str, parts: Sequence[Blocks]) -> None:
         header = level.store.header
         super().__init__(level.name, header, site, len(level))
-        self.held = len(parts)
+        self.held = 2 * len(parts)
         self._parts, self._segments = parts, level.segments
         self._ends = np.cumsum(self._segments[:, 2] - self._segments[:, 1])
         self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
-        self._last = threading.local()
+        self._held = threading.local()
+        self._pool = ThreadPoolExecutor(compression_threads())
 
     @property
     def dtype(self) -> np.dtype:
@@ -158,21 +163,24 @@ class _JoinedSite(Blocks):
         return self._parts[0].dtype
 
     def _read(self, layer: int, block: int) -> Block:
-        return _join(
-            self.span(block)[0], [self._parts[p].read(layer, i).rows(a, b) for p, i, a, b in self._pieces(block)]
-        )
+        pieces = [([self._parts[p].read(layer, i)], a, b) for p, i, a, b in self._pieces(block)]
+        return _joined(self.span(block)[0], pieces)[0]
 
     def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
-        """All layers of one block, or a range of them. Of each part the last block stays in memory for its thread,
-        since the next block goes on in it.
+        """All layers of one block, or a range of them. The last block of each part stays in memory for its thread,
+        since the next block goes on in it; parts that have none there are read at the same time.
         """
-        last: dict[int, tuple[int, slice, list[Block]]] = self._last.__dict__.setdefault("blocks", {})
-        pieces: list[list[Block]] = []
-        for p, i, a, b in self._pieces(block):
-            if p not in last or last[p][:2] != (i, layers):
-                last[p] = (i, layers, self._parts[p].read_layers(i, layers))
-            pieces.append([found.rows(a, b) for found in last[p][2]])
-        return [_join(self.span(block)[0], list(of_layer)) for of_layer in zip(*pieces, strict=True)]
+        held: _Held = self._held.__dict__.setdefault("blocks", {})
+        pieces = list(self._pieces(block))
+        wanted = {(p, i, layers.start, layers.stop): None for p, i, _, _ in pieces}
+        missing = [key for key in wanted if key not in held]
+        read = self._pool.map(lambda key: self._parts[key[0]].read_layers(key[1], layers), missing)
+        held |= zip(missing, read, strict=True)
+        found = [(held[p, i, layers.start, layers.stop], a, b) for p, i, a, b in pieces]
+        last = {key[0]: key for key in [*held, *wanted]}
+        for key in held.keys() - last.values():
+            del held[key]
+        return _joined(self.span(block)[0], found)
 
     def row_nnz(self, layer: int) -> np.ndarray:
         """uint32 [tokens], kept entries of every row of a layer."""
@@ -194,10 +202,20 @@ class _JoinedSite(Blocks):
             index += count == left
 
 
-def _join(start: int, blocks: list[Block]) -> Block:
-    if len(blocks) == 1:
-        return replace(blocks[0], start=start)
-    values, mask, row_nnz = (
-        np.concatenate([getattr(block, name) for block in blocks]) for name in ("values", "mask", "row_nnz")
-    )
-    return replace(blocks[0], start=start, values=values, mask=mask, row_nnz=row_nnz)
+def _joined(start: int, pieces: Sequence[tuple[list[Block], int, int]]) -> list[Block]:
+    """Rows a to b of the blocks of each piece, one below the other: a block for each layer. All lie in one array, which
+    costs half of what an array for each layer does.
+    """
+    layers, one = len(pieces[0][0]), pieces[0][0][0]
+    cuts = [[block.cut(a, b) for block in blocks] for blocks, a, b in pieces]
+    ends = np.cumsum([sum(len(cut[layer][0]) for cut in cuts) for layer in range(layers)]).tolist()
+    values = np.split(np.empty(ends[-1], one.values.dtype), ends[:-1])
+    rows = sum(b - a for _, a, b in pieces)
+    mask = np.empty((layers, rows, one.mask.shape[1]), np.uint8)
+    row_nnz = np.empty((layers, rows), np.uint32)
+    blocks = []
+    for layer, out in enumerate(zip(values, mask, row_nnz, strict=True)):
+        for number, array in enumerate(out):
+            np.concatenate([cut[layer][number] for cut in cuts], out=array)
+        blocks.append(Block(start, out[0], out[1], one.channels, out[2], one.ranked))
+    return blocks

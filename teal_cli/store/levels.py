@@ -266,15 +266,15 @@ class Level:
             raise TealError(f"{self.store.path}: {self.name}/{column}{problem}", hint=VERIFY_HINT)
         return Tokens(**columns)
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """The token columns as they are read, unchecked; for `verify`.
+    def columns(self, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Token columns as they are read, unchecked; all that there are if none is named.
 
         Raises:
             TealError: one is unreadable.
         """
         specs = layout.level_arrays(self.store.header, self._most)
         columns = {}
-        for name in self.store.header.token_columns:
+        for name in names or self.store.header.token_columns:
             array = open_array(self.store.path / self.name, name, specs[name], least=self._tokens)
             try:
                 columns[name] = as_numpy(array[: self._tokens])

@@ -100,28 +100,33 @@ class SiteFiles:
             self._folder / f"row_nnz/c/0/{block}",
         )
 
-    def read(self, block: int, layers: range, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """values [layers, T*K], mask [layers, tokens, ceil(K/8)] and row_nnz [layers, tokens], of some layers.
+    def read(self, block: int, layers: range, tokens: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Of some layers the kept values [kept], mask [tokens, ceil(K/8)] and row_nnz [tokens], stacked but for values.
 
         Raises:
             ValueError, RuntimeError: the files are not as they are written here.
             OSError: one is missing or unreadable.
         """
-        slot, width = self._block * self._channels, mask_bytes(self._channels)
-        values = np.empty((len(layers), slot), self._dtype)
-        mask = np.zeros((len(layers), self._block, width), np.uint8)
+        mask = np.zeros((len(layers), self._block, mask_bytes(self._channels)), np.uint8)
         counts = np.full((self._layers, self._block), NEVER_WRITTEN, "<u4")
         *shards, row_nnz = self.paths(block)
-        for row, data in zip(values, _read_chunks(shards[0], self._layers, layers), strict=True):
-            if int.from_bytes(data[4:8], "little") != row.nbytes:  # what Blosc's header says
-                raise ValueError("a chunk of values has another size")
-            _blosc.decode(data, row)
-        for row, data in zip(mask, _read_chunks(shards[1], self._layers, layers), strict=True):
-            _zstd.decode(data, row)
         with row_nnz.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             _zstd.decode(_check_chunk(file, size, row_nnz.name), counts)
-        return values, mask[:, :tokens], counts[layers.start : layers.stop, :tokens]
+        counts = counts[layers.start : layers.stop, :tokens]
+        for row, data in zip(mask, _read_chunks(shards[1], self._layers, layers), strict=True):
+            _zstd.decode(data, row)
+        if counts.max(initial=0) > self._channels:
+            raise ValueError("a row counts more than its entries")
+        ends = np.cumsum(counts.sum(axis=1), dtype=np.int64).tolist()
+        values = np.split(np.empty(ends[-1], self._dtype), ends[:-1])
+        slots = np.empty(self._block * self._channels, self._dtype)  # one for all layers stays in the cache
+        for kept, data in zip(values, _read_chunks(shards[0], self._layers, layers), strict=True):
+            if int.from_bytes(data[4:8], "little") != slots.nbytes:  # what Blosc's header says
+                raise ValueError("a chunk of values has another size")
+            _blosc.decode(data, slots)
+            kept[:] = slots[: len(kept)]
+        return values, mask[:, :tokens], counts
 
     def _encode_layer(
         self, layer: int, rows: np.ndarray
