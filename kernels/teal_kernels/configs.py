@@ -55,19 +55,24 @@ def default_gemv_config(inputs: int, outputs: int, itemsize: int) -> GemvConfig:
     """A configuration for H100-class GPUs, for a weight [inputs, outputs] of `itemsize` bytes per entry.
 
     A row of a tile is one 128-byte cache line, and a program has loads of 16 KiB of weights in flight, 128 bytes a
-    thread: at 50%, the best or within 1% of it for every matrix of Llama-3-8B, among some 700 configurations and forms
-    of the loop (one H100, bfloat16, 2026-11-27; 8 KiB take 1.15 to 1.3 times as long). The number of splits is doubled
+    thread: at 50%, the best or within 2% of it for every matrix of Llama-3-8B, among some 800 configurations and forms
+    of the loop (one H100, bfloat16, 2026-11-27; 8 KiB take 1.15 to 1.33 times as long). The number of splits is doubled
     until three programs fall to each of 132 multiprocessors, which hold four at a time, as long as the loop of each
     still has four iterations in the dense case: every further split is a row of float32 partial sums that the next
     kernel reads. Of matrices below 8 MiB, which were not measured, a program loads fewer rows.
     """
     block_n = 128 // itemsize
     rows = 128 if inputs * outputs * itemsize >= 2**23 else 16
-    tiles = -(-outputs // block_n)
-    splits = 1
-    while splits < 16 and tiles * splits < 3 * 132 and inputs >= 8 * rows * splits:
-        splits *= 2
+    splits = doubled_splits(-(-outputs // block_n), programs=3 * 132, most=inputs // (4 * rows))
     return GemvConfig(block_n, rows, splits)
+
+
+def doubled_splits(tiles: int, *, programs: int, most: int) -> int:
+    """A power of two, at most 16 and `most`: doubled until so many tiles give that many programs."""
+    splits = 1
+    while splits < 16 and tiles * splits < programs and 2 * splits <= most:
+        splits *= 2
+    return splits
 
 
 BANDS: Final = (0.3, 0.6, 0.8, 1.0)

@@ -114,13 +114,18 @@ def tiny_model(
     return Model(spec, layers, (embedding, final_norm, embedding), (cos, sin), cache[0], cache[1])
 
 
-def packed_model(model: Model, bits: int, group: int = 64, head: bool = True) -> Model:
-    """The same model with packed matrices; `head`: embedding and head, too."""
+def packed(weight: Tensor, segments: tuple[int, ...], bits: int, group: int, dtype: torch.dtype) -> PackedMatrix:
+    """A weight [K, N] rounded on the CPU, where it lies."""
+    layout = RowLayout(bits, group, segments)
+    return PackedMatrix(quantize(weight.cpu(), layout).to(weight.device), layout, dtype)
+
+
+def packed_model(model: Model, bits: int, head: bool = True) -> Model:
+    """The same model with packed matrices in groups of 64; `head`: embedding and head, too."""
 
     def pack(matrix: Matrix) -> PackedMatrix:
-        layout = RowLayout(bits, group, matrix.segments)
         weight = matrix.tensor()
-        return PackedMatrix(quantize(weight.float().cpu(), layout).to(weight.device), layout, weight.dtype)
+        return packed(weight, matrix.segments, bits, 64, weight.dtype)
 
     layers = [replace(layer, **{name: pack(getattr(layer, name)) for name in MATRICES}) for layer in model.layers]
     embedding, norm, _ = model.ends

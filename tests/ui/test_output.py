@@ -156,6 +156,28 @@ def test_a_task_tells_rate_and_time(capsys: pytest.CaptureFixture[str], monkeypa
     ]
 
 
+def last_bar(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+    text: str,
+    total: float,
+    done: float,
+) -> str:
+    """How a task is last drawn on a terminal of that width, 100 s after it began."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    now = [100.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress(Output(json=False, quiet=False)) as bars:
+        task = bars.task(text, total=total, unit="rows")
+        now[0] += 100
+        task.update(done=done)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    return [line for line in re.split(r"[\r\n]+", drawn) if line.strip()][-1]
+
+
 @pytest.mark.parametrize(("width", "shown"), [
     (40, "1,240,000/5,000,000 rows"), (60, "1,240,000/5,000,000 rows, 5:03 left"),
     (63, "1,240,000/5,000,000 rows, 12,400.0/s, 5:03 left"),
@@ -164,17 +186,7 @@ def test_a_task_tells_rate_and_time(capsys: pytest.CaptureFixture[str], monkeypa
 def test_what_has_no_room_beside_a_bar_is_left_out_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, shown: str
 ) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    now = [100.0]
-    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with progress(Output(json=False, quiet=False)) as bars:
-        task = bars.task("Running s0.50", total=5e6, unit="rows")
-        now[0] += 100
-        task.update(done=1.24e6)
-    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
-    last = [line for line in re.split(r"[\r\n]+", drawn) if line.strip()][-1]
+    last = last_bar(capsys, monkeypatch, width, "Running s0.50", total=5e6, done=1.24e6)
     assert (last.startswith("Running s0.50"), last.rstrip().endswith(f" {shown}")) == (True, True), last
     assert "\u2026" not in last
 
@@ -183,17 +195,7 @@ def test_what_has_no_room_beside_a_bar_is_left_out_whole(
 def test_a_bar_fits_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    now = [100.0]
-    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with progress(Output(json=False, quiet=False)) as bars:
-        task = bars.task("Decoding s0.50", total=5000, unit="rows")
-        now[0] += 100
-        task.update(done=1240)
-    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
-    last = [line for line in re.split(r"[\r\n]+", drawn) if line.strip()][-1]
+    last = last_bar(capsys, monkeypatch, width, "Decoding s0.50", total=5000, done=1240)
     assert last.rstrip().endswith("1,240/5,000 rows, 12.4/s, 1:40, 5:03 left")
     assert len(last) <= width
     assert ("\u2501" in last) == (width > 72)

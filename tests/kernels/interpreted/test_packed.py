@@ -7,23 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import DTYPES, TOLERANCE, channel_limits, operands, relative_error, threshold_sets
-from kernel_models import packed_model, plan, tiny_model
+from kernel_models import packed, packed_model, plan, tiny_model
 
 from teal_kernels.ops.packed.op import launch_packed_dot, launch_unpack_row
 from teal_kernels.ops.sparse_gemv.op import sparse_gemv
 from teal_kernels.ops.sparse_gemv.reference import sparse_gemv_reference
-from teal_kernels.packed import PackedMatrix
-from teal_kernels.packing import RowLayout, quantize
 from teal_kernels.steps.gpu.op import GpuStep
 from teal_kernels.steps.gpu.reference import gpu_step_reference
 
 FORMS = [(8, 64), (8, 32), (8, 256), (4, 64), (4, 32), (4, 128)]
 forms = pytest.mark.parametrize(("bits", "group"), FORMS)
-
-
-def packed(weight: torch.Tensor, segments: tuple[int, ...], bits: int, group: int, dtype: torch.dtype) -> PackedMatrix:
-    layout = RowLayout(bits, group, segments)
-    return PackedMatrix(quantize(weight, layout), layout, dtype)
 
 
 @pytest.mark.parametrize(

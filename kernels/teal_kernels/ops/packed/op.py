@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from teal_kernels.configs import GemvConfig, launch_options
+from teal_kernels.configs import GemvConfig, doubled_splits, launch_options
 from teal_kernels.ops.kept.op import KeptList
 from teal_kernels.packed import PackedMatrix
 from teal_kernels.packing import RowLayout
@@ -27,9 +27,7 @@ def packed_gemv_config(inputs: int, layout: RowLayout) -> GemvConfig:
     rows, warps = (32, 4) if layout.bits == 8 else (128, 2)
     rows = max(1, rows * 128 // block_n)
     tiles = sum(-(-width // block_n) for width in layout.widths)
-    splits = 1
-    while splits < 16 and tiles * splits < 500 and inputs >= 4 * rows * splits:
-        splits *= 2
+    splits = doubled_splits(tiles, programs=500, most=inputs // (2 * rows))
     return GemvConfig(block_n, rows, splits, warps)
 
 
