@@ -51,7 +51,8 @@ ROWS = 1 << 20
 """Weights that are rounded at once: few enough to stay in a processor's cache."""
 
 _GPU_ROWS = 1 << 26
-"""The same on a GPU, where each of some 180 operations should be worth its launch; 1.5 GB of memory."""
+"""The same on a GPU, where each of some 180 operations should be worth its launch; some 2 GB of memory, computed. Not
+run on one."""
 
 
 @dataclass(frozen=True)
