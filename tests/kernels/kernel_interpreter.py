@@ -2,10 +2,13 @@
 
 Also lets Triton 3.6 interpret loops over loaded bounds with NumPy 2.4, as newer versions do, and patches the language
 once for a process: Triton patches it anew at every launch and every call of a device function, half of a step's time.
+A third of the rest went into what no result depends on: tables and shapes made anew at every operation, and integers
+checked for an overflow that nobody is told of.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -16,6 +19,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast_impl = InterpreterBuilder.cast_impl
 _create_dot = InterpreterBuilder.create_dot
+_get_np_dtype = interpreter._get_np_dtype
+_tensor_init = tl.tensor.__init__
 _patch_lang = interpreter._patch_lang
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
@@ -61,9 +66,36 @@ def _patch_once() -> SimpleNamespace:
     return SimpleNamespace(restore=lambda: None)
 
 
+_dtypes: dict[str, np.dtype] = {}
+_shapes: dict[str, dict[str, object]] = {}
+
+
+def _dtype(kind: tl.dtype) -> np.dtype:
+    """As `_get_np_dtype`, which makes its table at every call; by names, since not every type has a hash."""
+    name = kind.scalar.name
+    if name not in _dtypes:
+        _dtypes[name] = _get_np_dtype(kind)
+    return _dtypes[name]
+
+
+def _tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    """As `tl.tensor.__init__`, which makes the shape of every result anew."""
+    if type.name in _shapes:
+        vars(self).update(_shapes[type.name], handle=handle, type=type, dtype=type.scalar)
+    else:
+        _tensor_init(self, handle, type)
+        own = ("handle", "type", "dtype")
+        _shapes[type.name] = {name: value for name, value in vars(self).items() if name not in own}
+
+
 def repair() -> None:
     """Install the corrections in this process."""
     interpreter._patch_lang = lambda fn: _patch_once()
     interpreter._patch_lang_tensor = _patch
+    interpreter._get_np_dtype = _dtype
+    tl.tensor.__init__ = _tensor
+    # Sums and products of integers are computed again in 64 bits for an assertion that is made in debugging only.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
