@@ -122,7 +122,7 @@ class SiteFiles:
         values = np.split(np.empty(ends[-1], self._dtype), ends[:-1])
         slots = np.empty(self._block * self._channels, self._dtype)  # one for all layers stays in the cache
         for kept, data in zip(values, _read_chunks(shards[0], self._layers, layers), strict=True):
-            if int.from_bytes(data[4:8], "little") != slots.nbytes:  # what Blosc's header says
+            if int.from_bytes(data[4:8].tobytes(), "little") != slots.nbytes:  # what Blosc's header says
                 raise ValueError("a chunk of values has another size")
             _blosc.decode(data, slots)
             kept[:] = slots[: len(kept)]
@@ -158,7 +158,7 @@ def _check_shard(file: BinaryIO, chunks: int, name: str) -> None:
     if size < tail:
         raise ValueError(f"{name} is cut off")
     file.seek(size - tail)
-    index = np.frombuffer(_check_chunk(file, tail, f"the index of {name}"), "<u8").reshape(-1, 2)
+    index = _check_chunk(file, tail, f"the index of {name}").view("<u8").reshape(-1, 2)
     lengths = [int(length) for length in index[:, 1]]
     if sum(lengths) != size - tail or (np.cumsum(index[:, 1]) - index[:, 1] != index[:, 0]).any():
         raise ValueError(f"{name} is not as long as its index says")
@@ -167,26 +167,32 @@ def _check_shard(file: BinaryIO, chunks: int, name: str) -> None:
         _check_chunk(file, length, f"layer {layer} of {name}")
 
 
-def _read_chunks(path: Path, chunks: int, wanted: range) -> Iterator[bytes]:
-    """Some of the chunks of a shard, held against their checksums."""
-    with path.open("rb") as file:
-        tail = _ENTRY * chunks + _CRC
-        file.seek(-tail, os.SEEK_END)
-        index = np.frombuffer(_check_chunk(file, tail, f"the index of {path.name}"), "<u8").reshape(-1, 2).tolist()
+def _read_chunks(path: Path, chunks: int, wanted: range) -> Iterator[np.ndarray]:
+    """Some of the chunks of a shard, uint8 each, held against their checksums."""
+    with path.open("rb", buffering=0) as file:
+        size, tail = os.fstat(file.fileno()).st_size, _ENTRY * chunks + _CRC
+        if size < tail:
+            raise ValueError(f"{path.name} is cut off")
+        index = _without_check(os.pread(file.fileno(), tail, size - tail), tail, f"the index of {path.name}")
+        places = index.view("<u8").reshape(-1, 2).tolist()
         for layer in wanted:
-            offset, length = index[layer]
-            if offset + length > file.seek(0, os.SEEK_END):
+            offset, length = places[layer]
+            if offset + length > size:
                 raise ValueError(f"layer {layer} of {path.name} is not there")
-            file.seek(offset)
-            yield _check_chunk(file, length, f"layer {layer} of {path.name}")
+            yield _without_check(os.pread(file.fileno(), length, offset), length, f"layer {layer} of {path.name}")
 
 
-def _check_chunk(file: BinaryIO, length: int, name: str) -> bytes:
-    """The next bytes of a file without their checksum, which they must have."""
-    data = file.read(length)
-    if length < _CRC or google_crc32c.value(data[:-_CRC]).to_bytes(_CRC, "little") != data[-_CRC:]:
+def _check_chunk(file: BinaryIO, length: int, name: str) -> np.ndarray:
+    """The next bytes of a file without their checksum, which they must have: uint8."""
+    return _without_check(file.read(length), length, name)
+
+
+def _without_check(data: bytes, length: int, name: str) -> np.ndarray:
+    """The bytes of a chunk of this length without their checksum, which they must have: uint8, no copy."""
+    chunk = np.frombuffer(data, np.uint8)[:-_CRC]
+    if length < _CRC or google_crc32c.value(chunk).to_bytes(_CRC, "little") != data[-_CRC:]:
         raise ValueError(f"{name} does not have its checksum")
-    return data[:-_CRC]
+    return chunk
 
 
 class ExpertFiles:

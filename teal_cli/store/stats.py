@@ -32,6 +32,8 @@ from teal_kernels.thresholds import lowest
 
 _BAND_BYTES: Final = 64 << 20  # of decoded blocks that a thread holds at a time
 _MOST_THREADS: Final = 8
+_COUNTED_VALUES: Final = 1 << 17
+"""Values whose bytes are counted at a time: many, for each time goes through a count for every pair of bytes."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ class _Tally:
         self._level, self._layer = level, layer
         reader = level.site_reader(site)
         self._channels = reader.channels
-        self._pairs = np.zeros((reader.dtype.itemsize // 2, 256, 256), np.int64)  # by byte pair: [pair, high, low]
+        self._values: list[np.ndarray] = []
+        self._planes = np.zeros((reader.dtype.itemsize, 256), np.int64)
         self._counting = MaskCounts(columns, reader.channels)
         limits = level.limits(layer, site)
         self._limits = dict(zip(SITE_PROJECTIONS[site], map(np.asarray, limits), strict=True))
@@ -226,9 +229,9 @@ class _Tally:
 
     def add(self, block: Block) -> None:
         """The next rows."""
-        halves = block.values.view(np.uint16).reshape(-1, block.values.itemsize // 2)
-        for half, counts in enumerate(self._pairs):
-            counts += np.bincount(halves[:, half], minlength=counts.size).reshape(counts.shape)
+        self._values.append(block.values)
+        if sum(map(len, self._values)) >= _COUNTED_VALUES:
+            self._count_bytes()
         self._counting.add(block.words)
         for projection, counting in self._own.items():
             stays = block.stays(self._limits[projection], self._level.whole)
@@ -236,9 +239,21 @@ class _Tally:
 
     def finish(self) -> None:
         """No more rows."""
+        self._count_bytes()
         tokens, channels = len(self._level), self._channels
         self.mask = Mask(tokens, channels, self._counting.finish())
         self._masks = {name: Mask(tokens, channels, counting.finish()) for name, counting in self._own.items()}
+
+    def _count_bytes(self) -> None:
+        """Counts, by byte plane, the bytes of the values that wait for it."""
+        if not self._values:
+            return
+        halves = np.concatenate(self._values).view(np.uint16).reshape(-1, len(self._planes) // 2)
+        for half in range(halves.shape[1]):
+            pairs = np.bincount(halves[:, half], minlength=1 << 16).reshape(256, 256)  # [high, low]
+            self._planes[2 * half] += pairs.sum(axis=0)
+            self._planes[2 * half + 1] += pairs.sum(axis=1)
+        self._values = []
 
     def of(self, projection: str) -> Mask:
         """What a projection kept."""
@@ -259,8 +274,7 @@ class _Tally:
         """Bits under the entropy bound."""
         dropped = self.mask.tokens * self._channels - self.mask.kept
         mask = _entropy_bits(np.array([self.mask.kept, dropped]))
-        planes = [*self._pairs.sum(axis=1), *self._pairs.sum(axis=2)]
-        return mask + sum(_entropy_bits(counts) for counts in planes)
+        return mask + sum(_entropy_bits(counts) for counts in [*self._planes[::2], *self._planes[1::2]])
 
 
 def _entropy_bits(counts: np.ndarray) -> float:
