@@ -1,8 +1,9 @@
-"""What is counted over the masks of one layer: integers that add up over batches of rows, in order.
+"""What is counted over the masks of a few layers at once: numbers that add up over batches of rows, in order.
 
 A counter is a function and a row of `COUNTERS`. It sees a batch of rows with the 16 rows before it, so pairs and
 windows of rows need no state; what spans sequences keeps its state in the batch's `memory`. Pairs and windows never
-cross a sequence. `measures` turns the counts into statistics; docs/statistics.md defines them.
+cross a sequence. What it counts has the mask as its first axis. `measures` turns the counts into statistics;
+docs/statistics.md defines them.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ PARTITIONS: Final = (4, 8, 16, 32, 64)
 POSITION_BINS: Final = 33
 ACROSS_STEPS: Final = 256  # steps of each sequence that `union_across` looks at; bounds its memory
 _BEFORE: Final = max(*DISTANCES, *UNIONS)
-_BATCH_ENTRIES: Final = 1 << 20  # what a batch holds: fits the cache packed, and hides the cost of each call
+_BATCH_ENTRIES: Final = 1 << 20  # what a batch holds of each mask: fits the cache packed, hides the cost of a call
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive rows of one mask, and the rows before them.
+    """Consecutive rows of a few masks, and the rows before them.
 
     Attributes:
-        history: uint64 [W, before + rows], see `bits`.
+        history: uint64 [W, masks, before + rows], see `bits`.
         before: rows of `history` that were counted already.
         channels: K.
         sequence: int64 [before + rows].
         step: int64 [rows], index of the row within its sequence.
         position: int64 [rows], of the row's token in its text.
-        memory: what counters keep from one batch of a mask to the next.
+        memory: what counters keep from one batch to the next.
     """
 
     history: np.ndarray
@@ -50,88 +51,88 @@ class Batch:
 
     @cached_property
     def words(self) -> np.ndarray:
-        """The rows themselves, [W, rows]."""
-        return np.ascontiguousarray(self.history[:, self.before :])
+        """The rows themselves, [W, masks, rows]."""
+        return np.ascontiguousarray(self.history[..., self.before :])
 
     @cached_property
     def history_kept(self) -> np.ndarray:
-        """Kept entries of every row of `history`, uint32."""
+        """Kept entries of every row of `history`, uint32 [masks, before + rows]."""
         return bits.row_counts(self.history)
 
     @cached_property
-    def dropped_runs(self) -> dict[int, tuple[int, int]]:
+    def dropped_runs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Runs of dropped entries, see `bits.runs_at_least`, of at least 2^k - 1 and 2^k."""
         powers = [1 << k for k in range(self.channels.bit_length())]
         lengths = sorted({*powers, *(n - 1 for n in powers[1:])})
         return bits.runs_at_least(bits.inverted(self.words, self.channels), self.channels, lengths)
 
     def apart(self, distance: int) -> tuple[slice, slice, np.ndarray]:
-        """Two ranges of `history`: the rows of the batch that have a row `distance` before, and these; bool, which of
-        such pairs are of two sequences.
+        """Two ranges of `history`: the rows of the batch that have a row `distance` before, and these; which of such
+        pairs are of one sequence, bool.
         """
         start, stop = max(self.before, distance), len(self.sequence)
         later, earlier = slice(start, stop), slice(start - distance, max(0, stop - distance))
-        return later, earlier, self.sequence[later] != self.sequence[earlier]
+        return later, earlier, self.sequence[later] == self.sequence[earlier]
 
 
 def _channels(batch: Batch) -> np.ndarray:
-    """Rows that keep each channel: [K]."""
+    """Rows that keep each channel: [masks, K]."""
     return bits.channel_counts(batch.words, batch.channels)
 
 
 def _groups(batch: Batch) -> np.ndarray:
-    """Aligned groups by size and kept entries: [len(GROUPS), max(GROUPS) + 1]."""
-    counts = np.zeros((len(GROUPS), max(GROUPS) + 1), np.int64)
+    """Aligned groups by size and kept entries: [masks, len(GROUPS), max(GROUPS) + 1]."""
+    counts = np.zeros((batch.history.shape[1], len(GROUPS), max(GROUPS) + 1), np.int64)
     histograms = bits.group_histograms(batch.words, batch.channels)
-    for line, size in zip(counts, GROUPS, strict=True):
-        line[: size + 1] = histograms[size]
+    for number, size in enumerate(GROUPS):
+        counts[:, number, : size + 1] = histograms[size]
     return counts
 
 
-def _by_power(at_least: Sequence[int]) -> list[int]:
-    """How many reach 1, 2, 4, ... -> how many of these reach no more."""
-    return [one - more for one, more in zip(at_least, [*at_least[1:], 0], strict=True)]
+def _by_power(at_least: Sequence[np.ndarray]) -> np.ndarray:
+    """How many of each mask reach 1, 2, 4, ... -> how many of these reach no more: [masks, powers]."""
+    counts = np.stack([*at_least, np.zeros_like(at_least[0])], axis=-1)
+    return counts[:, :-1] - counts[:, 1:]
 
 
 def _runs(batch: Batch) -> np.ndarray:
-    """Runs of kept and of dropped entries by floor(log2(length)): [2, bit length of K]."""
+    """Runs of kept and of dropped entries by floor(log2(length)): [masks, 2, bit length of K]."""
     powers = [1 << k for k in range(batch.channels.bit_length())]
     kept = bits.runs_at_least(batch.words, batch.channels, powers)
-    return np.array([_by_power([runs[n][0] for n in powers]) for runs in (kept, batch.dropped_runs)], np.int64)
+    return np.stack([_by_power([runs[n][0] for n in powers]) for runs in (kept, batch.dropped_runs)], axis=1)
 
 
 def _gaps(batch: Batch) -> np.ndarray:
-    """Kept entries by floor(log2(distance to the kept entry before)): [bit length of K].
+    """Kept entries by floor(log2(distance to the kept entry before)): [masks, bit length of K].
 
     A distance of 2^k is that over a run of 2^k - 1 dropped entries, unless they end the row.
     """
     runs = [batch.dropped_runs[(1 << k) - 1] for k in range(1, batch.channels.bit_length())]
-    return np.array(_by_power([bits.total(batch.words), *(found - ending for found, ending in runs)]), np.int64)
+    return _by_power([bits.total(batch.words), *(found - ending for found, ending in runs)])
 
 
 def _overlap(batch: Batch) -> np.ndarray:
-    """Per distance: entries kept at both rows of all pairs, at the later, at the earlier: [len(DISTANCES), 3]."""
-    counts = np.zeros((len(DISTANCES), 3), np.int64)
-    for line, distance in zip(counts, DISTANCES, strict=True):
-        later, earlier, apart = batch.apart(distance)
-        both = batch.history[:, later] & batch.history[:, earlier]
-        both[:, apart] = 0
-        line[:] = bits.total(both), batch.history_kept[later][~apart].sum(), batch.history_kept[earlier][~apart].sum()
+    """Per distance: entries kept at both rows of all pairs, at the later, the earlier: [masks, len(DISTANCES), 3]."""
+    counts = np.zeros((batch.history.shape[1], len(DISTANCES), 3), np.int64)
+    for number, distance in enumerate(DISTANCES):
+        later, earlier, together = batch.apart(distance)
+        both = bits.row_counts(batch.history[..., later] & batch.history[..., earlier])
+        rows = both, batch.history_kept[:, later], batch.history_kept[:, earlier]
+        counts[:, number] = np.stack([kept[:, together].sum(axis=-1) for kept in rows], axis=-1)
     return counts
 
 
 def _union(batch: Batch) -> np.ndarray:
-    """Per B: entries kept by any row of all windows of B rows of a sequence, and the windows: [len(UNIONS), 2]."""
-    counts = np.zeros((len(UNIONS), 2), np.int64)
-    union, size = batch.history, 1  # column i: of the `size` rows from i on
-    for line, wanted in zip(counts, UNIONS, strict=True):
+    """Per B: entries kept by any row of all windows of B rows of a sequence, and windows: [masks, len(UNIONS), 2]."""
+    counts = np.zeros((batch.history.shape[1], len(UNIONS), 2), np.int64)
+    union, size = batch.history, 1  # row i: of the `size` rows from i on
+    for number, wanted in enumerate(UNIONS):
         while size < wanted:
-            union = union[:, size:] | union[:, :-size]
+            union = union[..., size:] | union[..., :-size]
             size *= 2
-        _, earlier, apart = batch.apart(size - 1)
-        windows = union[:, earlier]
-        windows[:, apart] = 0
-        line[:] = bits.total(windows), np.count_nonzero(~apart)
+        _, earlier, together = batch.apart(size - 1)
+        counts[:, number, 0] = bits.row_counts(union[..., earlier])[:, together].sum(axis=-1)
+        counts[:, number, 1] = np.count_nonzero(together)
     return counts
 
 
@@ -142,7 +143,7 @@ class _Across:
     Attributes:
         ordinal: how many sequences began before the current one.
         steps: steps of the current sequence so far.
-        unions: per B, uint64 [W, steps].
+        unions: per B, uint64 [W, masks, steps].
         limits: per B, steps that all earlier sequences of the group have.
     """
 
@@ -161,60 +162,70 @@ class _Across:
         self.steps = 0
 
     def add(self, words: np.ndarray, counts: np.ndarray) -> None:
-        """The next rows of the current sequence; adds to counts [len(UNIONS), 2] where a group has all its members."""
+        """The next rows [W, masks, rows] of the current sequence; adds to counts [masks, len(UNIONS), 2] where a group
+        has all its members.
+        """
         start = self.steps
-        self.steps = min(start + words.shape[1], ACROSS_STEPS)
-        for line, size in zip(counts, UNIONS, strict=True):
+        self.steps = min(start + words.shape[-1], ACROSS_STEPS)
+        for number, size in enumerate(UNIONS):
             place = self.ordinal % size
             stop = self.steps if place == 0 else min(self.steps, self.limits[size])
             if stop <= start:
                 continue
-            rows = words[:, : stop - start]
+            rows = words[..., : stop - start]
             if place == 0:
-                self._room(size, stop, len(words))[:, start:stop] = rows
+                self._room(size, stop, words.shape[:2])[..., start:stop] = rows
             elif place < size - 1:
-                self.unions[size][:, start:stop] |= rows
+                self.unions[size][..., start:stop] |= rows
             else:
-                line += bits.total(self.unions[size][:, start:stop] | rows), stop - start
+                counts[:, number, 0] += bits.total(self.unions[size][..., start:stop] | rows)
+                counts[:, number, 1] += stop - start
 
-    def _room(self, size: int, rows: int, width: int) -> np.ndarray:
+    def _room(self, size: int, rows: int, shape: tuple[int, ...]) -> np.ndarray:
         """The unions for B = size, with at least so many rows."""
-        found = self.unions.get(size, np.zeros((width, 0), np.uint64))
-        if (have := found.shape[1]) < rows:
-            grown = np.zeros((width, min(max(rows, 2 * have), ACROSS_STEPS)), np.uint64)
-            grown[:, :have] = found
+        found = self.unions.get(size, np.zeros((*shape, 0), np.uint64))
+        if (have := found.shape[-1]) < rows:
+            grown = np.zeros((*shape, min(max(rows, 2 * have), ACROSS_STEPS)), np.uint64)
+            grown[..., :have] = found
             self.unions[size] = found = grown
         return found
 
 
 def _union_across(batch: Batch) -> np.ndarray:
-    """Per B: entries kept by any row of one step of B consecutive sequences, and such steps: [len(UNIONS), 2]."""
+    """Per B: entries kept by any row of one step of B consecutive sequences, and steps: [masks, len(UNIONS), 2]."""
     state: _Across = batch.memory.setdefault("union_across", _Across())
-    counts = np.zeros((len(UNIONS), 2), np.int64)
+    counts = np.zeros((batch.history.shape[1], len(UNIONS), 2), np.int64)
     starts = np.flatnonzero(np.diff(batch.sequence[batch.before :], prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(batch.step)], strict=True):
         if batch.step[start] == 0:
             state.begin()
-        state.add(batch.words[:, start:stop], counts)
+        state.add(batch.words[..., start:stop], counts)
     return counts
 
 
 def _imbalance(batch: Batch) -> np.ndarray:
-    """Per P: sum over rows with a kept entry of largest part over mean part; last, such rows: [len(PARTITIONS) + 1]."""
+    """Per P: sum over rows with a kept entry of largest part over mean part; last, such rows: [masks, len(PARTITIONS) +
+    1].
+    """
     most = max(PARTITIONS)
     below = bits.prefix_counts(batch.words, batch.channels * np.arange(most + 1) // most)
     kept = below[-1]
     some = kept > 0
-    largest = [np.diff(below[:: most // parts], axis=0).max(axis=0)[some].astype(np.int64) for parts in PARTITIONS]
-    sums = [float((part * parts / kept[some]).sum()) for part, parts in zip(largest, PARTITIONS, strict=True)]
-    return np.array([*sums, float(some.sum())])
+    sums = np.zeros((len(kept), len(PARTITIONS) + 1))
+    sums[:, -1] = np.count_nonzero(some, axis=-1)
+    for number, parts in enumerate(PARTITIONS):
+        largest = np.diff(below[:: most // parts], axis=0).max(axis=0).astype(np.int64)
+        ratio = largest * parts / np.maximum(kept, 1)
+        sums[:, number] = [line[has].sum() for line, has in zip(ratio, some, strict=True)]
+    return sums
 
 
 def _positions(batch: Batch) -> np.ndarray:
-    """Kept entries and rows by the bit length of the position: [POSITION_BINS, 2]."""
+    """Kept entries and rows by the bit length of the position: [masks, POSITION_BINS, 2]."""
     bins = np.frexp(batch.position.astype(np.float64))[1]
-    kept = np.bincount(bins, batch.history_kept[batch.before :], POSITION_BINS)
-    return np.stack([kept.astype(np.int64), np.bincount(bins, minlength=POSITION_BINS)], axis=1)
+    kept = [np.bincount(bins, line, POSITION_BINS) for line in batch.history_kept[:, batch.before :]]
+    rows = np.broadcast_to(np.bincount(bins, minlength=POSITION_BINS), (len(kept), POSITION_BINS))
+    return np.stack([np.array(kept, np.int64), rows], axis=-1)
 
 
 COUNTERS: Final[dict[str, Callable[[Batch], np.ndarray]]] = {
@@ -248,37 +259,39 @@ class Rows:
 
 
 class MaskCounts:
-    """The counts of one mask, fed with its rows in order.
+    """The counts of a few masks that have the same rows, fed with these in order.
 
     Args:
         rows: the level's columns.
         channels: K.
+        masks: how many.
     """
 
-    def __init__(self, rows: Rows, channels: int) -> None:
+    def __init__(self, rows: Rows, channels: int, masks: int) -> None:
         self._rows, self._channels, self._done = rows, channels, 0
         self._pending: list[np.ndarray] = []
         self._pending_rows = 0
-        self._last = bits.to_words(np.zeros((0, channels), bool))
+        self._last = bits.to_words(np.zeros((masks, 0, channels), bool))
         self._memory: dict[str, Any] = {}
         self._counts: dict[str, np.ndarray] = {}
 
     def add(self, words: np.ndarray) -> None:
-        """The next rows, uint64 [W, rows]."""
+        """The next rows, uint64 [W, masks, rows]."""
         self._pending.append(words)
-        self._pending_rows += words.shape[1]
+        self._pending_rows += words.shape[-1]
         if self._pending_rows * self._channels >= _BATCH_ENTRIES:
             self._count()
 
-    def finish(self) -> dict[str, np.ndarray]:
-        """The counts of all rows, by the names of `COUNTERS`."""
+    def finish(self) -> list[dict[str, np.ndarray]]:
+        """Of each mask the counts of all rows, by the names of `COUNTERS`."""
         if self._pending:
             self._count()
-        return self._counts
+        masks = self._last.shape[1]
+        return [{name: counts[mask] for name, counts in self._counts.items()} for mask in range(masks)]
 
     def _count(self) -> None:
-        history = np.concatenate([self._last, *self._pending], axis=1)
-        before = self._last.shape[1]
+        history = np.concatenate([self._last, *self._pending], axis=-1)
+        before = self._last.shape[-1]
         start, stop = self._done, self._done + self._pending_rows
         batch = Batch(
             history=history,
@@ -292,6 +305,6 @@ class MaskCounts:
         for name, count in COUNTERS.items():
             found = count(batch)
             self._counts[name] = self._counts[name] + found if name in self._counts else found
-        self._last = history[:, -_BEFORE:]
+        self._last = history[..., -_BEFORE:].copy()
         self._done = stop
         self._pending, self._pending_rows = [], 0

@@ -168,11 +168,23 @@ def _bands(level: Level, site: str, layers: Sequence[int], threads: int) -> list
 
 
 def _read(level: Level, site: str, projections: tuple[str, ...], band: slice, columns: Rows) -> list[_Tally]:
+    """Counts of neighbouring layers, whose masks are counted together: a call of NumPy for each would be too short."""
     reader = level.site_reader(site)
-    tallies = [_Tally(level, site, layer, projections, columns) for layer in range(band.start, band.stop)]
+    tallies = [_Tally(level, site, layer) for layer in range(band.start, band.stop)]
+    counting = [  # of the site's mask, and of each other one: which tallies have it
+        (name, own, MaskCounts(columns, reader.channels, len(own)))
+        for name in (None, *projections)
+        if (own := [number for number, tally in enumerate(tallies) if tally.has_own(name)])
+    ]
     for index in range(reader.blocks):
-        for tally, block in zip(tallies, reader.read_layers(index, band), strict=True):
+        blocks = reader.read_layers(index, band)
+        for tally, block in zip(tallies, blocks, strict=True):
             tally.add(block)
+        for name, own, masks in counting:
+            masks.add(np.stack([tallies[number].words(blocks[number], name) for number in own], axis=1))
+    for name, own, masks in counting:
+        for number, counts in zip(own, masks.finish(), strict=True):
+            tallies[number].masks[name] = Mask(len(level), reader.channels, counts)
     for tally in tallies:
         tally.finish()
     return tallies
@@ -206,43 +218,46 @@ def _site(level: Level, site: str, projections: tuple[str, ...], tallies: Sequen
 
 
 class _Tally:
-    """Counts over the blocks of one layer: of the site's mask, and of each projection's that may differ from it.
+    """What is known of one layer: its masks, and the bytes of its values, counted over its blocks.
 
     Attributes:
-        mask: what the site kept, after `finish`.
+        masks: by projection what it kept, where that may differ from what the site kept; None: the site.
     """
 
-    def __init__(self, level: Level, site: str, layer: int, projections: tuple[str, ...], columns: Rows) -> None:
+    def __init__(self, level: Level, site: str, layer: int) -> None:
         self._level, self._layer = level, layer
-        reader = level.site_reader(site)
-        self._channels = reader.channels
         self._values: list[np.ndarray] = []
-        self._planes = np.zeros((reader.dtype.itemsize, 256), np.int64)
-        self._counting = MaskCounts(columns, reader.channels)
+        self._planes = np.zeros((level.site_reader(site).dtype.itemsize, 256), np.int64)
         limits = level.limits(layer, site)
         self._limits = dict(zip(SITE_PROJECTIONS[site], map(np.asarray, limits), strict=True))
-        least = lowest(limits, projections=-limits.ndim)
-        own = [projection for projection in projections if (self._limits[projection] > least).any()]
-        self._own = {projection: MaskCounts(columns, reader.channels) for projection in own}
-        self._masks: dict[str, Mask] = {}
-        self.mask: Mask
+        self._least = lowest(limits, projections=-limits.ndim)
+        self.masks: dict[str | None, Mask] = {}
+
+    def has_own(self, projection: str | None) -> bool:
+        """Whether the projection may have kept less than the site; the site itself, None, has a mask of its own."""
+        return projection is None or bool((self._limits[projection] > self._least).any())
+
+    def words(self, block: Block, projection: str | None) -> np.ndarray:
+        """The mask of a projection, or of the site, in a block: uint64 [W, tokens]."""
+        if projection is None:
+            return block.words
+        stays = block.stays(self._limits[projection], self._level.whole)
+        return from_bitmap(narrowed(block.mask, stays))
 
     def add(self, block: Block) -> None:
-        """The next rows."""
+        """The next values."""
         self._values.append(block.values)
         if sum(map(len, self._values)) >= _COUNTED_VALUES:
             self._count_bytes()
-        self._counting.add(block.words)
-        for projection, counting in self._own.items():
-            stays = block.stays(self._limits[projection], self._level.whole)
-            counting.add(from_bitmap(narrowed(block.mask, stays)))
 
     def finish(self) -> None:
-        """No more rows."""
+        """No more values."""
         self._count_bytes()
-        tokens, channels = len(self._level), self._channels
-        self.mask = Mask(tokens, channels, self._counting.finish())
-        self._masks = {name: Mask(tokens, channels, counting.finish()) for name, counting in self._own.items()}
+
+    @property
+    def mask(self) -> Mask:
+        """What the site kept."""
+        return self.masks[None]
 
     def _count_bytes(self) -> None:
         """Counts, by byte plane, the bytes of the values that wait for it."""
@@ -257,7 +272,7 @@ class _Tally:
 
     def of(self, projection: str) -> Mask:
         """What a projection kept."""
-        return self._masks.get(projection, self.mask)
+        return self.masks.get(projection, self.mask)
 
     def row(self, projection: str, gbps: float | None) -> Row:
         """The statistics of a projection."""
@@ -272,7 +287,7 @@ class _Tally:
 
     def bound_bits(self) -> float:
         """Bits under the entropy bound."""
-        dropped = self.mask.tokens * self._channels - self.mask.kept
+        dropped = self.mask.tokens * self.mask.channels - self.mask.kept
         mask = _entropy_bits(np.array([self.mask.kept, dropped]))
         return mask + sum(_entropy_bits(counts) for counts in [*self._planes[::2], *self._planes[1::2]])
 

@@ -40,26 +40,47 @@ def test_rows_counts_and_shifts(kept: np.ndarray, by: int) -> None:
     assert (bits.prefix_counts(words, bounds) == wanted).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows(), st.integers(0, 400))
+def test_several_masks_at_once(kept: np.ndarray, by: int) -> None:
+    channels, masks = kept.shape[1], [kept, ~kept, np.roll(kept, 1, axis=1)]
+    several, each = bits.to_words(np.stack(masks)), [bits.to_words(mask) for mask in masks]
+    assert (several == np.stack(each, axis=1)).all()
+    assert (bits.total(several) == [mask.sum() for mask in masks]).all()
+    assert (bits.row_counts(several) == [bits.row_counts(words) for words in each]).all()
+    assert (bits.channel_counts(several, channels) == [mask.sum(axis=0) for mask in masks]).all()
+    assert (bits.shifted(several, by) == np.stack([bits.shifted(words, by) for words in each], axis=1)).all()
+    assert (bits.inverted(several, channels)[:, 0] == each[1]).all()
+    bounds = np.array([0, channels // 2, channels])
+    below = np.stack([bits.prefix_counts(words, bounds) for words in each], axis=1)
+    assert (bits.prefix_counts(several, bounds) == below).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows())
 def test_runs(kept: np.ndarray) -> None:
     channels = kept.shape[1]
     lengths = [n for n in (1, 2, 3, 4, 7, 8, 15, 16, 31, 61, 64, 127, 128, 255) if n <= channels]
-    runs = []  # (length, whether it ends the row)
-    for row in kept:
-        edges = np.flatnonzero(np.diff(row, prepend=False, append=False)).tolist()
-        runs += [(stop - start, stop == channels) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    wanted = {n: (sum(x >= n for x, _ in runs), sum(x >= n and last for x, last in runs)) for n in lengths}
-    assert bits.runs_at_least(bits.to_words(kept), channels, lengths) == wanted
+    masks = kept, ~kept
+    found = bits.runs_at_least(bits.to_words(np.stack(masks)), channels, lengths)
+    for number, mask in enumerate(masks):
+        runs = []  # (length, whether it ends the row)
+        for row in mask:
+            edges = np.flatnonzero(np.diff(row, prepend=False, append=False)).tolist()
+            runs += [(stop - start, stop == channels) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+        wanted = {n: (sum(x >= n for x, _ in runs), sum(x >= n and last for x, last in runs)) for n in lengths}
+        assert {n: (all_of[number], ending[number]) for n, (all_of, ending) in found.items()} == wanted
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows())
 def test_groups(kept: np.ndarray) -> None:
-    found = bits.group_histograms(bits.to_words(kept), kept.shape[1])
+    masks = kept, ~kept
+    found = bits.group_histograms(bits.to_words(np.stack(masks)), kept.shape[1])
     for size in (4, 8, 16, 32, 64, 128):
-        counts = [row[i : i + size].sum() for row in kept for i in range(0, len(row), size)]
-        assert (found[size] == np.bincount(counts, minlength=size + 1)).all(), size
+        for number, mask in enumerate(masks):
+            counts = [row[i : i + size].sum() for row in mask for i in range(0, len(row), size)]
+            assert (found[size][number] == np.bincount(counts, minlength=size + 1)).all(), size
 
 
 @settings(max_examples=60, deadline=None)

@@ -32,16 +32,18 @@ def masks(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[int]]:
 
 
 def measured(kept: np.ndarray, sequence: np.ndarray, sizes: list[int]) -> dict[str, Any]:
-    """The statistics, of rows that come in batches of these sizes, over and over."""
-    count = MaskCounts(Rows.of(sequence.astype(np.uint32), np.arange(len(sequence), dtype=np.uint32)), kept.shape[1])
+    """The statistics, of rows that come in batches of these sizes, over and over, beside those of other masks."""
+    rows = Rows.of(sequence.astype(np.uint32), np.arange(len(sequence), dtype=np.uint32))
+    masks = np.stack([~kept, kept, np.zeros_like(kept)])
+    count = MaskCounts(rows, kept.shape[1], len(masks))
     start = 0
     while start < len(kept):
         for size in sizes:
-            count.add(bits.to_words(kept[start : start + size]))
+            count.add(bits.to_words(masks[:, start : start + size]))
             start += size
             if start >= len(kept):
                 break
-    return Row("s0.50", 0, "q", 0.5, Mask(len(kept), kept.shape[1], count.finish(), outputs=10, gbps=2.0)).values()
+    return Row("s0.50", 0, "q", 0.5, Mask(len(kept), kept.shape[1], count.finish()[1], outputs=10, gbps=2.0)).values()
 
 
 def share(part: float, whole: float) -> float | None:
