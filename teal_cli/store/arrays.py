@@ -9,14 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
+from weakref import WeakMethod
 
 import numpy as np
 
 from teal_cli.errors import TealError
 from teal_cli.store import layout
-from teal_cli.store.bits import past_the_end, row_counts
-from teal_cli.store.blocks import Block, CsrRows, csr_rows, readable_shape
+from teal_cli.store.bits import from_bitmap, past_the_end, row_counts
+from teal_cli.store.blocks import Block, CsrRows, Slab, csr_rows, readable_shape
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
 from teal_cli.store.packing import magnitude_bits, to_float
@@ -54,8 +55,19 @@ class Blocks(ABC):
         """Data type of the values as stored."""
 
     @abstractmethod
+    def read_slab(self, block: int, layers: slice = slice(None), room: np.ndarray | None = None) -> Slab:
+        """All layers of one block at once, or a range of them, which is far quicker than one by one; not cached.
+
+        Args:
+            room: to put the values in, if they fit: memory that is used again costs less than new one.
+
+        Raises:
+            TealError: a checksum, the bitmap or the values disagree; the message says where.
+        """
+
     def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
-        """All layers of one block at once, or a range of them."""
+        """The same, a block for each layer."""
+        return self.read_slab(block, layers).blocks()
 
     @abstractmethod
     def row_nnz(self, layer: int) -> np.ndarray:
@@ -69,6 +81,18 @@ class Blocks(ABC):
     def span(self, block: int) -> tuple[int, int]:
         """First token of a block and the one after its last."""
         return block * self.block, min(self.tokens, (block + 1) * self.block)
+
+
+def cached(read: Callable[[int, int], Block]) -> Callable[[int, int], Block]:
+    """A method that reads a block, with its last results. Its object is held weakly: of itself it would stay in memory,
+    and all its blocks, until the collector of cycles came by.
+    """
+    method = WeakMethod(read)
+
+    def again(layer: int, block: int) -> Block:
+        return cast(Callable[[int, int], Block], method())(layer, block)
+
+    return lru_cache(maxsize=_CACHED_BLOCKS)(again)
 
 
 class SiteReader(Blocks):
@@ -85,7 +109,7 @@ class SiteReader(Blocks):
         super().__init__(path.name, header, site, tokens)
         self.where = f"{path.parent}: {path.name}/{site}"
         self._path, self._site, self._header, self._most, self._guard = path, site, header, most, guard
-        self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
+        self.read = cached(self._read)
 
     @cached_property
     def arrays(self) -> tuple[layout.Array, layout.Array, layout.Array]:
@@ -108,68 +132,55 @@ class SiteReader(Blocks):
         return self.arrays[0].dtype
 
     def _read(self, layer: int, block: int) -> Block:
-        """One layer of one block.
+        """One layer of one block; raises as for several."""
+        (only,) = self.read_layers(block, slice(layer, layer + 1))
+        return only
 
-        Raises:
-            TealError: a checksum, the bitmap or the values disagree; the message says where.
-        """
-        values, mask, row_nnz = self._load(layer, block)
-        return self._checked(layer, block, values, mask, row_nnz)
-
-    def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
-        """All layers of one block at once, or a range of them, which is far quicker than one by one; not cached.
-
-        Raises:
-            TealError: as for one layer.
-        """
-        parts = zip(*self._load(layers, block), strict=True)
-        return [self._checked(layer, block, *part) for layer, part in enumerate(parts, layers.start or 0)]
-
-    def _load(self, layer: int | slice, block: int) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Values of a layer, or of each layer of a range, perhaps with empty slots behind them; mask; row_nnz."""
+    def read_slab(self, block: int, layers: slice = slice(None), room: np.ndarray | None = None) -> Slab:
+        """See `Blocks`."""
+        chosen = range(self._header.layers)[layers]
         start, stop = self.span(block)
-        values, mask, row_nnz = self.arrays
-        if (quick := self._load_quick(layer, block)) is not None:
+        values, mask, row_nnz = self._load(chosen, block, room)
+        if found := _problem(values, mask, row_nnz, self.channels):
+            layer, problem = chosen[found[0]], found[1]
+            raise TealError(f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=VERIFY_HINT)
+        return Slab(start, values, mask, self.channels, row_nnz, self._header.ranked)
+
+    def _load(self, layers: range, block: int, room: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of some layers the kept values, one layer after the other, as far as row_nnz is right; mask [layers, tokens,
+        ceil(K/8)] and row_nnz [layers, tokens].
+        """
+        start, stop = self.span(block)
+        arrays = self.arrays
+        if (quick := self._load_quick(layers, block, room)) is not None:
             return quick
+        chosen = slice(layers.start, layers.stop)
         try:
-            read = (
-                as_numpy(values[layer, block]),
-                as_numpy(mask[layer, start:stop]),
-                as_numpy(row_nnz[layer, start:stop]),
-            )
+            slots = as_numpy(arrays[0][chosen, block])
+            mask, row_nnz = (as_numpy(array[chosen, start:stop]) for array in arrays[1:])
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-            which = f"layer {layer}, " if isinstance(layer, int) else ""
+            which = f"layer {layers[0]}, " if len(layers) == 1 else ""
             raise TealError(
                 f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}",
                 hint=VERIFY_HINT,
             ) from error
         self._guard()
-        return read
+        values = [own[:kept] for own, kept in zip(slots, row_nnz.sum(axis=1).tolist(), strict=True)]
+        return np.concatenate([np.empty(0, slots.dtype), *values]), mask, row_nnz
 
-    def _load_quick(self, layer: int | slice, block: int) -> tuple[Any, np.ndarray, np.ndarray] | None:
+    def _load_quick(
+        self, layers: range, block: int, room: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """What `_load` reads, where it is a local store's and as the writer makes it, in a third of Zarr's time."""
         if not isinstance(self._path, Path):
             return None
         start, stop = self.span(block)
-        chosen = range(self._header.layers)[layer if isinstance(layer, slice) else slice(layer, layer + 1)]
         try:
-            found = SiteFiles(self._path / self._site, self._header, self.channels).read(block, chosen, stop - start)
+            files = SiteFiles(self._path / self._site, self._header, self.channels)
+            found = files.read(block, layers, stop - start, room)
         except Exception:  # codecs raise anything on damaged bytes; Zarr finds it too, and its words are the ones known
             return None
         self._guard()
-        if isinstance(layer, slice):
-            return found
-        values, mask, row_nnz = found
-        return values[0], mask[0], row_nnz[0]
-
-    def _checked(self, layer: int, block: int, values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray) -> Block:
-        start, stop = self.span(block)
-        found = Block(start, values[: int(row_nnz.sum())], mask, self.channels, row_nnz, self._header.ranked)
-        problem = _problem(found)
-        if problem:
-            raise TealError(f"{self.where}, layer {layer}, tokens {start} to {stop}: {problem}", hint=VERIFY_HINT)
-        for array in (found.values, mask, row_nnz):
-            array.flags.writeable = False  # blocks are cached and shared
         return found
 
     def row_nnz(self, layer: int) -> np.ndarray:
@@ -189,17 +200,23 @@ class SiteReader(Blocks):
         return counts
 
 
-def _problem(block: Block) -> str | None:
-    counts = block.row_nnz
-    if (counts == NEVER_WRITTEN).any():
-        return "a committed row was never written"
-    if (row_counts(block.words) != counts).any():
-        return "the bitmap disagrees with row_nnz"
-    if past_the_end(block.words, block.channels):
-        return "a padding bit of the bitmap is set"
-    if np.count_nonzero(magnitude_bits(block.values)) != counts.sum():
-        return "a kept value is zero, so values are missing"
-    return None
+def _problem(values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray, channels: int) -> tuple[int, str] | None:
+    """What is wrong with what `SiteReader._load` gave, and with which of the layers; all at once, since two threads
+    that make short calls wait for each other.
+    """
+    words = from_bitmap(mask)
+    wrong = {
+        "a committed row was never written": (row_nnz == NEVER_WRITTEN).any(axis=1),
+        "the bitmap disagrees with row_nnz": (row_counts(words) != row_nnz).any(axis=1),
+        "a padding bit of the bitmap is set": past_the_end(words, channels),
+    }
+    for problem, layers in wrong.items():
+        if layers.any():
+            return int(layers.argmax()), problem
+    counts = row_nnz.sum(axis=1, dtype=np.int64)
+    each = np.split(values, np.cumsum(counts)[:-1])
+    missing = np.array([np.count_nonzero(magnitude_bits(own)) for own in each]) != counts
+    return (int(missing.argmax()), "a kept value is zero, so values are missing") if missing.any() else None
 
 
 class ActivationArray:

@@ -54,9 +54,10 @@ def narrowed(mask: np.ndarray, stays: np.ndarray) -> np.ndarray:
     return np.asarray(_places()[mask.ravel().astype(np.uint16) << 8 | own].reshape(mask.shape))
 
 
-def past_the_end(words: np.ndarray, channels: int) -> bool:
-    """Whether a bit past the last channel is set."""
-    return bool(channels % WORD and (words[-1] >> np.uint64(channels % WORD)).any())
+def past_the_end(words: np.ndarray, channels: int) -> np.ndarray:
+    """Whether a bit past the last channel is set: bool [...]."""
+    beyond = words[-1] >> np.uint64(channels % WORD) if channels % WORD else np.zeros_like(words[-1])
+    return np.asarray(beyond.any(axis=-1))
 
 
 def row_counts(words: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of one layer in memory: a block as stored and checked, and rows in compressed sparse row form.
+"""Rows in memory: a block as stored and checked, of one layer or several, and rows in compressed sparse row form.
 
 Knows how values and bitmaps belong together; reads nothing.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from teal_cli.errors import TealError
-from teal_cli.store.bits import from_bitmap, narrowed
+from teal_cli.store.bits import narrowed
 from teal_cli.store.packing import exceeds, per_value, row_thresholds, to_float, unpack, unpack_mask
 
 if TYPE_CHECKING:
@@ -46,13 +46,6 @@ class Block:
         kept = unpack_mask(self.mask, self.channels)
         kept.flags.writeable = False  # blocks are cached and shared
         return kept
-
-    @cached_property
-    def words(self) -> np.ndarray:
-        """The mask as uint64 [W, tokens], see `bits`."""
-        words = from_bitmap(self.mask)
-        words.flags.writeable = False
-        return words
 
     def compared(self, limit: np.ndarray) -> np.ndarray:
         """Thresholds float32 [] or [K] -> what each kept value, in (token, channel) order, is compared with."""
@@ -91,15 +84,75 @@ class Block:
         np.cumsum(self.row_nnz, out=bounds[1:])
         return bounds
 
-    def cut(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """values, mask and row_nnz of a part of the block, by indices of tokens in the level."""
-        a, b = start - self.start, stop - self.start
-        return self.values[self.bounds[a] : self.bounds[b]], self.mask[a:b], self.row_nnz[a:b]
-
     def rows(self, start: int, stop: int) -> Block:
         """Part of the block, by indices of tokens in the level."""
-        values, mask, row_nnz = self.cut(start, stop)
-        return replace(self, start=start, values=values, mask=mask, row_nnz=row_nnz)
+        a, b = start - self.start, stop - self.start
+        values = self.values[self.bounds[a] : self.bounds[b]]
+        return replace(self, start=start, values=values, mask=self.mask[a:b], row_nnz=self.row_nnz[a:b])
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """The rows of neighbouring layers in one block of tokens, as stored and checked; its arrays become read-only.
+
+    Attributes:
+        start, channels, ranked: as those of `Block`.
+        values: stored data type [nnz], kept values of one layer after the other, each in (token, channel) order.
+        mask: uint8 [layers, tokens, ceil(K/8)].
+        row_nnz: uint32 [layers, tokens].
+    """
+
+    start: int
+    values: np.ndarray
+    mask: np.ndarray
+    channels: int
+    row_nnz: np.ndarray
+    ranked: bool = False
+
+    def __post_init__(self) -> None:
+        for array in (self.values, self.mask, self.row_nnz):
+            array.flags.writeable = False  # blocks are cached and shared
+
+    @classmethod
+    def of(cls, block: Block) -> Slab:
+        """A block as a slab of one layer."""
+        return cls(block.start, block.values, block.mask[None], block.channels, block.row_nnz[None], block.ranked)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Where the values of each row begin, and the last one's of each layer end: int64 [layers, tokens + 1]."""
+        layers, rows = self.row_nnz.shape
+        ends = np.zeros(layers * rows + 1, np.int64)
+        np.cumsum(self.row_nnz.ravel(), out=ends[1:])
+        return ends[np.arange(layers)[:, None] * rows + np.arange(rows + 1)]
+
+    def blocks(self) -> list[Block]:
+        """A block for each layer."""
+        parts = zip(np.split(self.values, self.bounds[1:, 0]), self.mask, self.row_nnz, strict=True)
+        return [Block(self.start, *part[:2], self.channels, part[2], self.ranked) for part in parts]
+
+
+def joined(start: int, pieces: Sequence[tuple[Slab, int, int]], room: np.ndarray | None = None) -> Slab:
+    """Rows a to b of each slab, by indices of tokens in its level, one below the other.
+
+    Args:
+        start: index of the first token there.
+        room: to put the values in, if they fit.
+    """
+    one = pieces[0][0]
+    cuts = [(slab, a - slab.start, b - slab.start) for slab, a, b in pieces]
+    edges = [(slab.values, slab.bounds[:, a].tolist(), slab.bounds[:, b].tolist()) for slab, a, b in cuts]
+    values = [kept[first[n] : last[n]] for n in range(len(one.mask)) for kept, first, last in edges]
+    out = space(sum(map(len, values)), one.values.dtype, room)
+    np.concatenate(values, out=out)
+    mask = np.concatenate([slab.mask[:, a:b] for slab, a, b in cuts], axis=1)
+    row_nnz = np.concatenate([slab.row_nnz[:, a:b] for slab, a, b in cuts], axis=1)
+    return Slab(start, out, mask, one.channels, row_nnz, one.ranked)
+
+
+def space(count: int, dtype: np.dtype, room: np.ndarray | None) -> np.ndarray:
+    """So many values to be filled in: a part of the room, if they fit."""
+    return np.empty(count, dtype) if room is None or len(room) < count else room[:count]
 
 
 @dataclass(frozen=True)

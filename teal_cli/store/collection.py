@@ -13,24 +13,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 
 from teal_cli.errors import NotFoundError, TealError
-from teal_cli.store.arrays import Blocks
-from teal_cli.store.blocks import Block
+from teal_cli.store.arrays import Blocks, cached
+from teal_cli.store.blocks import Block, Slab, joined
 from teal_cli.store.digest import joined_digest
 from teal_cli.store.header import LevelState, differing_fields
 from teal_cli.store.levels import ActivationStore, Level
 from teal_cli.store.metadata import VERIFY_HINT
 from teal_cli.store.remote import Place
+from teal_cli.store.schema import VALUE_DTYPES
 from teal_cli.store.shards import compression_threads
-
-_CACHED_BLOCKS = 4
-
-_Held = dict[tuple[int, int, int | None, int | None], list[Block]]
-"""(part, its block, first layer, the one after the last) -> those layers of that block."""
 
 
 class Collection(ActivationStore):
@@ -89,6 +84,9 @@ class JoinedLevel(Level):
         super().__init__(store, name, state)
         self.parts = tuple(parts)
         self._segments = _in_order(store, name, parts)
+        header = store.header
+        size = header.layers * header.block_tokens * max(header.channels.values())
+        self.rooms = _Rooms(size, VALUE_DTYPES[header.value_dtype])
 
     def columns(self, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Token columns; raises as those of a store."""
@@ -153,8 +151,8 @@ class _JoinedSite(Blocks):
         self.held = 2 * len(parts)
         self._parts, self._segments = parts, level.segments
         self._ends = np.cumsum(self._segments[:, 2] - self._segments[:, 1])
-        self.read = lru_cache(maxsize=_CACHED_BLOCKS)(self._read)
-        self._held = threading.local()
+        self.read = cached(self._read)
+        self._held, self._rooms = _Held(), level.rooms
         self._pool = ThreadPoolExecutor(compression_threads())
 
     @property
@@ -163,24 +161,26 @@ class _JoinedSite(Blocks):
         return self._parts[0].dtype
 
     def _read(self, layer: int, block: int) -> Block:
-        pieces = [([self._parts[p].read(layer, i)], a, b) for p, i, a, b in self._pieces(block)]
-        return _joined(self.span(block)[0], pieces)[0]
+        pieces = [(Slab.of(self._parts[p].read(layer, i)), a, b) for p, i, a, b in self._pieces(block)]
+        (only,) = joined(self.span(block)[0], pieces).blocks()
+        return only
 
-    def read_layers(self, block: int, layers: slice = slice(None)) -> list[Block]:
-        """All layers of one block, or a range of them. The last block of each part stays in memory for its thread,
-        since the next block goes on in it; parts that have none there are read at the same time.
+    def read_slab(self, block: int, layers: slice = slice(None), room: np.ndarray | None = None) -> Slab:
+        """See `Blocks`. The last block of each part stays in memory for its thread, since the next block goes on in it;
+        parts that have none there are read at the same time.
         """
-        held: _Held = self._held.__dict__.setdefault("blocks", {})
-        pieces = list(self._pieces(block))
+        held, pieces = self._held, list(self._pieces(block))
         wanted = {(p, i, layers.start, layers.stop): None for p, i, _, _ in pieces}
-        missing = [key for key in wanted if key not in held]
-        read = self._pool.map(lambda key: self._parts[key[0]].read_layers(key[1], layers), missing)
-        held |= zip(missing, read, strict=True)
-        found = [(held[p, i, layers.start, layers.stop], a, b) for p, i, a, b in pieces]
-        last = {key[0]: key for key in [*held, *wanted]}
-        for key in held.keys() - last.values():
-            del held[key]
-        return _joined(self.span(block)[0], found)
+        missing = [key for key in wanted if key not in held.slabs]
+        rooms = self._rooms.take(len(missing))
+        read = self._pool.map(lambda key, room: self._parts[key[0]].read_slab(key[1], layers, room), missing, rooms)
+        held.slabs |= zip(missing, zip(read, rooms, strict=True), strict=True)
+        found = [(held.slabs[p, i, layers.start, layers.stop][0], a, b) for p, i, a, b in pieces]
+        slab = joined(self.span(block)[0], found, room)
+        last = {key[0]: key for key in [*held.slabs, *wanted]} if block + 1 < self.blocks else {}
+        for key in held.slabs.keys() - last.values():
+            self._rooms.spare.append(held.slabs.pop(key)[1])
+        return slab
 
     def row_nnz(self, layer: int) -> np.ndarray:
         """uint32 [tokens], kept entries of every row of a layer."""
@@ -202,20 +202,29 @@ class _JoinedSite(Blocks):
             index += count == left
 
 
-def _joined(start: int, pieces: Sequence[tuple[list[Block], int, int]]) -> list[Block]:
-    """Rows a to b of the blocks of each piece, one below the other: a block for each layer. All lie in one array, which
-    costs half of what an array for each layer does.
+class _Held(threading.local):
+    """What a thread keeps that reads the blocks of a site in order.
+
+    Attributes:
+        slabs: (part, its block, first layer, the one after the last) -> those layers of that block, and their room.
     """
-    layers, one = len(pieces[0][0]), pieces[0][0][0]
-    cuts = [[block.cut(a, b) for block in blocks] for blocks, a, b in pieces]
-    ends = np.cumsum([sum(len(cut[layer][0]) for cut in cuts) for layer in range(layers)]).tolist()
-    values = np.split(np.empty(ends[-1], one.values.dtype), ends[:-1])
-    rows = sum(b - a for _, a, b in pieces)
-    mask = np.empty((layers, rows, one.mask.shape[1]), np.uint8)
-    row_nnz = np.empty((layers, rows), np.uint32)
-    blocks = []
-    for layer, out in enumerate(zip(values, mask, row_nnz, strict=True)):
-        for number, array in enumerate(out):
-            np.concatenate([cut[layer][number] for cut in cuts], out=array)
-        blocks.append(Block(start, out[0], out[1], one.channels, out[2], one.ranked))
-    return blocks
+
+    def __init__(self) -> None:
+        self.slabs: dict[tuple[int, int, int | None, int | None], tuple[Slab, np.ndarray]] = {}
+
+
+class _Rooms(threading.local):
+    """Memory of a thread for the values of blocks of parts, each room as large as those of any site may be. Only pages
+    that were written to are in memory, and to write to new ones may take as long as to decode what goes there.
+
+    Attributes:
+        spare: rooms that are not in use.
+    """
+
+    def __init__(self, size: int, dtype: np.dtype) -> None:
+        self._size, self._dtype = size, dtype
+        self.spare: list[np.ndarray] = []
+
+    def take(self, count: int) -> list[np.ndarray]:
+        """So many rooms."""
+        return [self.spare.pop() if self.spare else np.empty(self._size, self._dtype) for _ in range(count)]

@@ -19,6 +19,7 @@ import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 
 from teal_cli.files import write_bytes
+from teal_cli.store.blocks import space
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.packing import pack
 from teal_cli.store.schema import (
@@ -100,8 +101,14 @@ class SiteFiles:
             self._folder / f"row_nnz/c/0/{block}",
         )
 
-    def read(self, block: int, layers: range, tokens: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Of some layers the kept values [kept], mask [tokens, ceil(K/8)] and row_nnz [tokens], stacked but for values.
+    def read(
+        self, block: int, layers: range, tokens: int, room: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of some layers the kept values, one layer after the other; mask [layers, tokens, ceil(K/8)] and row_nnz
+        [layers, tokens].
+
+        Args:
+            room: to put the values in, if they fit.
 
         Raises:
             ValueError, RuntimeError: the files are not as they are written here.
@@ -119,13 +126,14 @@ class SiteFiles:
         if counts.max(initial=0) > self._channels:
             raise ValueError("a row counts more than its entries")
         ends = np.cumsum(counts.sum(axis=1), dtype=np.int64).tolist()
-        values = np.split(np.empty(ends[-1], self._dtype), ends[:-1])
+        values = space(ends[-1], self._dtype, room)
         slots = np.empty(self._block * self._channels, self._dtype)  # one for all layers stays in the cache
-        for kept, data in zip(values, _read_chunks(shards[0], self._layers, layers), strict=True):
+        each = _read_chunks(shards[0], self._layers, layers)
+        for start, stop, data in zip([0, *ends], ends, each, strict=False):
             if int.from_bytes(data[4:8].tobytes(), "little") != slots.nbytes:  # what Blosc's header says
                 raise ValueError("a chunk of values has another size")
             _blosc.decode(data, slots)
-            kept[:] = slots[: len(kept)]
+            values[start:stop] = slots[: stop - start]
         return values, mask[:, :tokens], counts
 
     def _encode_layer(

@@ -177,11 +177,13 @@ def _read(level: Level, site: str, projections: tuple[str, ...], band: slice, co
         if (own := [number for number, tally in enumerate(tallies) if tally.has_own(name)])
     ]
     for index in range(reader.blocks):
-        blocks = reader.read_layers(index, band)
+        slab = reader.read_slab(index, band)
+        blocks = slab.blocks()
         for tally, block in zip(tallies, blocks, strict=True):
             tally.add(block)
         for name, own, masks in counting:
-            masks.add(np.stack([tallies[number].words(blocks[number], name) for number in own], axis=1))
+            bitmaps = [tallies[number].narrowed(blocks[number], name) for number in own] if name else slab.mask
+            masks.add(from_bitmap(np.asarray(bitmaps)))
     for name, own, masks in counting:
         for number, counts in zip(own, masks.finish(), strict=True):
             tallies[number].masks[name] = Mask(len(level), reader.channels, counts)
@@ -237,12 +239,9 @@ class _Tally:
         """Whether the projection may have kept less than the site; the site itself, None, has a mask of its own."""
         return projection is None or bool((self._limits[projection] > self._least).any())
 
-    def words(self, block: Block, projection: str | None) -> np.ndarray:
-        """The mask of a projection, or of the site, in a block: uint64 [W, tokens]."""
-        if projection is None:
-            return block.words
-        stays = block.stays(self._limits[projection], self._level.whole)
-        return from_bitmap(narrowed(block.mask, stays))
+    def narrowed(self, block: Block, projection: str) -> np.ndarray:
+        """The mask of a projection in a block: uint8 [tokens, ceil(K/8)]."""
+        return narrowed(block.mask, block.stays(self._limits[projection], self._level.whole))
 
     def add(self, block: Block) -> None:
         """The next values."""
