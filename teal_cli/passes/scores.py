@@ -65,6 +65,42 @@ class ScoreHistogram:
         index = np.searchsorted(cumulative / cumulative[-1], sparsity, side="left")
         return float(np.array(index << 16 | 0xFFFF, np.uint32).view(np.float32))
 
+    def levels(
+        self, thresholds: NDArray[np.float32], sizes: Mapping[str, int], target: float, nominal: float
+    ) -> NDArray[np.float64]:
+        """The levels that thresholds drop once all are moved by one factor, so that together they drop `nominal`.
+
+        Args:
+            thresholds: [layers, 7], positive.
+            sizes: entries of each projection's matrix, which their mean is weighted by.
+            target: of the plan; not used.
+
+        Returns:
+            [layers, 7]. The factor lies between e^-4 and e^4.
+
+        Raises:
+            TealError: nothing was counted somewhere.
+        """
+        cumulative = np.cumsum(self._counts, axis=2)
+        if not cumulative[..., -1].all():
+            layer, column = np.argwhere(cumulative[..., -1] == 0)[0]
+            raise TealError(f"layer {layer}, {PROJECTIONS[column]}: the histogram is empty")
+        weights = np.array([sizes[projection] for projection in PROJECTIONS], np.float64)
+
+        def dropped(log_factor: float) -> NDArray[np.float64]:
+            moved = (thresholds * np.float32(np.exp(log_factor))).view(np.uint32) >> 16
+            below = np.take_along_axis(cumulative, moved[..., None].astype(np.int64), axis=2)[..., 0]
+            return below / cumulative[..., -1]
+
+        low, high = -4.0, 4.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            if np.average(dropped(middle), weights=np.broadcast_to(weights, thresholds.shape)) < nominal:
+                low = middle
+            else:
+                high = middle
+        return dropped(high)
+
 
 def count_scores(histogram: ScoreHistogram, where: Where, x: Tensor, scoring: Scoring) -> None:
     """Count the scores of a site's rows x [S, K] for each projection that reads them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teal_cli.checks import check_sparsity
 from teal_cli.data.blocks import pack
 from teal_cli.data.sources import open_source
 from teal_cli.data.tokenizer import load_tokenizer
@@ -30,30 +29,35 @@ from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.closed_loop import close_loop
 from teal_cli.passes.fisher import LEVELS, FisherLosses, level_thresholds
 from teal_cli.passes.forward import Advance, check_tokens
-from teal_cli.passes.gradients import gradients
+from teal_cli.passes.gradients import gradients, label_errors
 from teal_cli.passes.greedy import greedy
 from teal_cli.passes.judge import Judged, settle
 from teal_cli.passes.layers import Layers, choose_layers
+from teal_cli.passes.learn import ChannelThresholds, learn
 from teal_cli.passes.scores import ScoreHistogram, channel_means, score_histogram
 from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import Registry
+from teal_cli.runs.plan_request import DEFAULT_TOKENS, PlanRequest
 from teal_cli.runs.plans import check_new, plan_folder
 from teal_cli.runs.saved_levels import SavedLevels
 from teal_cli.runs.session import choose_device
 from teal_cli.sparsity.allocation import spend
 from teal_cli.sparsity.calibration import Calibration, check_fits
-from teal_cli.sparsity.criteria import CRITERIA, Material
+from teal_cli.sparsity.criteria import CRITERIA, Material, learned_scoring
 from teal_cli.sparsity.criterion import MAGNITUDE, TOPK, Scoring, Threshold
 from teal_cli.sparsity.named import NamedPlan
 from teal_cli.sparsity.plan import Plan, expert_thresholds
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, PROJECTIONS
 
-ALLOCATIONS: Final = ("uniform", "greedy", "fisher")
 BOUNDS: Final = (0.15, 0.30)
 """How far a projection's level may lie from the target: both are tried, and the better one on held-out rows is taken.
 Additive losses are trusted less the further a level is from where they were measured."""
 _HELD_OUT: Final = 4
 """Of so many sequences, one is held out."""
+_MOST_HELD_OUT: Final = 8
+"""Sequences: more would make the check of a plan that is learned from much text the longest part of it."""
+_BEGINNING: Final = 8
+"""Sequences whose gradients say where learning begins, and whose scores say what its thresholds drop."""
 _GREEDY_SEQUENCES: Final = 1
 
 Allocation = Callable[[float, float], NDArray[np.float64]]
@@ -63,42 +67,18 @@ Maker = Callable[[float], Plan]
 """Nominal target -> plan."""
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """What plans to make.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A way to make a plan for a target.
 
     Attributes:
-        targets: of sparsity over the model, each in (0, 1) and once: a plan each.
-        name: of the plan, where there is one target; None makes a name.
-        model, calibration: as `Registry` finds them; None takes the default ones.
-        allocation: one of `ALLOCATIONS`. criterion: one of `CRITERIA`.
-        closed_loop: thresholds from what the sparse model computes.
-        dataset, split: text for gradients, scores and the check; None takes the calibration's.
-        tokens: about how many; seq_len: of each sequence.
-        start: rows from this position on are what decoding makes sparse.
-        seed: of labels drawn from the model.
-        dtype: to compute in; None takes the checkpoint's own, but float32 for float16, in which gradients vanish, and
-            for greedy, whose block errors are small beside what bfloat16 rounds off a residual stream.
-        device: as `choose_device` takes it.
-        force: replace a plan of that name.
+        levels: how the budget is spread. threshold: what drops a level of a projection's entries.
+        scoring: of which scores the thresholds are.
     """
 
-    targets: tuple[float, ...]
-    name: str | None = None
-    model: str | None = None
-    calibration: str | None = None
-    allocation: str = "uniform"
-    criterion: str = MAGNITUDE
-    closed_loop: bool = False
-    dataset: str | None = None
-    split: str | None = None
-    tokens: int = 4096
-    seq_len: int = 512
-    start: int = 64
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    force: bool = False
+    levels: Allocation
+    threshold: Threshold
+    scoring: Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +113,11 @@ class PlanMaker:
     """
 
     def __init__(self, registry: Registry, request: PlanRequest) -> None:
-        for target in request.targets:
-            check_sparsity(target)
-        if 0 in request.targets:
-            raise UsageError("a plan at sparsity 0 drops nothing", hint="use --sparsity 0 where a plan is asked for")
-        if request.name is not None and len(request.targets) > 1:
-            raise UsageError(
-                f"one name for {len(request.targets)} plans", hint="leave --name away: each is named after its target"
-            )
-        if request.closed_loop and request.criterion == TOPK:
-            raise UsageError(
-                "topk drops as much of any row, so there is no loop to close", hint="leave --closed-loop away"
-            )
+        request.check()
         self.request, self._registry = request, registry
         self.entry = registry.get(request.model)
         self.config = load_config(self.entry.path)
-        if request.allocation != "uniform" or request.criterion != MAGNITUDE or request.closed_loop:
+        if request.needs_text:
             what = f"allocation {request.allocation}, criterion {request.criterion}"
             what += ", closed loop" if request.closed_loop else ""
             hint = "make a uniform plan by the criterion magnitude, its loop open"
@@ -159,21 +128,16 @@ class PlanMaker:
         self.calibration = Calibration.load(registry.find_calibration(self.entry.name, request.calibration))
         self.notes = remarks(self.entry, request.calibration)
         self.notes += check_fits(self.calibration, self.config, self.entry.path, self.dtype)
-        self.names = {target: request.name or _name(request, target) for target in request.targets}
+        self.names = request.names()
         for name in self.names.values():
             check_new(self.entry, name, force=request.force)
         self._tokens, self._held, self._text = self._read_text()
         self._found: SavedLevels | None = None
 
-    @property
-    def _needs_text(self) -> bool:
-        request = self.request
-        return request.allocation != "uniform" or request.criterion != MAGNITUDE or request.closed_loop
-
     def _read_text(self) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]], dict[str, Any]]:
         """Sequences to make the plan from, sequences to judge it on, and what to say of them."""
         request, made = self.request, self.calibration.provenance
-        if not self._needs_text:
+        if not request.needs_text:
             return [], [], {}
         if request.start >= request.seq_len:
             raise UsageError(
@@ -181,10 +145,13 @@ class PlanMaker:
             )
         dataset = request.dataset or made.dataset
         source = open_source(dataset, split=request.split or (None if request.dataset else made.split))
-        count = max(2, round(request.tokens / request.seq_len))
-        held = max(1, count // _HELD_OUT)
+        count = max(2, round((request.tokens or DEFAULT_TOKENS[request.allocation]) / request.seq_len))
+        held = min(max(1, count // _HELD_OUT), _MOST_HELD_OUT)
         tokenizer = load_tokenizer(self.entry.path)
-        blocks = pack(source, tokenizer, num_sequences=count + held, seq_len=request.seq_len)
+        least = None if request.tokens else 3
+        blocks = pack(source, tokenizer, num_sequences=count + held, seq_len=request.seq_len, least=least)
+        held = min(held, max(1, len(blocks.tokens) // (_HELD_OUT + 1)))
+        count = len(blocks.tokens) - held
         check_tokens(self.config, blocks.tokens)
         step = (count + held) / held
         chosen = {int(step * (index + 0.5)) for index in range(held)}
@@ -212,15 +179,15 @@ class PlanMaker:
             TealError: the checkpoint is damaged, an activation is not finite, or the disk refuses.
         """
         begun, layers = time.perf_counter(), None
-        scoring, threshold = Scoring(), self._magnitudes
-        levels: dict[str, Allocation] = {"uniform": self._uniform}
-        if self._needs_text:
+        offers = {"uniform": Offer(self._uniform, self._magnitudes, Scoring())}
+        if self.request.needs_text:
             dtype, checkpoint = getattr(torch, self.dtype), Checkpoint(self.entry.path)
             layers = choose_layers(checkpoint, dtype, choose_device(self.request.device), None, progress)
             scoring, threshold = yield from self._score(layers)
-            levels |= yield from self._allocations(layers, scoring, threshold)
+            offers = {"uniform": Offer(self._uniform, threshold, scoring)}
+            offers |= yield from self._allocations(layers, scoring, threshold)
         for target in self.names:
-            makers = {name: partial(self._plan, scoring, threshold, found, target) for name, found in levels.items()}
+            makers = {name: partial(self._plan, offer, target) for name, offer in offers.items()}
             about = dict(self._text)
             if layers is None or (len(makers) == 1 and not self.request.closed_loop):
                 plan = makers["uniform"](target)
@@ -290,19 +257,42 @@ class PlanMaker:
         return np.full((self.config.layers, len(PROJECTIONS)), nominal)
 
     def _allocations(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Any:
-        """What the asked allocation has to offer beside a uniform one: name -> levels."""
+        """What the asked allocation has to offer beside a uniform one: name -> `Offer`."""
+        if self.request.allocation == "learned":
+            return {"learned": (yield from self._learned(layers, threshold))}
+        found: dict[str, Allocation] = {}
         if self.request.allocation == "fisher":
-            return (yield from self._fisher(layers, scoring, threshold))
+            spent = yield from self._fisher(layers, scoring, threshold, self._tokens)
+            found = {f"fisher {bound:g}": partial(spent, bound) for bound in BOUNDS}
         if self.request.allocation == "greedy":
-            found = yield from _staged("allocating", self._greedy(layers, scoring, threshold))
-            by_target = dict(zip(self.names, np.moveaxis(found, 1, 0), strict=True))
-            return {"greedy": lambda target, nominal: _scaled(by_target[target], target, nominal)}
-        return {}
+            levels = yield from _staged("allocating", self._greedy(layers, scoring, threshold))
+            by_target = dict(zip(self.names, np.moveaxis(levels, 1, 0), strict=True))
+            found = {"greedy": lambda target, nominal: _scaled(by_target[target], target, nominal)}
+        return {name: Offer(levels, threshold, scoring) for name, levels in found.items()}
+
+    def _learned(self, layers: Layers, threshold: Threshold) -> Any:
+        """Thresholds of channels, learned at the middle target from where a Fisher plan has them; other targets move
+        all of them by one factor, so that what a level keeps the levels below it keep too."""
+        some, target = self._tokens[:_BEGINNING], sorted(self.names)[len(self.names) // 2]
+        spent = yield from self._fisher(layers, Scoring(), threshold, some)
+        lowest = float(LEVELS[1])  # a threshold of 0 has no logarithm to move
+
+        def positive(layer: int, projection: str, level: float) -> float:
+            return max(threshold(layer, projection, max(level, lowest)), float(np.finfo(np.float32).tiny))
+
+        levels = np.maximum(spent(BOUNDS[0], target, target), lowest)
+        begin = self._plan(Offer(lambda *_: levels, positive, Scoring()), target, target)
+        found: ChannelThresholds = yield from _staged(
+            "learning", learn(layers, self._tokens, begin, self.request.start)
+        )
+        scoring, table = learned_scoring(found)
+        histogram: ScoreHistogram = yield from _staged("scoring", score_histogram(layers, some, scoring))
+        return Offer(partial(histogram.levels, table, self.config.projection_sizes()), histogram.threshold, scoring)
 
     def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Iterator[Any]:
         """The search, which goes on after the last layer that an interrupted one with the same settings had done."""
         request, targets = self.request, list(self.names)
-        plan = self._plan(scoring, threshold, self._uniform, targets[0], targets[0])
+        plan = self._plan(Offer(self._uniform, threshold, scoring), targets[0], targets[0])
         settings = {**self._text, "config_sha256": config_sha256(self.entry.path), "targets": targets}
         settings |= {"calibration": self.calibration.id, "criterion": request.criterion}
         folder = plan_folder(self.entry, self.names[targets[0]])
@@ -313,10 +303,14 @@ class PlanMaker:
         tokens, start = self._tokens[:_GREEDY_SEQUENCES], request.start
         return greedy(layers, tokens, plan, threshold, targets, start, known, self._found.keep)
 
-    def _fisher(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Any:
-        config = layers.config
-        losses = FisherLosses(level_thresholds(config.layers, threshold), scoring, self.request.start)
-        yield from _staged("gradients", gradients(layers, self._tokens, losses.visit, seed=self.request.seed))
+    def _fisher(
+        self, layers: Layers, scoring: Scoring, threshold: Threshold, tokens: Sequence[NDArray[np.int64]]
+    ) -> Any:
+        """What gives levels [layers, 7] for a bound on their distance from the target, a target and a nominal one."""
+        config, request = layers.config, self.request
+        losses = FisherLosses(level_thresholds(config.layers, threshold), scoring, request.start)
+        errors = label_errors(config, request.seed)
+        yield from _staged("gradients", gradients(layers, tokens, losses.visit, errors))
         sizes = np.tile(np.array(list(config.projection_sizes().values()), np.float64), config.layers)
         flat = losses.losses().reshape(len(sizes), -1)
 
@@ -326,14 +320,14 @@ class PlanMaker:
             found = spend(flat, LEVELS, sizes, nominal, lowest=low * every, highest=high * every)
             return found.reshape(config.layers, len(PROJECTIONS))
 
-        return {f"fisher {bound:g}": partial(levels, bound) for bound in BOUNDS}
+        return levels
 
-    def _plan(self, scoring: Scoring, threshold: Threshold, levels: Allocation, target: float, nominal: float) -> Plan:
-        """The plan for a target, with the levels that an allocation gives for a nominal one."""
-        found = levels(target, nominal)
+    def _plan(self, offer: Offer, target: float, nominal: float) -> Plan:
+        """The plan for a target, with the levels that an offer gives for a nominal one."""
+        found, scoring = offer.levels(target, nominal), offer.scoring
         thresholds = np.zeros(found.shape, np.float32)
         for layer, column in np.argwhere(found > 0):
-            thresholds[layer, column] = threshold(int(layer), PROJECTIONS[column], float(found[layer, column]))
+            thresholds[layer, column] = offer.threshold(int(layer), PROJECTIONS[column], float(found[layer, column]))
         experts = None
         if scoring.criterion == MAGNITUDE:
             experts = expert_thresholds(self.calibration, found[:, PROJECTION_INDEX["down"]].tolist())
@@ -350,12 +344,6 @@ def _scaled(levels: NDArray[np.float64], made_for: float, target: float) -> NDAr
 def _ignoring_target(plan: Plan, target: float) -> Plan:
     """The plan as it is: its loop is closed at its own target."""
     return plan
-
-
-def _name(request: PlanRequest, target: float) -> str:
-    parts = [request.allocation]
-    parts += [request.criterion] * (request.criterion != MAGNITUDE) + ["closed"] * request.closed_loop
-    return f"{'-'.join(parts)}-{target:g}"
 
 
 def _staged(stage: str, events: Iterator[Any]) -> Any:

@@ -66,6 +66,21 @@ def _centred(material: Material) -> Scoring:
     return Scoring("centred", centre=dict(material.means()))
 
 
+def learned_scoring(thresholds: Mapping[str, NDArray[np.float32]]) -> tuple[Scoring, NDArray[np.float32]]:
+    """Thresholds of channels as a criterion: |x_i| times what brings the channel's threshold to its projection's.
+
+    Args:
+        thresholds: site -> [layers, P, K], positive.
+
+    Returns:
+        The criterion and float32 [layers, 7], of each projection the geometric mean of its channels' thresholds.
+    """
+    logs = {site: np.log(thresholds[site].astype(np.float64)) for site in SITES}
+    means = {site: value.mean(axis=2) for site, value in logs.items()}
+    scale = {site: np.exp(means[site][..., None] - value).astype(np.float32) for site, value in logs.items()}
+    return Scoring("learned", scale=scale), np.exp(np.concatenate([means[site] for site in SITES], axis=1), dtype="f4")
+
+
 CRITERIA: Final[Mapping[str, Criterion]] = {
     MAGNITUDE: Criterion("the magnitude |x| (TEAL)", lambda _: Scoring()),
     "wina": Criterion("|x| times the norm of the weight row that it meets (WINA)", _wina),

@@ -20,7 +20,7 @@ from teal_cli.model.weights import Checkpoint
 from teal_cli.passes.closed_loop import close_loop
 from teal_cli.passes.fisher import LEVELS, FisherLosses
 from teal_cli.passes.forward import Sparse, forward
-from teal_cli.passes.gradients import draw, gradients
+from teal_cli.passes.gradients import draw, gradients, label_errors
 from teal_cli.passes.judge import realised_bytes
 from teal_cli.passes.layers import ResidentLayers, StreamedLayers
 from teal_cli.registry.registry import Registry
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_transformers(tiny_family: Path, streamed: bool) 
 
     resident = ResidentLayers(Transformer.from_checkpoint(tiny_family, torch.float32))
     layers = StreamedLayers(Checkpoint(tiny_family), torch.float32, CPU) if streamed else resident
-    events = list(gradients(layers, [tokens], visit, seed=3))
+    events = list(gradients(layers, [tokens], visit, label_errors(layers.config, 3)))
     assert events[-1].done == events[-1].total
     assert found.keys() == expected.keys()
     for key, (x, g) in expected.items():
@@ -196,6 +196,7 @@ def test_a_closed_loop_drops_what_it_says(tiny: Callable[[str], Path]) -> None:
         ("--allocation", "uniform", "--closed-loop"),
         ("--allocation", "fisher", "--criterion", "topk"),
         ("--allocation", "greedy", "--criterion", "topk"),
+        ("--allocation", "learned"),
     ],
     ids=" ".join,
 )
@@ -259,6 +260,8 @@ def test_a_damaged_plan_is_told_and_hides_no_other(ready: Path, teal: Teal) -> N
         (("--allocation", "fisher", "--seq-len", 32, "--sparse-from", 64), 2, "have no row after 64"),
         (("--allocation", "fisher", "--tokens", 100_000_000), 2, "has only"),
         (("--criterion", "topk", "--closed-loop"), 2, "there is no loop to close"),
+        (("--allocation", "learned", "--criterion", "wina"), 2, "learned thresholds are of magnitudes"),
+        (("--allocation", "learned", "--closed-loop"), 2, "learned thresholds are of magnitudes"),
         (("-c", "none"), 3, "no calibration called 'none'"),
     ],
 )

@@ -30,7 +30,8 @@ from teal_cli.passes.observe import Observed, observe
 from teal_cli.registry.download import fetch
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.calibrate import Text, calibrate
-from teal_cli.runs.make_plan import PlanMaker, PlanRequest
+from teal_cli.runs.make_plan import PlanMaker
+from teal_cli.runs.plan_request import PlanRequest
 from teal_cli.runs.quantize import quantize_model
 from teal_cli.runs.session import open_session
 from teal_cli.sparsity.calibration import FEW_TOKENS, Calibration, Provenance
