@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -39,11 +39,19 @@ class Sparse:
         start: position of the first sparse row: an int counts tokens, a float is a share of the sequence (0.5 is TEAL's
             own evaluation), rounded down.
         kept: int64 [layers, 7], entries that each projection kept, added up over all sparse rows; None counts nothing.
+        projectors: of each layer, made as they are needed; who runs a plan again hands them on.
     """
 
     plan: Plan
     start: int | float
     kept: NDArray[np.int64] | None = None
+    projectors: dict[int, PlanProjector] = field(default_factory=dict, compare=False)
+
+    def projector(self, layer: int, device: torch.device) -> PlanProjector:
+        """The plan's projections of a layer."""
+        if layer not in self.projectors:
+            self.projectors[layer] = PlanProjector(self.plan, layer, device)
+        return self.projectors[layer]
 
     def position(self, length: int) -> int:
         """Position of the first sparse row in a sequence of this length."""
@@ -190,7 +198,7 @@ class Layer:
     ) -> None:
         self._config, self._index, self._weights, self._rope = config, index, weights, rope
         self._variants, self._visit = variants, visit
-        self._projectors = [PlanProjector(v.plan, index, weights.down.device) for v in variants]
+        self._projectors = [variant.projector(index, weights.down.device) for variant in variants]
 
     @torch.inference_mode()
     def advance(self, states: States, sequence: int) -> None:

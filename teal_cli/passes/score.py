@@ -82,25 +82,30 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
 
 
 @torch.inference_mode()
-def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """How likely each target is after the hidden states [S, hidden] of its row.
+def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor, best: Tensor | None = None) -> Tensor:
+    """How likely each target is after the hidden states [S, hidden] of its row: its log-probability, float32 [S].
 
-    Returns:
-        The log-probability of each target, float32 [S], and the most likely token of each row, int64 [S].
+    Args:
+        best: int64 [S], filled with the most likely token of each row.
 
     Raises:
         TealError: a log-probability is not finite.
     """
     rows = max(1, _LOGIT_BYTES // (4 * vocab))
-    found, best = states.new_zeros(len(targets), dtype=torch.float32), torch.zeros_like(targets)
+    found = states.new_zeros(len(targets), dtype=torch.float32)
+    room = states.new_empty(
+        min(rows, len(targets)), vocab, dtype=torch.float32
+    )  # new memory takes longer than the sums
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
-        predicted = head(states[part]).log_softmax(-1)
+        logits = head(states[part])
+        predicted = torch.log_softmax(logits, -1, out=room[: len(logits)])
         found[part] = predicted.gather(1, targets[part, None])[:, 0]
-        best[part] = predicted.argmax(-1)
+        if best is not None:
+            best[part] = predicted.argmax(-1)
     if not torch.isfinite(found).all():
         raise _not_finite()
-    return found, best
+    return found
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ tokens would have consumed (see `passes.forward`). Each row also has the log-pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
 
@@ -46,7 +46,8 @@ class Forcing:
     def __init__(
         self, layers: Layers, plans: Mapping[str, Plan], prompts: Sequence[Prompt], prefill: str = "none"
     ) -> None:
-        self._layers, self._plans, self._prompts, self._prefill = layers, plans, prompts, prefill
+        self._layers, self._prompts, self._prefill = layers, prompts, prefill
+        self._levels = {name: Sparse(plan, 0) for name, plan in plans.items()}
         self._dense = any(plan.target == 0 for plan in plans.values())
         self._crew = crew(layers.device)
         self.sequences = len(prompts)
@@ -67,7 +68,7 @@ class Forcing:
         there = min(len(held[level.name]) for level in levels)
         wanted = [s for s in sequences if self.most(s) > (there if s == sequences[0] else 0)]
         prompts = [self._prompts[sequence] for sequence in wanted]
-        plans = [self._plans[level.name] for level in levels]
+        plans = [self._levels[level.name] for level in levels]
         passed, total, following = 0, len(wanted) * self._layers.config.layers, iter(wanted)
         for event in forced_rows(self._layers, plans, prompts, self._prefill, dense_rows=self._dense, crew=self._crew):
             if isinstance(event, Advance):
@@ -109,7 +110,7 @@ class ForcedRows:
 
 def forced_rows(
     layers: Layers,
-    plans: Sequence[Plan],
+    levels: Sequence[Sparse],
     prompts: Sequence[Prompt],
     prefill: str = "none",
     *,
@@ -119,7 +120,7 @@ def forced_rows(
     """What decode steps fed with the following tokens of each prompt would have consumed, in order.
 
     Args:
-        plans: a target of 0 is the dense model.
+        levels: plans, whose starts do not count; a target of 0 is the dense model.
         prefill: `none`: rows of the following tokens alone. `dense`, `sparse`: the prompt's too, run so.
         dense_rows: run the following tokens densely too, which a target of 0 needs. Sums of the prompt's rows may come
             in another order then, so a row comes out again with the value that it had.
@@ -135,17 +136,22 @@ def forced_rows(
     for _, same in groupby(prompts, lambda prompt: len(prompt.token_ids)):  # a pass has one place at which plans begin
         group = list(same)
         for part in batches(group, most if layers.resident else len(group)):
-            yield from _one_pass(layers, plans, part, prefill, dense_rows, crew)
+            yield from _one_pass(layers, levels, part, prefill, dense_rows, crew)
 
 
 def _one_pass(
-    layers: Layers, plans: Sequence[Plan], prompts: Sequence[Prompt], prefill: str, dense_rows: bool, crew: Crew | None
+    layers: Layers,
+    levels: Sequence[Sparse],
+    prompts: Sequence[Prompt],
+    prefill: str,
+    dense_rows: bool,
+    crew: Crew | None,
 ) -> Iterator[Advance | list[ForcedRows]]:
     """`forced_rows` of prompts that go through each layer one after the other."""
-    sequences = [_Sequence(layers, plans, prompt, prefill) for prompt in prompts]
+    sequences = [_Sequence(layers, [level.plan for level in levels], prompt, prefill) for prompt in prompts]
     head = layers.open_head()
-    sparse = [number for number, plan in enumerate(plans) if plan.target]
-    variants = [Sparse(plans[number], sequences[0].start) for number in sparse]
+    sparse = [number for number, level in enumerate(levels) if level.plan.target]
+    variants = [replace(levels[number], start=sequences[0].start) for number in sparse]
 
     def visit(where: Where, x: Tensor, kept: Tensor) -> None:
         sequences[where.sequence].add(where, kept, None if where.variant is None else sparse[where.variant])
@@ -205,7 +211,7 @@ class _Sequence:
             for is_dense in self._is_dense
         ]
         targets = torch.tensor(self.fed[self._first + 1 :], device=layers.device).repeat(len(parts))
-        found, _ = log_probabilities(head, layers.config.vocab, torch.cat(parts), targets)
+        found = log_probabilities(head, layers.config.vocab, torch.cat(parts), targets)
         self._chances = np.minimum(found.cpu().numpy().reshape(len(parts), -1), np.float32(0))
 
     def rows(self) -> list[ForcedRows]:

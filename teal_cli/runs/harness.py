@@ -207,8 +207,9 @@ class TealLM(TemplateLM):
             states = self._run(np.array(inputs, np.int64), start)
             for number in numbers:
                 targets = torch.tensor(pairs[number][1], device=self._layers.device)
-                scores, best = log_probabilities(
-                    self._head, self.session.config.vocab, states[len(states) - len(targets) :], targets
+                best = torch.zeros_like(targets)
+                scores = log_probabilities(
+                    self._head, self.session.config.vocab, states[len(states) - len(targets) :], targets, best
                 )
                 yield number, (float(scores.double().sum()), bool((best == targets).all()))
                 bar.update()

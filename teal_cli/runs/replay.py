@@ -23,7 +23,7 @@ from teal_cli.errors import HardwareError, NotFoundError, TealError
 from teal_cli.model.transformer import attend_alone, block, dense, embed
 from teal_cli.model.weights import config_sha256
 from teal_cli.passes.crew import crew
-from teal_cli.passes.forward import Advance
+from teal_cli.passes.forward import Advance, Sparse
 from teal_cli.passes.projector import PlanProjector
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.forced import forced_rows
@@ -192,8 +192,8 @@ def _prefill(level: Level) -> str:
 def _forced(session: Session, level: Level, prompt: Prompt, rows: list[int]) -> Iterator[Mapping[str, Tensor]]:
     """The same from the pass that forced dumps take."""
     dense = any(parse_level(name) == 0 for name in level.store.levels)
-    layers, plans = session.layers, [stored_plan(level)]
-    *_, made = forced_rows(layers, plans, [prompt], _prefill(level), dense_rows=dense, crew=crew(layers.device))
+    layers, levels = session.layers, [Sparse(stored_plan(level), 0)]
+    *_, made = forced_rows(layers, levels, [prompt], _prefill(level), dense_rows=dense, crew=crew(layers.device))
     assert not isinstance(made, Advance)
     (found,) = made
     for row in rows:

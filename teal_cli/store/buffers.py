@@ -66,7 +66,11 @@ class BlockBuffer:
         for name, column in columns.items():
             self.tokens[name][index : index + len(column)] = column
         for site, x in rows.items():
-            self._rows[site][:, index : index + x.shape[1]].copy_(x)
+            part = self._rows[site][:, index : index + x.shape[1]]
+            if part.device.type == x.device.type == "cpu" and part.dtype == x.dtype:
+                np.copyto(_bits(part), _bits(x))
+            else:
+                part.copy_(x)
 
     def seal(self) -> None:
         """Marks, on the decoding stream, the point after which the rows are complete."""
@@ -82,9 +86,7 @@ class BlockBuffer:
                 assert self._filled is not None
                 self._stream.wait_event(self._filled)
                 rows = rows.to("cpu")  # pageable, hence synchronous: only this thread waits for it
-        if rows.dtype is torch.bfloat16:
-            return rows.view(torch.int16).numpy().view(np.uint16)
-        return rows.numpy()
+        return _bits(rows)
 
     def clear(self) -> None:
         """Makes every row unfilled again; called on the writer thread."""
@@ -97,4 +99,17 @@ class BlockBuffer:
 
     def _empty(self) -> None:
         for rows in self._rows.values():
-            rows.fill_(float("nan") if rows.is_floating_point() else -1)
+            empty = torch.full((), float("nan") if rows.is_floating_point() else -1, dtype=rows.dtype)
+            if rows.device.type == "cpu":
+                _bits(rows).fill(_bits(empty)[()])
+            else:
+                rows.fill_(empty)
+
+
+def _bits(rows: torch.Tensor) -> np.ndarray:
+    """A CPU tensor as an array, bfloat16 as uint16 bits. NumPy moves it in the calling thread alone; PyTorch would
+    share that out to threads that then spin, for a while, on cores that others compute on.
+    """
+    if rows.dtype is torch.bfloat16:
+        return rows.view(torch.int16).numpy().view(np.uint16)
+    return rows.numpy()
