@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -21,7 +22,7 @@ import numpy as np
 from teal_cli.files import write_bytes
 from teal_cli.store.blocks import space
 from teal_cli.store.header import StoreHeader
-from teal_cli.store.packing import pack
+from teal_cli.store.packing import contains_nan, pack
 from teal_cli.store.schema import (
     BLOSC_BLOCKSIZE,
     EXPERT_ARRAY,
@@ -34,6 +35,9 @@ from teal_cli.store.schema import (
 
 _blosc = numcodecs.Blosc(cname="zstd", clevel=ZSTD_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=BLOSC_BLOCKSIZE)
 _zstd = numcodecs.Zstd(level=ZSTD_LEVEL)
+_PACKED: Final = 1 << 19
+"""Entries of the layers that are packed with one call: few enough for the cache, many enough that threads that pack do
+not wait for each other's Python."""
 _CRC: Final = 4
 """Bytes of a checksum."""
 _ENTRY: Final = 16
@@ -69,9 +73,10 @@ class SiteFiles:
             ValueError: a row holds NaN; see `packing.pack`.
             OSError: the disk refuses.
         """
-        layers = range(self._layers)
-        encode = self._encode_layer
-        done = list((self._pool.map if self._pool else map)(encode, layers, rows))
+        some = max(1, min(self._layers // 2, _PACKED // max(1, rows[0].size)))  # two threads have work, or more
+        first = range(0, self._layers, some)
+        groups = [rows[layer : layer + some] for layer in first]
+        done = list(chain.from_iterable((self._pool.map if self._pool else map)(self._encode, first, groups)))
         counts = np.full((self._layers, self._block), NEVER_WRITTEN, "<u4")
         counts[:, : rows.shape[1]] = [row_nnz for _, _, row_nnz in done]
         values, mask, row_nnz = self.paths(block)
@@ -136,16 +141,27 @@ class SiteFiles:
             values[start:stop] = slots[: stop - start]
         return values, mask[:, :tokens], counts
 
-    def _encode_layer(
-        self, layer: int, rows: np.ndarray
-    ) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes], np.ndarray]:
+    def _encode(
+        self, first: int, rows: np.ndarray
+    ) -> list[tuple[tuple[bytes, bytes], tuple[bytes, bytes], np.ndarray]]:
+        """Of the rows [layers, tokens, K] of a few layers from `first` on: values, mask and row_nnz of each."""
+        layers, tokens, _ = rows.shape
         try:
-            packed = pack(rows, slots=self._block * self._channels)
+            packed = pack(rows.reshape(layers * tokens, self._channels), slots=rows.size)
         except ValueError as error:
+            layer = first + next(number for number, own in enumerate(rows) if contains_nan(own))
             raise ValueError(f"layer {layer}: {error}") from error
-        mask = np.zeros((self._block, mask_bytes(self._channels)), np.uint8)
-        mask[: len(packed.mask)] = packed.mask
-        return _summed(_blosc.encode(packed.values)), _summed(_zstd.encode(mask)), packed.row_nnz
+        masks = np.zeros((layers, self._block, mask_bytes(self._channels)), np.uint8)
+        masks[:, :tokens] = packed.mask.reshape(layers, tokens, -1)
+        counts = packed.row_nnz.reshape(layers, tokens)
+        ends = np.cumsum(counts.sum(axis=1, dtype=np.int64)).tolist()
+        slots, filled, done = np.zeros(self._block * self._channels, rows.dtype), 0, []
+        for start, stop, mask, row_nnz in zip([0, *ends], ends, masks, counts, strict=False):
+            slots[: stop - start] = packed.values[start:stop]
+            slots[stop - start : filled] = 0
+            filled = stop - start
+            done.append((_summed(_blosc.encode(slots)), _summed(_zstd.encode(mask)), row_nnz))
+        return done
 
 
 def _summed(data: Any) -> tuple[bytes, bytes]:
