@@ -30,7 +30,8 @@ _UNFIT: Final = frozenset({errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
 DISK_ERRORS: Final = _FULL | _FORBIDDEN | _EXHAUSTED
 """Error numbers that say something of the user's machine and nothing of teal."""
 
-RERUN: Final = "free some space and run the same command again: it goes on where it stopped"
+AGAIN: Final = "free some space and run the same command again"
+RERUN: Final = f"{AGAIN}: it goes on where it stopped"
 
 
 # ---------------------------------------------------------------- writing

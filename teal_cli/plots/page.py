@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from teal_cli.errors import UsageError
-from teal_cli.files import check_new_file, disk_errors, write_bytes
+from teal_cli.files import AGAIN, check_new_file, disk_errors, write_bytes
 
 _ENDINGS: Final = (".html", ".htm")
 
@@ -62,7 +62,7 @@ def check_page(path: Path, *, force: bool) -> None:
 
 def write_page(path: Path, html: str) -> None:
     """Write a page, which appears when it is whole. Raises TealError: the disk refuses."""
-    with disk_errors(path.parent):
+    with disk_errors(path.parent, when_full=AGAIN):
         write_bytes(path, [html.encode()])
 
 

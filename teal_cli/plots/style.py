@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.files import disk_errors, new_file
+from teal_cli.files import AGAIN, disk_errors, new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         TealError: the disk refuses.
     """
-    with disk_errors(path), new_file(path) as partial:
+    with disk_errors(path, when_full=AGAIN), new_file(path) as partial:
         figure.savefig(partial, dpi=_DPI, format=path.suffix[1:].lower())
 
 

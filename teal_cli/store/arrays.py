@@ -19,7 +19,7 @@ from teal_cli.store import layout
 from teal_cli.store.bits import from_bitmap, past_the_end, row_counts
 from teal_cli.store.blocks import Block, CsrRows, Slab, csr_rows, readable_shape
 from teal_cli.store.header import StoreHeader
-from teal_cli.store.metadata import VERIFY_HINT, as_numpy, open_array
+from teal_cli.store.metadata import DAMAGE_HINT, VERIFY_HINT, as_numpy, open_array, reason
 from teal_cli.store.packing import magnitude_bits, to_float
 from teal_cli.store.remote import Place
 from teal_cli.store.schema import NEVER_WRITTEN, blocks_of
@@ -154,16 +154,22 @@ class SiteReader(Blocks):
         arrays = self.arrays
         if (quick := self._load_quick(layers, block, room)) is not None:
             return quick
-        chosen = slice(layers.start, layers.stop)
+        chosen, tokens = slice(layers.start, layers.stop), slice(start, stop)
+        places: tuple[int | slice, ...] = (block, tokens, tokens)
+        read: list[np.ndarray] = []
         try:
-            slots = as_numpy(arrays[0][chosen, block])
-            mask, row_nnz = (as_numpy(array[chosen, start:stop]) for array in arrays[1:])
+            for array, place in zip(arrays, places, strict=True):
+                read.append(as_numpy(array[chosen, place]))
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
+            failed = len(read)
             which = f"layer {layers[0]}, " if len(layers) == 1 else ""
+            name = ("values", "mask", "row_nnz")[failed]
+            file = f"{name}/c/{_file_of(arrays[failed], layers.start, start if failed else block)}"
             raise TealError(
-                f"{self.where}, {which}tokens {start} to {stop}: unreadable: {error}",
-                hint=VERIFY_HINT,
+                f"{self.where}, {which}tokens {start} to {stop}: {file} is unreadable: {reason(error)}",
+                hint=DAMAGE_HINT,
             ) from error
+        slots, mask, row_nnz = read
         self._guard()
         values = [own[:kept] for own, kept in zip(slots, row_nnz.sum(axis=1).tolist(), strict=True)]
         return np.concatenate([np.empty(0, slots.dtype), *values]), mask, row_nnz
@@ -193,11 +199,19 @@ class SiteReader(Blocks):
         try:
             counts = as_numpy(array[layer, : self.tokens])
         except Exception as error:  # as in _read
-            raise TealError(f"{self.where}, layer {layer}: row_nnz is unreadable: {error}") from error
+            raise TealError(
+                f"{self.where}, layer {layer}: row_nnz is unreadable: {reason(error)}", hint=DAMAGE_HINT
+            ) from error
         if (counts == NEVER_WRITTEN).any():
             raise TealError(f"{self.where}, layer {layer}: a committed row was never written")
         self._guard()
         return counts
+
+
+def _file_of(array: layout.Array, layer: int, place: int) -> str:
+    """Name of the file of a site's array that holds a layer and a block or token."""
+    size = array.shards or array.chunks
+    return "/".join(map(str, (layer // size[0], place // size[1], *[0] * (array.ndim - 2))))
 
 
 def _problem(values: np.ndarray, mask: np.ndarray, row_nnz: np.ndarray, channels: int) -> tuple[int, str] | None:

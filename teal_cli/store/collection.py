@@ -46,10 +46,8 @@ class Collection(ActivationStore):
         try:
             part = ActivationStore(self.path / name)
         except NotFoundError:
-            raise TealError(
-                f"{name} of the collection {self.path} is missing",
-                hint=f"it has {len(self.state.parts)} parts: bring it back, or write the collection again",
-            ) from None
+            hint = f"it has {len(self.state.parts)} parts: bring it back, or `teal dump --resume` writes its rows again"
+            raise TealError(f"{name} of the collection {self.path} is missing", hint=hint) from None
         differing = differing_fields(self.header, part.state)
         if set(part.levels) != set(self.levels):
             differing.append("levels")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from teal_cli.errors import UsageError
-from teal_cli.files import check_new_folder, disk_errors, new_folder, occupied, read_json, write_json
+from teal_cli.files import AGAIN, check_new_folder, disk_errors, new_folder, occupied, read_json, write_json
 from teal_cli.registry.registry import Registry
 from teal_cli.store.formats import FORMATS
 from teal_cli.store.kept_weights import layer_weights, model_outputs, open_checkpoint, write_weights
@@ -79,7 +79,7 @@ def convert(
     checkpoint = None if model is None else open_checkpoint(store, model)
     levels = {name: store.level(name) for name in selection.levels}
     spans = {name: tuple(selection.spans(level)) for name, level in levels.items()}
-    with disk_errors(out), new_folder(target, replace=force) as partial:
+    with disk_errors(out, when_full=AGAIN), new_folder(target, replace=force) as partial:
         write_json(partial / SIDECAR, _provenance(store, form, selection, levels, spans))
         parts = list(_parts(selection, levels, spans, widths))
         total = len(parts) * (1 if checkpoint is None else 2)

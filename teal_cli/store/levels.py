@@ -24,12 +24,14 @@ from teal_cli.store import layout
 from teal_cli.store.arrays import ActivationArray, Blocks, SiteReader
 from teal_cli.store.header import LevelState, StoreHeader, StoreState
 from teal_cli.store.metadata import (
+    DAMAGE_HINT,
     VERIFY_HINT,
     as_numpy,
     level_state,
     open_array,
     read_constant,
     read_state,
+    reason,
     require_store,
 )
 from teal_cli.store.packing import exceeds
@@ -230,7 +232,7 @@ class Level:
         try:
             found = as_numpy(array[layer, : self._tokens])
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-            raise TealError(f"{where}: unreadable: {error}", hint=VERIFY_HINT) from error
+            raise TealError(f"{where}: unreadable: {reason(error)}", hint=DAMAGE_HINT) from error
         if mixture.layers[layer]:
             sound = (found < mixture.experts).all() and (found[:, 1:] > found[:, :-1]).all()
         else:
@@ -280,7 +282,7 @@ class Level:
                 columns[name] = as_numpy(array[: self._tokens])
             except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
                 raise TealError(
-                    f"{self.store.path}: {self.name}/{name} is damaged: {error}", hint=VERIFY_HINT
+                    f"{self.store.path}: {self.name}/{name} is damaged: {reason(error)}", hint=DAMAGE_HINT
                 ) from error
         self.store.check_same()
         return columns

@@ -24,6 +24,15 @@ from teal_cli.store.schema import COLLECTION, SCHEMA, SCHEMA_1, SCHEMAS, parse_l
 from teal_kernels.spec import SITES
 
 VERIFY_HINT: Final = "`teal store verify` says more"
+DAMAGE_HINT: Final = (
+    "`teal store verify` lists what is damaged; remove that part of a collection and run `teal dump --resume`, "
+    "or write the store again with `teal dump --like`"
+)
+
+
+def reason(error: Exception) -> str:
+    """Why a chunk could not be read, without the bytes that a codec says of a checksum."""
+    return "a checksum does not match" if "checksum" in str(error) else str(error)
 
 
 def require_store(path: Place, *, plain: bool = False) -> None:
@@ -202,7 +211,7 @@ def read_constant(path: Place, level: str, name: str, header: StoreHeader) -> np
     try:
         found = as_numpy(array[...])
     except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-        raise TealError(f"{path}: {level}/{name} is damaged: {error}", hint=VERIFY_HINT) from error
+        raise TealError(f"{path}: {level}/{name} is damaged: {reason(error)}", hint=DAMAGE_HINT) from error
     if not np.isfinite(found).all() or (not name.endswith("/centre") and (found < 0).any()):
         raise TealError(f"{path}: {level}/{name}: an entry is negative or not a number", hint=VERIFY_HINT)
     return found

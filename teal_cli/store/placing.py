@@ -33,7 +33,7 @@ from teal_cli.store.metadata import (
     require_store,
     schema_of,
 )
-from teal_cli.store.remote import local
+from teal_cli.store.remote import Remote, local, place_of
 from teal_cli.store.schema import EXPERT_ARRAY, EXPERT_THRESHOLDS, SCHEMAS, blocks_of
 from teal_cli.store.shards import ExpertFiles, SiteFiles
 from teal_cli.store.whole import is_ours
@@ -73,8 +73,13 @@ def destination(path: Path) -> Path:
     """Where a store of this path lies: absolute, links followed, since what is replaced is the store and no link.
 
     Raises:
-        UsageError: links that lead in a circle.
+        UsageError: a URL, or links that lead in a circle.
     """
+    if isinstance(place := place_of(path), Remote):
+        raise UsageError(
+            f"{place} is a URL, and what is made here is written to local disks only",
+            hint=f"write to a folder; `teal store copy FOLDER -o {place}` sends a finished store",
+        )
     try:
         return path.resolve()
     except (OSError, RuntimeError):  # RuntimeError before Python 3.13

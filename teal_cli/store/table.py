@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import UsageError
-from teal_cli.files import check_new_file, disk_errors, new_file
+from teal_cli.files import AGAIN, check_new_file, disk_errors, new_file
 from teal_cli.store.measures import Row
 
 
@@ -35,7 +35,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     from pyarrow import parquet
 
     table = pa.Table.from_pylist([dict(_flat(row.values(per_channel=True))) for row in rows])
-    with disk_errors(path), new_file(path.absolute()) as partial:
+    with disk_errors(path, when_full=AGAIN), new_file(path.absolute()) as partial:
         parquet.write_table(table, partial)
 
 

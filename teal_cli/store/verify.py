@@ -24,7 +24,7 @@ from teal_cli.store.arrays import SiteReader
 from teal_cli.store.collection import Collection
 from teal_cli.store.digest import Digested, digesting, store_digest
 from teal_cli.store.header import LevelHeader, LevelState, StoreHeader, site_widths
-from teal_cli.store.metadata import as_numpy, read_node
+from teal_cli.store.metadata import as_numpy, read_node, reason
 from teal_cli.store.packing import exceeds, magnitude_bits, per_value, unpack_mask
 from teal_cli.store.reader import ActivationStore, Level, open_store
 from teal_cli.store.remote import local, place_of
@@ -363,7 +363,7 @@ def _block(
         try:
             read[name] = as_numpy(array[:, block if name == "values" else tokens])
         except Exception as error:  # on damaged bytes codecs raise anything from ValueError to RuntimeError
-            yield Problem(f"{where}, {name}", f"unreadable: {error}")
+            yield Problem(f"{where}, {name}", f"unreadable: {reason(error)}")
     if len(read) < len(arrays):
         return
     for layer, limit in enumerate(limits):

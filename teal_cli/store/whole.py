@@ -12,10 +12,11 @@ from math import prod
 from typing import Final
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.store.collection import Collection
 from teal_cli.store.digest import is_sound
 from teal_cli.store.header import StoreState, is_level_name
 from teal_cli.store.layout import level_arrays
-from teal_cli.store.metadata import read_state
+from teal_cli.store.metadata import VERIFY_HINT, read_state
 from teal_cli.store.remote import Place, Remote, sizes_of
 from teal_cli.store.schema import is_part_name
 
@@ -64,7 +65,8 @@ class WholeStore:
         except OSError as error:
             raise TealError(f"{place}/{name} did not come: {error.strerror}", hint=RERUN) from error
         if not self.is_sound(name, data):
-            raise TealError(f"{place}/{name} is damaged: a checksum does not match", hint=RERUN)
+            hint = RERUN if isinstance(place, Remote) else VERIFY_HINT  # what lies here is not read better again
+            raise TealError(f"{place}/{name} is damaged: a checksum does not match", hint=hint)
         return data
 
     def is_sound(self, name: str, data: bytes) -> bool:
@@ -78,11 +80,14 @@ def whole_store(place: Place) -> WholeStore:
     """A complete store, without reading its chunks.
 
     Raises:
-        NotFoundError, UsageError: no store there, or not a complete one. TealError: it cannot be reached.
+        NotFoundError, UsageError: no store there, or not a complete one.
+        TealError: it cannot be reached, or a part of a collection is missing or of other settings.
     """
     state = read_state(place)
     if not state.complete or state.digest is None:
         raise UsageError(f"{place} is not complete", hint="copy it once its run has come to its end")
+    if state.parts:
+        Collection(place)
     files = {name: size for name, size in sorted(sizes_of(place).items()) if is_ours(name)}
     return WholeStore(place, state.digest, files, _chunks(place, state))
 

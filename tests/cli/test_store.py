@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,38 @@ def test_a_hint_names_only_options_that_there_are(teal: Teal, store: Path, tmp_p
     assert teal("store", "copy", store, "-o", tmp_path / "copy.zarr").code == 0
     again = teal("store", "copy", store, "-o", tmp_path / "copy.zarr")
     assert (again.code, "--force" in again.err, "--resume" in again.err) == (2, True, False)
+
+
+@pytest.mark.parametrize("file", ["values/c/0/0/0", "mask/c/0/0/0", "row_nnz/c/0/0"])
+def test_damage_names_the_chunk_and_the_way_out(teal: Teal, store: Path, tmp_path: Path, file: str) -> None:
+    path = tmp_path / "out.zarr"
+    shutil.copytree(store, path)
+    chunk = path / "s0.50" / "mlp_in" / file
+    data = bytearray(chunk.read_bytes())
+    data[3] ^= 0x41
+    chunk.write_bytes(data)
+    read = teal("store", "stats", path)
+    err = " ".join(read.err.split())
+    assert (read.code, f"{file} is unreadable: a checksum does not match" in err) == (1, True), err
+    assert "`teal dump --resume`" in err
+    copied = teal("store", "copy", path, "-o", tmp_path / "copy.zarr")
+    err = " ".join(copied.err.split())
+    assert (copied.code, f"mlp_in/{file} is damaged" in err, "run the same command again" in err) == (1, True, False)
+    assert not (tmp_path / "copy.zarr").exists()
+
+
+def test_what_begins_anew_on_a_full_disk_does_not_promise_to_go_on(
+    teal: Teal, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("teal_cli.store.export.new_folder", full)
+    ran = teal("store", "convert", store, "-o", tmp_path / "out")
+    assert (ran.code, "is full" in ran.err, "run the same command again" in " ".join(ran.err.split())) == (
+        1,
+        True,
+        True,
+    )
+    assert "where it stopped" not in ran.err
+    assert not (tmp_path / "out").exists()

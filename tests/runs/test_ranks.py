@@ -191,6 +191,9 @@ def test_what_is_wrong_with_a_collection_is_named(teal: Teal, parts: Path, tmp_p
     for command in ("info", "verify", "stats"):
         ran = teal("store", command, path)
         assert (ran.code, "part-00001 of the collection" in ran.err, "is missing" in ran.err) == (1, True, True)
+        assert "`teal dump --resume` writes its rows again" in " ".join(ran.err.split())
+    ran = teal("store", "copy", path, "-o", tmp_path / "copy.zarr")
+    assert (ran.code, "part-00001 of the collection" in ran.err, "is missing" in ran.err) == (1, True, True)
     shutil.copytree(path / "part-00000", path / "part-00001")
     assert any("both have sequence" in problem for problem in problems(path))
     with pytest.raises(TealError, match="part-00000 and part-00001 both have sequence"):
@@ -198,6 +201,9 @@ def test_what_is_wrong_with_a_collection_is_named(teal: Teal, parts: Path, tmp_p
     layout.set_attributes(path, "part-00001", {"seed": 9})
     with pytest.raises(TealError, match=r"part-00001 of the collection .* what differs: seed"):
         open_store(path)
+    ran = teal("store", "copy", path, "-o", tmp_path / "copy.zarr")
+    assert (ran.code, "what differs: seed" in ran.err) == (1, True)
+    assert not [entry for entry in tmp_path.iterdir() if "copy" in entry.name]
 
 
 def test_a_lost_sequence_and_a_changed_root_are_found(parts: Path, tmp_path: Path) -> None:

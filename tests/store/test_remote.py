@@ -19,6 +19,7 @@ from teal_cli import open_store
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.store.copy import copy
 from teal_cli.store.export import convert
+from teal_cli.store.placing import check_target
 from teal_cli.store.remote import Remote
 from teal_cli.store.selection import select
 from teal_cli.store.stats import measure
@@ -190,6 +191,21 @@ def test_what_is_no_store_is_told(teal: Teal, store: Path, bucket: Any, tmp_path
         feed(writer.level(0.5), 20)
     ran = teal("store", "copy", tmp_path / "half.zarr", "-o", tmp_path / "x.zarr")
     assert (ran.code, "is not complete" in ran.err) == (2, True)
+
+
+def test_what_is_made_here_is_written_to_folders(
+    teal: Teal, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command line makes the path s3:/bucket/x of a URL, which would be a folder of that name here."""
+    monkeypatch.chdir(tmp_path)
+    there = Path("s3://bucket/out.zarr")
+    with pytest.raises(UsageError, match=r"s3://bucket/out\.zarr is a URL, .* local disks only"):
+        check_target(there, force=False)
+    with pytest.raises(UsageError, match="local disks only"):
+        StoreWriter.create(there, header(), levels())
+    ran = teal("store", "convert", store, "-o", "s3://bucket/out")
+    assert (ran.code, "`teal store copy FOLDER -o s3://bucket/out`" in " ".join(ran.err.split())) == (2, True), ran.err
+    assert not list(tmp_path.glob("s3*"))
 
 
 def test_an_unreachable_server_is_told() -> None:
