@@ -251,6 +251,7 @@ def dump(
         "prompts": len(job.prompts),
         **_run(out, job, out_path, board, force=force, resume=resume, durable=durable),
         "store": str(out_path),
+        "ranks": board.size,
     }
     if first:
         out.result(payload, lambda console: _show_result(console, payload))
@@ -307,7 +308,8 @@ def _show_estimate(console: Console, estimate: dict[str, Any]) -> None:
 
 def _show_result(console: Console, result: dict[str, Any]) -> None:
     rows = counted(result["new_rows"], "row")
-    done = f"wrote {rows} in {result['seconds']:.1f} s to" if result["new_rows"] else "nothing was left to write to"
+    who = f"rank 0 of {result['ranks']} wrote" if result["ranks"] > 1 else "wrote"
+    done = f"{who} {rows} in {result['seconds']:.1f} s to" if result["new_rows"] else "nothing was left to write to"
     console.print(f"{done} [bold]{result['store']}[/bold]")
     console.print(made_with(result["model"], result["calibration"], *result["plans"]), markup=False, soft_wrap=True)
     console.print(

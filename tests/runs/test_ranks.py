@@ -173,11 +173,12 @@ def test_a_dump_by_two_ranks_has_the_digest_of_one(teal: Teal, tmp_path: Path, f
                "--backend", "reference", "--follow", follow]  # fmt: skip
     launched = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "teal_cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads may add in another order
-    for command, path in ((launched, both), (["-m", "teal_cli"], one)):
+    for command, path, ranks in ((launched, both, 2), (["-m", "teal_cli"], one, 1)):
         command = [sys.executable, *command, *options, "-o", str(path), "--json"]
         ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
         assert ran.returncode == 0, ran.stderr
-        assert json.loads(ran.stdout)["prompts"] == 3  # one rank talks
+        said = json.loads(ran.stdout)
+        assert (said["prompts"], said["ranks"]) == (3, ranks)  # one rank talks
     assert problems(both) == []
     assert teal("store", "merge", both, "-o", merged, "--json").json["digest"] == open_store(one).state.digest
     resumed = teal("dump", "--resume", "-o", both, "--json")
