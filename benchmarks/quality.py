@@ -41,7 +41,7 @@ BELOW = 0.05
 BROTLI = "Brotli==1.1.0"
 PROSE = "lcet10.txt"
 OTHER_PROSE = ("alice29.txt", "asyoulik.txt")
-NEWS = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
+NEWS = ("gensim==4.4.0", "lee_background.cor")
 SCIPY = ["integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "sparse", "spatial", "special", "stats"]
 SKIPPED = 20_000  # characters: title and table of contents of the prose
 PIECE = 4_000  # characters of one source at a stretch, in the mixture
@@ -118,10 +118,10 @@ def packaged(requirement: str, wanted: Sequence[str], *options: str) -> list[str
 
 def mixture(prose: Sequence[str]) -> str:
     """What learned plans are made from, in pieces of one source, shuffled."""
-    news = packaged(NEWS[0], [Path(NEWS[1]).name])[0].replace("\n", "\n\n")
+    (news,) = packaged(NEWS[0], [NEWS[1]])
     scipy = docstrings([importlib.import_module(f"scipy.{name}") for name in SCIPY], 8)
     pieces = []
-    for text in ("\n\n".join(python_docs("train")), scipy, news, *prose):
+    for text in ("\n\n".join(python_docs("train")), scipy, news.replace("\n", "\n\n"), *prose):
         end = 0
         while end < len(text):
             begin, end = end, max(text.find("\n", end + PIECE), 0) or len(text)

@@ -116,8 +116,8 @@ def make(
     uniform gives every projection the same sparsity. greedy is TEAL's Algorithm 1, block by block. fisher spreads the
     budget over the whole model by what the loss of each projection's dropped entries costs, from one backward pass.
     learned begins there and gives every channel a threshold of its own, by descent of the divergence from the dense
-    model; it loses least, takes the longest, and gains by much and varied text. Plans are checked on held-out text, and
-    never handed out where a uniform one is better. Interrupted, greedy goes on after the last layer that was done when
+    model; it takes the longest, and gains by much and varied text. Plans are checked on held-out text, and never
+    handed out where a uniform one is better. Interrupted, greedy goes on after the last layer that was done when
     the same command runs again. Several levels share one search.
 
     Examples:

@@ -64,10 +64,9 @@ def learn(
         UsageError, TealError: as `passes.forward.forward`.
     """
     begun, descent = time.perf_counter(), _Descent(layers, plan, start, math.ceil(len(tokens) / BATCH))
-    config, total = layers.config, 3 * layers.config.layers * len(tokens)
+    done, total = 0, 3 * layers.config.layers * len(tokens)
     for first in range(0, len(tokens), BATCH):
-        done, batch = 3 * config.layers * first, tokens[first : first + BATCH]
-        for event in descent.step(batch):
+        for event in descent.step(tokens[first : first + BATCH]):
             done += 1
             yield Advance(done, total, event.layers, time.perf_counter() - begun)
     yield descent.thresholds()
@@ -77,20 +76,21 @@ class _Descent:
     """The thresholds and what the descent remembers."""
 
     def __init__(self, layers: Layers, plan: Plan, start: int, steps: int) -> None:
-        self._layers, self._start, self._steps, self._target = layers, start, steps, plan.target
-        self._rate = _RATE * min(max(1.0, _STEPS / steps), _LONGEST)
+        self._layers, self._start, self._target = layers, start, plan.target
         config = layers.config
         shapes = {site: (config.layers, len(group), config.channels(site)) for site, group in SITE_PROJECTIONS.items()}
         size = sum(map(math.prod, shapes.values()))
         self._logs, self._loss, self._bytes = (torch.zeros(size, device=layers.device) for _ in range(3))
-        self._first, self._second = torch.zeros_like(self._logs), torch.zeros_like(self._logs)
+        rate = _RATE * min(max(1.0, _STEPS / steps), _LONGEST)
+        self._adam = torch.optim.Adam([self._logs], lr=rate, betas=_MEMORY, eps=1e-12)
+        self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
         self._views = [_views(flat, shapes) for flat in (self._logs, self._loss, self._bytes)]
         for site in SITES:
             start_at = torch.from_numpy(np.log(plan.thresholds[:, columns(site)]))
             self._views[0][site].copy_(start_at[..., None].expand(shapes[site]))
         sizes = np.array(list(config.projection_sizes().values()), np.float64)
         self._weights = sizes / (sizes.sum() * config.layers)  # of a projection of one layer among all bytes
-        self._taken, self._dropped = 0, torch.zeros((), dtype=torch.float64, device=layers.device)
+        self._dropped = torch.zeros((), dtype=torch.float64, device=layers.device)
 
     def thresholds(self) -> ChannelThresholds:
         return {site: view.exp().cpu().numpy() for site, view in self._views[0].items()}
@@ -132,18 +132,9 @@ class _Descent:
     def _move(self, rows: int) -> None:
         """Adam along the gradient of the loss less its part along that of the bytes, then all at once to the target."""
         each_byte = self._bytes / rows
-        gradient = self._loss - (self._loss @ each_byte) / (each_byte @ each_byte) * each_byte
-        self._taken += 1
-        for moment, value, memory in zip(
-            (self._first, self._second), (gradient, gradient.square()), _MEMORY, strict=True
-        ):
-            moment.mul_(memory).add_(value, alpha=1 - memory)
-        mean, square = (
-            moment / (1 - memory**self._taken)
-            for moment, memory in zip((self._first, self._second), _MEMORY, strict=True)
-        )
-        rate = self._rate * 0.5 * (1 + math.cos(math.pi * (self._taken - 1) / self._steps))
-        self._logs -= rate * mean / (square.sqrt() + 1e-12)
+        self._logs.grad = self._loss - (self._loss @ each_byte) / (each_byte @ each_byte) * each_byte
+        self._adam.step()
+        self._cosine.step()
         short = self._target - float(self._dropped) / rows
         self._logs += min(max(short / float(each_byte.sum()), -_MOST), _MOST) / 2
 

@@ -93,9 +93,8 @@ def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor, b
     """
     rows = max(1, _LOGIT_BYTES // (4 * vocab))
     found = states.new_zeros(len(targets), dtype=torch.float32)
-    room = states.new_empty(
-        min(rows, len(targets)), vocab, dtype=torch.float32
-    )  # new memory takes longer than the sums
+    # Used for every part: new memory takes longer than the sums.
+    room = states.new_empty(min(rows, len(targets)), vocab, dtype=torch.float32)
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
         logits = head(states[part])

@@ -65,15 +65,12 @@ class ScoreHistogram:
         index = np.searchsorted(cumulative / cumulative[-1], sparsity, side="left")
         return float(np.array(index << 16 | 0xFFFF, np.uint32).view(np.float32))
 
-    def levels(
-        self, thresholds: NDArray[np.float32], sizes: Mapping[str, int], target: float, nominal: float
-    ) -> NDArray[np.float64]:
+    def levels(self, thresholds: NDArray[np.float32], sizes: Mapping[str, int], nominal: float) -> NDArray[np.float64]:
         """The levels that thresholds drop once all are moved by one factor, so that together they drop `nominal`.
 
         Args:
             thresholds: [layers, 7], positive.
             sizes: entries of each projection's matrix, which their mean is weighted by.
-            target: of the plan; not used.
 
         Returns:
             [layers, 7]. The factor lies between e^-4 and e^4.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from teal_cli.data.blocks import pack
 from teal_cli.data.sources import open_source
 from teal_cli.data.tokenizer import load_tokenizer
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, counted
 from teal_cli.model.config import load_config, refuse_mixture
 from teal_cli.model.weights import Checkpoint, config_sha256
 from teal_cli.passes.closed_loop import close_loop
@@ -150,8 +150,13 @@ class PlanMaker:
         tokenizer = load_tokenizer(self.entry.path)
         least = None if request.tokens else 3
         blocks = pack(source, tokenizer, num_sequences=count + held, seq_len=request.seq_len, least=least)
-        held = min(held, max(1, len(blocks.tokens) // (_HELD_OUT + 1)))
-        count = len(blocks.tokens) - held
+        if len(blocks.tokens) < count + held:
+            held = min(held, max(1, len(blocks.tokens) // (_HELD_OUT + 1)))
+            wanted, count = count, len(blocks.tokens) - held
+            self.notes.append(
+                f"{dataset} gives {counted(count * request.seq_len, 'token')} to make plans from, fewer than the "
+                f"{wanted * request.seq_len:,} that are usual"
+            )
         check_tokens(self.config, blocks.tokens)
         step = (count + held) / held
         chosen = {int(step * (index + 0.5)) for index in range(held)}
@@ -287,7 +292,8 @@ class PlanMaker:
         )
         scoring, table = learned_scoring(found)
         histogram: ScoreHistogram = yield from _staged("scoring", score_histogram(layers, some, scoring))
-        return Offer(partial(histogram.levels, table, self.config.projection_sizes()), histogram.threshold, scoring)
+        sizes = self.config.projection_sizes()
+        return Offer(lambda _, nominal: histogram.levels(table, sizes, nominal), histogram.threshold, scoring)
 
     def _greedy(self, layers: Layers, scoring: Scoring, threshold: Threshold) -> Iterator[Any]:
         """The search, which goes on after the last layer that an interrupted one with the same settings had done."""

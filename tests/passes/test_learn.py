@@ -114,7 +114,7 @@ def test_it_comes_nearer_to_dense_at_the_same_bytes(tiny: Any, monkeypatch: pyte
     *_, histogram = score_histogram(layers, tokens[:4], scoring)
     judged: list[Judged] = []
     for nominal in (0.44, 0.48, 0.5, 0.52, 0.56):
-        levels = histogram.levels(table, layers.config.projection_sizes(), 0.5, nominal)
+        levels = histogram.levels(table, layers.config.projection_sizes(), nominal)
         limits = [[histogram.threshold(i, p, levels[i, j]) for j, p in enumerate(PROJECTIONS)] for i in range(3)]
         learned = Plan(0.5, "learned", levels, np.array(limits, np.float32), None, scoring)
         *_, both = judge(layers, tokens[:4], [(0.5, plan), (0.5, learned)], START)
@@ -136,7 +136,7 @@ def test_levels_by_one_factor_drop_what_is_wanted(seed: int, nominal: float) -> 
         for projection in PROJECTIONS:
             histogram.add(layer, projection, torch.from_numpy(np.abs(rng.standard_normal(20_000, np.float32))))
     table = np.exp(rng.uniform(-1, 1, (2, 7))).astype(np.float32)
-    levels = histogram.levels(table, sizes, 0.5, nominal)
+    levels = histogram.levels(table, sizes, nominal)
     weights = np.broadcast_to(list(sizes.values()), (2, 7))
     assert np.average(levels, weights=weights) == pytest.approx(nominal, abs=0.01)
     factors = [
@@ -180,3 +180,11 @@ def test_levels_of_one_search_nest_and_a_dump_of_them_verifies(ready: Path, teal
     assert ran.code == 0, ran.err
     assert teal("store", "verify", path, "--replay", 4).code == 0
     assert open_store(path).header.criterion["name"] == plans[1].scoring.criterion
+
+
+def test_a_short_text_is_told(ready: Path, teal: Teal, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    made = teal("plan", "make", "-m", "tiny", "--seq-len", 32, "--sparse-from", 4, "-d", text)
+    assert made.code == 0, made.err
+    assert "to make plans from, fewer than the 4,096 that are usual" in " ".join(made.err.split())

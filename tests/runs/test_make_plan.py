@@ -210,6 +210,7 @@ def test_every_kind_is_made_and_evaluated(ready: Path, teal: Teal, arguments: tu
         best = min(candidates.values(), key=lambda found: found["kl"])
         assert made.json["made"]["kl_to_uniform"] <= 1.0
         assert best["realised"] == pytest.approx(0.5, abs=0.05)
+    assert "fewer than" not in made.err
     found = teal("eval", "-m", "tiny", "--plan", "mine", "-d", "python-docs", "-n", 1, "--window", 96, "--json")
     assert found.code == 0, found.err
     (level,) = found.json["levels"]
