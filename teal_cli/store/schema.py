@@ -57,6 +57,10 @@ TOKEN_COLUMNS: Final[dict[str, np.dtype]] = {
 }
 # Columns that a store has only if its header lists them. logprob: of the token that follows, natural logarithm.
 OPTIONAL_COLUMNS: Final[dict[str, np.dtype]] = {"logprob": np.dtype("<f4")}
+COLUMN_FILLS: Final[dict[str, float]] = dict.fromkeys(TOKEN_COLUMNS, NEVER_WRITTEN) | {
+    "phase": PHASE_NEVER,
+    "logprob": float("nan"),
+}
 
 # What a header may say at most; a model or a run beyond them is refused when the store is made.
 MAX_LAYERS: Final = 10_000

@@ -9,7 +9,7 @@ a third of Zarr's processor time; whatever it does not like is Zarr's to read an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -25,12 +25,14 @@ from teal_cli.store.header import StoreHeader
 from teal_cli.store.packing import contains_nan, pack
 from teal_cli.store.schema import (
     BLOSC_BLOCKSIZE,
+    COLUMN_FILLS,
     EXPERT_ARRAY,
     NEVER_WRITTEN,
     NO_EXPERT,
     VALUE_DTYPES,
     ZSTD_LEVEL,
     mask_bytes,
+    token_chunk,
 )
 
 _blosc = numcodecs.Blosc(cname="zstd", clevel=ZSTD_LEVEL, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=BLOSC_BLOCKSIZE)
@@ -261,10 +263,43 @@ class ExpertFiles:
         return (self._folder / f"c/0/{block}/0",)
 
 
-def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all; a kill leaves a `*.partial`. Not synced: see `StoreWriter`."""
+class ColumnFiles:
+    """The files of the token columns of one level, as a writer adds blocks in order; the chunks that are not full yet
+    are in memory.
+
+    Args:
+        folder: of the level.
+        header: gives the columns and T.
+        there: rows that the level has already, whole blocks, each column.
+        sync: wait, before a file gets its name, until the disk has it: it replaces one with rows that are committed.
+    """
+
+    def __init__(self, folder: Path, header: StoreHeader, there: Mapping[str, np.ndarray], *, sync: bool) -> None:
+        self._folder, self._size, self._sync = folder, token_chunk(header.block_tokens), sync
+        self._chunks = {}
+        for name, dtype in header.token_columns.items():
+            begun = there[name][len(there[name]) // self._size * self._size :]
+            self._chunks[name] = np.full(self._size, COLUMN_FILLS[name], dtype)
+            self._chunks[name][: len(begun)] = begun
+
+    def write(self, first: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Writes the rows of one block, from row `first` on; raises OSError where the disk refuses."""
+        at = first % self._size
+        for (name, chunk), path in zip(self._chunks.items(), self.paths(first), strict=True):
+            if at == 0:
+                chunk.fill(COLUMN_FILLS[name])
+            chunk[at : at + len(columns[name])] = columns[name]
+            _replace(path, _summed(_zstd.encode(chunk)), sync=self._sync)
+
+    def paths(self, first: int) -> tuple[Path, ...]:
+        """The files that hold the block whose first row this is."""
+        return tuple(self._folder / name / f"c/{first // self._size}" for name in self._chunks)
+
+
+def _replace(path: Path, parts: Iterable[bytes], *, sync: bool = False) -> None:
+    """Writes a file whole or not at all; a kill leaves a `*.partial`. A new file is not synced: see `StoreWriter`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, parts, sync=False)
+    write_bytes(path, parts, sync=sync)
 
 
 def compression_threads() -> int:

@@ -40,7 +40,7 @@ from teal_cli.store.header import LevelHeader, StoreHeader
 from teal_cli.store.metadata import as_numpy, level_state, read_attributes, read_state, require_store
 from teal_cli.store.placing import StoreLock
 from teal_cli.store.schema import SCHEMA_1, parse_level
-from teal_cli.store.shards import ExpertFiles, SiteFiles, compression_threads
+from teal_cli.store.shards import ColumnFiles, ExpertFiles, SiteFiles, compression_threads
 from teal_kernels.experts import EXPERT
 from teal_kernels.spec import SITES
 
@@ -60,11 +60,8 @@ class LevelWriter:
         """Rows that were there when the store was opened: 0, or on resume a whole number of blocks."""
         self.complete = state.complete
         self._store = store
-        columns = store.header.token_columns
-        self._columns = {
-            n: layout.open_for_writing(store.path, f"{self.name}/{n}", sync=store.durable) for n in columns
-        }
         self._files = store.site_files(self.name)
+        self._columns = ColumnFiles(store.path / self.name, store.header, self.committed_tokens(), sync=store.durable)
         self._block = store.header.block_tokens
         self._base = self.committed  # rows before the block being filled
         self._count = 0  # rows added to the block being filled
@@ -79,7 +76,9 @@ class LevelWriter:
 
     def committed_tokens(self) -> dict[str, np.ndarray]:
         """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
-        return {name: as_numpy(column[: self.committed]) for name, column in self._columns.items()}
+        path, names = self._store.path, self._store.header.token_columns
+        arrays = {name: layout.open_for_writing(path, f"{self.name}/{name}") for name in names}
+        return {name: as_numpy(column[: self.committed]) for name, column in arrays.items()}
 
     def sequences(self) -> list[int]:
         """The sequences of the rows counted by `committed`, rising; the last one may lack rows still."""
@@ -218,10 +217,9 @@ class LevelWriter:
                 files.write(base // self._block, buffer.to_host(site, count))
             except ValueError as error:
                 raise RuntimeError(f"{self.name}/{site}, tokens {base} to {base + count}: {error}") from error
-        for name, column in buffer.tokens.items():
-            self._columns[name][base : base + count] = column[:count]
+        self._columns.write(base, {name: column[:count] for name, column in buffer.tokens.items()})
         written = [path for files in self._files.values() for path in files.paths(base // self._block)]
-        written += layout.column_files(self._store.path, self.name, self._store.header, base, base + count)
+        written += self._columns.paths(base)
         self._store.commit(self.name, {"tokens_committed": base + count}, written)
         buffer.clear()
 
