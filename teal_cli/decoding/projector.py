@@ -27,11 +27,12 @@ Rows = Mapping[str, Tensor]
 int [layers, k], the token's experts; layers without are left as they are."""
 
 
-def empty_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Room for one token's vectors at every site of every layer."""
-    rows = {site: torch.zeros(config.layers, config.channels(site), dtype=dtype, device=device) for site in SITES}
+def empty_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device, *tokens: int) -> dict[str, Tensor]:
+    """Room for vectors at every site of every layer: [layers, K] of one token, or of many [layers, tokens, K]."""
+    shape = (config.layers, *tokens)
+    rows = {site: torch.zeros(*shape, config.channels(site), dtype=dtype, device=device) for site in SITES}
     if config.mixture is not None:
-        rows[EXPERT] = torch.full((config.layers, config.mixture.routed), -1, dtype=torch.int32, device=device)
+        rows[EXPERT] = torch.full((*shape, config.mixture.routed), -1, dtype=torch.int32, device=device)
     return rows
 
 

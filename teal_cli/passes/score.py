@@ -93,15 +93,14 @@ def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor, b
     """
     rows = max(1, _LOGIT_BYTES // (4 * vocab))
     found = states.new_zeros(len(targets), dtype=torch.float32)
-    # Used for every part: new memory takes longer than the sums.
-    room = states.new_empty(min(rows, len(targets)), vocab, dtype=torch.float32)
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
         logits = head(states[part])
-        predicted = torch.log_softmax(logits, -1, out=room[: len(logits)])
-        found[part] = predicted.gather(1, targets[part, None])[:, 0]
         if best is not None:
-            best[part] = predicted.argmax(-1)
+            best[part] = logits.argmax(-1)
+        logits -= logits.amax(-1, keepdim=True)  # in place: new memory takes longer than the sums
+        chosen = logits.gather(1, targets[part, None])[:, 0]
+        found[part] = chosen - logits.exp_().sum(-1).log_()
     if not torch.isfinite(found).all():
         raise _not_finite()
     return found

@@ -6,7 +6,7 @@ tokens would have consumed (see `passes.forward`). Each row also has the log-pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
@@ -70,41 +70,70 @@ class Forcing:
         prompts = [self._prompts[sequence] for sequence in wanted]
         plans = [self._levels[level.name] for level in levels]
         passed, total, following = 0, len(wanted) * self._layers.config.layers, iter(wanted)
-        for event in forced_rows(self._layers, plans, prompts, self._prefill, dense_rows=self._dense, crew=self._crew):
+
+        def known(sequence: int, level: LevelWriter) -> np.ndarray:
+            """Tokens of a sequence's first rows, which a level has."""
+            return held[level.name] if sequence == sequences[0] else held[level.name][:0]
+
+        def places(index: int) -> list[Place]:
+            each = [(level, len(known(wanted[index], level))) for level in levels]
+            return [Place(level.reserve(self.most(wanted[index]) - there), there) for level, there in each]
+
+        runs = forced_rows(self._layers, plans, prompts, places, self._prefill, dense_rows=self._dense, crew=self._crew)
+        for event in runs:
             if isinstance(event, Advance):
                 passed += 1
                 yield Passed(passed / total)
                 continue
             sequence = next(following)
-            for level, rows in zip(levels, event, strict=True):
-                known = held[level.name]
-                yield _write(level, rows, sequence, known if sequence == sequences[0] else known[:0])
+            for level, chances in zip(levels, event.logprob, strict=True):
+                yield _add(level, event, chances, sequence, known(sequence, level))
 
     def _room(self) -> int:
-        """Sequences whose rows fit a quarter of the memory that is free, the copy that is written included."""
+        """Sequences whose rows fit a quarter of the memory that is free, beside as many that are being written."""
         config, free = self._layers.config, available_bytes(self._layers.device) or _SMALL
         row = config.layers * sum(config.channels(site) for site in SITES) * self._layers.dtype.itemsize
         longest = max(map(self.most, range(self.sequences)), default=0)
         return max(1, free // 4 // (2 * row * max(1, longest)))
 
 
+class Place:
+    """Where the rows of one sequence under one plan go.
+
+    Args:
+        parts: of the rows in order, site -> [layers, rows, K]; of a mixture also `EXPERT` -> int32 [layers, rows, k],
+            -1 in a layer without.
+        skipped: how many rows that come before them are not wanted.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]], skipped: int = 0) -> None:
+        self.parts, self._skipped = parts, skipped
+
+    def put(self, name: str, layer: int, row: int, x: Tensor) -> None:
+        """x [S, K], rows from this one on of a layer."""
+        row -= self._skipped
+        if row < 0:
+            row, x = 0, x[-row:]
+        for part in self.parts:
+            target = part[name][layer, row:]
+            target[: len(x)].copy_(x[: len(target)])
+            row, x = max(0, row - part[name].shape[1]), x[len(target) :]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class ForcedRows:
-    """What one sequence gives.
+class Forced:
+    """One sequence, whose rows are in their places.
 
     Attributes:
         first: position of the first row.
         token_ids: int64 [rows], the tokens that were fed.
         phase: uint8 [rows], as in `schema.PHASES`.
-        rows: site -> [layers, rows, K], what the projections consumed; of a mixture also `EXPERT` -> int32 [layers,
-            rows, k], the experts of its rows, -1 in a layer without.
-        logprob: float32 [rows], natural logarithm of the probability of the token that follows each row.
+        logprob: float32 [plans, rows], natural logarithm of the probability of the token that follows each row.
     """
 
     first: int
     token_ids: np.ndarray
     phase: np.ndarray
-    rows: Mapping[str, Tensor]
     logprob: np.ndarray
 
 
@@ -112,43 +141,41 @@ def forced_rows(
     layers: Layers,
     levels: Sequence[Sparse],
     prompts: Sequence[Prompt],
+    places: Callable[[int], Sequence[Place]],
     prefill: str = "none",
     *,
     dense_rows: bool,
     crew: Crew | None,
-) -> Iterator[Advance | list[ForcedRows]]:
+) -> Iterator[Advance | Forced]:
     """What decode steps fed with the following tokens of each prompt would have consumed, in order.
 
     Args:
         levels: plans, whose starts do not count; a target of 0 is the dense model.
+        places: called with the index of each prompt, in order: where its rows go, for each plan.
         prefill: `none`: rows of the following tokens alone. `dense`, `sparse`: the prompt's too, run so.
         dense_rows: run the following tokens densely too, which a target of 0 needs. Sums of the prompt's rows may come
             in another order then, so a row comes out again with the value that it had.
         crew: as in `passes.forward.forward`.
 
     Yields:
-        Advance after each layer of a sequence, and for each prompt its rows under every plan.
+        Advance after each layer of a sequence, and one Forced for each prompt.
 
     Raises:
         TealError: a logit is not finite.
     """
-    most = 1 if crew is None else crew.size
+    most, numbers = 1 if crew is None else crew.size, iter(range(len(prompts)))
+    plans = [level.plan for level in levels]
     for _, same in groupby(prompts, lambda prompt: len(prompt.token_ids)):  # a pass has one place at which plans begin
         group = list(same)
         for part in batches(group, most if layers.resident else len(group)):
-            yield from _one_pass(layers, levels, part, prefill, dense_rows, crew)
+            sequences = [_Sequence(layers, plans, prompt, prefill, places(next(numbers))) for prompt in part]
+            yield from _one_pass(layers, levels, sequences, dense_rows, crew)
 
 
 def _one_pass(
-    layers: Layers,
-    levels: Sequence[Sparse],
-    prompts: Sequence[Prompt],
-    prefill: str,
-    dense_rows: bool,
-    crew: Crew | None,
-) -> Iterator[Advance | list[ForcedRows]]:
+    layers: Layers, levels: Sequence[Sparse], sequences: list[_Sequence], dense_rows: bool, crew: Crew | None
+) -> Iterator[Advance | Forced]:
     """`forced_rows` of prompts that go through each layer one after the other."""
-    sequences = [_Sequence(layers, [level.plan for level in levels], prompt, prefill) for prompt in prompts]
     head = layers.open_head()
     sparse = [number for number, level in enumerate(levels) if level.plan.target]
     variants = [replace(levels[number], start=sequences[0].start) for number in sparse]
@@ -161,8 +188,8 @@ def _one_pass(
 
     fed = [sequence.fed[:-1] for sequence in sequences]
     yield from forward(layers, fed, variants, dense_rows=dense_rows, visit=visit, sink=sink, crew=crew)
-    while sequences:
-        yield sequences.pop(0).rows()
+    for sequence in sequences:
+        yield sequence.done()
 
 
 class _Sequence:
@@ -172,21 +199,14 @@ class _Sequence:
         fed: its tokens. start: where plans begin.
     """
 
-    def __init__(self, layers: Layers, plans: Sequence[Plan], prompt: Prompt, prefill: str) -> None:
-        config, self._prompted = layers.config, len(prompt.token_ids)
+    def __init__(
+        self, layers: Layers, plans: Sequence[Plan], prompt: Prompt, prefill: str, places: Sequence[Place]
+    ) -> None:
+        self._prompted, self._places = len(prompt.token_ids), places
         self.fed = np.array([*prompt.token_ids, *prompt.following], np.int64)
         self.start = 0 if prefill == "sparse" else self._prompted
         self._first = self._prompted if prefill == "none" else 0
         self._is_dense = [plan.target == 0 for plan in plans]
-        shape = {site: (config.layers, len(self.fed) - 1 - self._first, config.channels(site)) for site in SITES}
-        self._rows = [
-            {site: torch.empty(size, dtype=layers.dtype, device=layers.device) for site, size in shape.items()}
-            for _ in plans
-        ]
-        if config.mixture is not None:
-            size = (*shape[SITES[0]][:2], config.mixture.routed)
-            for rows in self._rows:
-                rows[EXPERT] = torch.full(size, -1, dtype=torch.int32, device=layers.device)
         self._chances = np.zeros((len(plans), 0), np.float32)
 
     def add(self, where: Where, kept: Tensor, number: int | None) -> None:
@@ -197,11 +217,10 @@ class _Sequence:
 
     def _put(self, where: Where, name: str, kept: Tensor, number: int | None) -> None:
         if number is not None:
-            self._rows[number][name][where.layer, where.start - self._first :].copy_(kept)
+            self._places[number].put(name, where.layer, where.start - self._first, kept)
             return
-        for rows, is_dense in zip(self._rows, self._is_dense, strict=True):
-            part = kept[self._first : len(kept) if is_dense else self.start]
-            rows[name][where.layer, : len(part)].copy_(part)
+        for place, is_dense in zip(self._places, self._is_dense, strict=True):
+            place.put(name, where.layer, 0, kept[self._first : len(kept) if is_dense else self.start])
 
     def score(self, head: Head, layers: Layers, states: States) -> None:
         """The last hidden states, under every plan."""
@@ -214,27 +233,27 @@ class _Sequence:
         found = log_probabilities(head, layers.config.vocab, torch.cat(parts), targets)
         self._chances = np.minimum(found.cpu().numpy().reshape(len(parts), -1), np.float32(0))
 
-    def rows(self) -> list[ForcedRows]:
-        """Everything, plan after plan."""
+    def done(self) -> Forced:
+        """What is to be said of its rows."""
         tokens = self.fed[self._first : -1]
         phase = np.full(len(tokens), PHASES["forced"], np.uint8)
         phase[: self._prompted - self._first] = PHASES["prefill"]
-        each = zip(self._rows, self._chances, strict=True)
-        return [ForcedRows(self._first, tokens, phase, rows, chance) for rows, chance in each]
+        return Forced(self._first, tokens, phase, self._chances)
 
 
-def _write(level: LevelWriter, found: ForcedRows, sequence: int, held: np.ndarray) -> int:
-    """Write the rows of one sequence but the first ones, whose tokens the level has; returns how many."""
+def _add(level: LevelWriter, found: Forced, chances: np.ndarray, sequence: int, held: np.ndarray) -> int:
+    """Add the rows of one sequence but the first ones, whose tokens the level has; returns how many."""
     there = len(held)
     if (found.token_ids[:there] != held).any():
         raise other_tokens(sequence, found.first)
     count = len(found.token_ids) - there
-    columns = {
-        "token_id": found.token_ids[there:],
-        "position": np.arange(count) + found.first + there,
-        "sequence": np.full(count, sequence),
-        "phase": found.phase[there:],
-        "logprob": found.logprob[there:],
-    }
-    level.extend(columns, {site: x[:, there:] for site, x in found.rows.items()})
+    level.add_reserved(
+        {
+            "token_id": found.token_ids[there:],
+            "position": np.arange(count) + found.first + there,
+            "sequence": np.full(count, sequence),
+            "phase": found.phase[there:],
+            "logprob": chances[there:],
+        }
+    )
     return count

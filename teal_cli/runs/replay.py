@@ -23,10 +23,10 @@ from teal_cli.errors import HardwareError, NotFoundError, TealError
 from teal_cli.model.transformer import attend_alone, block, dense, embed
 from teal_cli.model.weights import config_sha256
 from teal_cli.passes.crew import crew
-from teal_cli.passes.forward import Advance, Sparse
+from teal_cli.passes.forward import Sparse
 from teal_cli.passes.projector import PlanProjector
 from teal_cli.registry.registry import Registry
-from teal_cli.runs.forced import forced_rows
+from teal_cli.runs.forced import Place, forced_rows
 from teal_cli.runs.session import Session
 from teal_cli.runs.stored import stored_prompts
 from teal_cli.sparsity.criterion import Scoring
@@ -193,11 +193,15 @@ def _forced(session: Session, level: Level, prompt: Prompt, rows: list[int]) -> 
     """The same from the pass that forced dumps take."""
     dense = any(parse_level(name) == 0 for name in level.store.levels)
     layers, levels = session.layers, [Sparse(stored_plan(level), 0)]
-    *_, made = forced_rows(layers, levels, [prompt], _prefill(level), dense_rows=dense, crew=crew(layers.device))
-    assert not isinstance(made, Advance)
-    (found,) = made
+    of_prompt = 0 if _prefill(level) == "none" else len(prompt.token_ids)
+    made = empty_rows(layers.config, layers.dtype, layers.device, of_prompt + len(prompt.following) - 1)
+    first = len(prompt.token_ids) - of_prompt
+    for _ in forced_rows(
+        layers, levels, [prompt], lambda _: [Place([made])], _prefill(level), dense_rows=dense, crew=crew(layers.device)
+    ):
+        pass
     for row in rows:
-        yield {site: found.rows[site][:, int(level.tokens.position[row]) - found.first] for site in SITES}
+        yield {site: made[site][:, int(level.tokens.position[row]) - first] for site in SITES}
 
 
 def _is_equal(level: Level, row: int, mine: Mapping[str, Tensor]) -> bool:

@@ -61,16 +61,10 @@ class BlockBuffer:
         for name, value in values.items():
             self.tokens[name][index] = value
 
-    def fill(self, index: int, columns: Mapping[str, np.ndarray], rows: Mapping[str, torch.Tensor]) -> None:
-        """Fills rows from this index on: token columns [rows], and per site [layers, rows, K]."""
+    def set_tokens(self, index: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Fills the token columns, each [rows], from this row on."""
         for name, column in columns.items():
             self.tokens[name][index : index + len(column)] = column
-        for site, x in rows.items():
-            part = self._rows[site][:, index : index + x.shape[1]]
-            if part.device.type == x.device.type == "cpu" and part.dtype == x.dtype:
-                np.copyto(_bits(part), _bits(x))
-            else:
-                part.copy_(x)
 
     def seal(self) -> None:
         """Marks, on the decoding stream, the point after which the rows are complete."""
@@ -104,6 +98,14 @@ class BlockBuffer:
                 _bits(rows).fill(_bits(empty)[()])
             else:
                 rows.fill_(empty)
+
+
+def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies rows of one shape, on a CPU in the calling thread alone (see `_bits`)."""
+    if target.device.type == source.device.type == "cpu" and target.dtype == source.dtype:
+        np.copyto(_bits(target), _bits(source))
+    else:
+        target.copy_(source)
 
 
 def _bits(rows: torch.Tensor) -> np.ndarray:

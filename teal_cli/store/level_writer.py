@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from teal_cli.store import layout
-from teal_cli.store.buffers import BlockBuffer
+from teal_cli.store.buffers import BlockBuffer, copy_rows
 from teal_cli.store.digest import level_digest
 from teal_cli.store.header import LevelHeader
 from teal_cli.store.metadata import as_numpy, level_state
 from teal_cli.store.schema import SCHEMA_1
 from teal_cli.store.shards import ColumnFiles
+from teal_kernels.spec import SITES
 
 if TYPE_CHECKING:
     from teal_cli.store.writer import StoreWriter
-
-_BUFFERS = 2  # one being filled, one being written
 
 
 class LevelWriter:
@@ -40,9 +38,9 @@ class LevelWriter:
         self._block = store.header.block_tokens
         self._base = self.committed  # rows before the block being filled
         self._count = 0  # rows added to the block being filled
-        self._asked = 0  # rows of `room` that are not added yet
-        self._filling: BlockBuffer | None = None
-        self._pending: deque[tuple[Future[None], BlockBuffer]] = deque()
+        self._asked = 0  # rows that have a place, by `room` or `reserve`, and are not added yet
+        self._flushed = 0  # rows that are committed of the block being filled
+        self._blocks: deque[BlockBuffer] = deque()  # the one being filled, and what `reserve` needs after it
 
     @property
     def rows(self) -> int:
@@ -75,10 +73,33 @@ class LevelWriter:
         """
         if self.complete or self.rows >= self.header.max_tokens:
             raise ValueError(f"level {self.name} takes no new row: it is {'complete' if self.complete else 'full'}")
-        if self._filling is None:
-            self._filling = self._acquire()
-        self._asked = min(count, self._block - self._count, self.header.max_tokens - self.rows)
-        return self._asked, self._filling.rows(self._count, self._count + self._asked)
+        self._asked = 0
+        (views,) = self.reserve(min(count, self._block - self._count, self.header.max_tokens - self.rows))
+        return self._asked, views
+
+    def reserve(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """Where the rows go that follow those which have a place: as many as are wanted, in one block or several.
+
+        Returns:
+            Parts of the rows in order, each as `room` gives it. They are added with `add_reserved`, or with `add`.
+
+        Raises:
+            TealError: an earlier block could not be written.
+            ValueError: the level has no room for them or is complete.
+        """
+        start = self._count + self._asked
+        if self.complete or self._base + start + count > self.header.max_tokens:
+            raise ValueError(f"level {self.name} takes no {count} rows more")
+        stop, views = start + count, list[dict[str, torch.Tensor]]()
+        while len(self._blocks) * self._block < stop:
+            self._blocks.append(self._store.acquire())
+        while start < stop:
+            block, first = divmod(start, self._block)
+            last = min(self._block, first + stop - start)
+            views.append(self._blocks[block].rows(first, last))
+            start += last - first
+        self._asked += count
+        return views
 
     def add(self, token_id: int, position: int, sequence: int, phase: str = "decode", **columns: float) -> None:
         """The first row of `room` that is not added yet is complete and will be stored.
@@ -94,53 +115,62 @@ class LevelWriter:
             TealError: an earlier block could not be written.
             ValueError: `room` was not called, or its rows are added.
         """
-        if self._filling is None or not self._asked:
+        if not self._asked:
             raise ValueError(f"level {self.name} has no row that could be added")
-        self._asked -= 1
-        self._filling.set_token(self._count, token_id, position, sequence, phase)
-        self._filling.set_columns(self._count, columns)
-        self._count += 1
-        if self._count == self._block:
-            self._submit()
-        elif self._pending and self._pending[0][0].done():
-            self._retire()
+        self._blocks[0].set_token(self._count, token_id, position, sequence, phase)
+        self._blocks[0].set_columns(self._count, columns)
+        self._added(1)
+
+    def add_reserved(self, columns: Mapping[str, np.ndarray]) -> None:
+        """The first rows that are reserved and not added yet are complete and will be stored.
+
+        Args:
+            columns: each token column [rows]; `phase` as in `schema.PHASES`.
+
+        Raises:
+            TealError: an earlier block could not be written.
+            ValueError: fewer rows are reserved.
+        """
+        count, at = len(columns["token_id"]), 0
+        if count > self._asked:
+            raise ValueError(f"level {self.name} has {self._asked} rows that could be added, not {count}")
+        while at < count:
+            some = min(count - at, self._block - self._count)
+            self._blocks[0].set_tokens(self._count, {n: column[at : at + some] for n, column in columns.items()})
+            self._added(some)
+            at += some
 
     def extend(self, columns: Mapping[str, np.ndarray], rows: Mapping[str, torch.Tensor]) -> None:
         """Adds rows that are there already.
 
         Args:
-            columns: each token column [rows]; `phase` as in `schema.PHASES`.
+            columns: as of `add_reserved`.
             rows: site -> [layers, rows, K] after thresholding, in the store's data type.
 
         Raises:
-            TealError: an earlier block could not be written.
-            ValueError: the level has no room for them or is complete.
+            TealError, ValueError: as `reserve`.
         """
-        count, at = len(columns["token_id"]), 0
-        if self.complete or self.rows + count > self.header.max_tokens:
-            raise ValueError(f"level {self.name} takes no {count} rows more")
-        while at < count:
-            if self._filling is None:
-                self._filling = self._acquire()
-            stop = min(count, at + self._block - self._count)
-            part = {name: column[at:stop] for name, column in columns.items()}
-            self._filling.fill(self._count, part, {site: x[:, at:stop] for site, x in rows.items()})
-            self._count += stop - at
-            at, self._asked = stop, 0
-            if self._count == self._block:
-                self._submit()
+        at = 0
+        for views in self.reserve(len(columns["token_id"])):
+            stop = at + views[SITES[0]].shape[1]
+            for site, view in views.items():
+                copy_rows(view, rows[site][:, at:stop])
+            at = stop
+        self.add_reserved(columns)
 
     def flush(self) -> None:
-        """Commits every added row, a partial block too, and waits for it.
+        """Commits every added row, a partial block too, and waits for it. What is reserved must be reserved anew.
 
         Raises:
             TealError: a block could not be written.
         """
-        self._asked = 0
-        if self._count:
+        self._asked, count = 0, self._count
+        if count:
             self._submit()
-        while self._pending:
-            self._retire()
+        self._store.wait()
+        if count:  # more rows may follow in this block
+            self._blocks.appendleft(self._store.free.pop())
+            self._base, self._count, self._flushed = self._base - count, count, count
 
     def finish(self) -> None:
         """Commits every added row, cuts the arrays to length and marks the level complete. Does nothing the
@@ -152,9 +182,14 @@ class LevelWriter:
         if self.complete:
             return
         self.flush()
+        for buffer in self._blocks:
+            buffer.clear()
+        self._store.free += self._blocks
+        self._blocks.clear()
+        self._base, self._count, self._flushed = self.rows, 0, 0
         with self._store.disk_errors():
             layout.resize_rows(
-                self._store.path, self.name, self._store.header, tokens=self._base, sync=self._store.durable
+                self._store.path, self.name, self._store.header, tokens=self.rows, sync=self._store.durable
             )
             changes: dict[str, object] = {"complete": True}
             if self._store.schema != SCHEMA_1:
@@ -164,36 +199,37 @@ class LevelWriter:
             self._store.commit(self.name, changes, [self._store.path / self.name / n / "zarr.json" for n in arrays])
         self.complete = True
 
-    def _acquire(self) -> BlockBuffer:
-        free = self._store.free
-        if not free and len(self._pending) < _BUFFERS:
-            return BlockBuffer(self._store.header, self._store.device)
-        if not free:
-            self._retire()
-        return free.pop()
-
-    def _retire(self) -> None:
-        """Waits for the oldest block under way; its error, if any, is raised here."""
-        future, buffer = self._pending.popleft()
-        future.result()
-        self._store.free.append(buffer)
+    def _added(self, count: int) -> None:
+        """So many rows of the block being filled, which they do not go beyond."""
+        self._count, self._asked = self._count + count, self._asked - count
+        if self._count == self._block:
+            self._submit()
+        else:
+            self._store.retire_written()
 
     def _submit(self) -> None:
-        buffer, base, count = self._filling, self._base, self._count
-        assert buffer is not None
+        buffer, base, count, flushed = self._blocks.popleft(), self._base, self._count, self._flushed
         buffer.seal()
-        self._filling, self._base, self._count = None, base + count, 0
-        self._pending.append((self._store.submit(self._write, buffer, base, count), buffer))
+        self._base, self._count, self._flushed = base + count, 0, 0
+        if count > flushed:
+            self._store.submit(buffer, self._write, buffer, base, count, flushed)
+        else:
+            self._store.free.append(buffer)
 
-    def _write(self, buffer: BlockBuffer, base: int, count: int) -> None:
-        """On the writer thread: one block to disk, then the commit."""
+    def _write(self, buffer: BlockBuffer, base: int, count: int, flushed: int) -> None:
+        """On the writer thread: one block to disk, then the commit.
+
+        Files of a block that was flushed are replaced one by one; each says the same of the rows that are committed.
+        """
+        sync = self._store.durable and flushed > 0
         for site, files in self._files.items():
             try:
-                files.write(base // self._block, buffer.to_host(site, count))
+                files.write(base // self._block, buffer.to_host(site, count), sync=sync)
             except ValueError as error:
                 raise RuntimeError(f"{self.name}/{site}, tokens {base} to {base + count}: {error}") from error
         self._columns.write(base, {name: column[:count] for name, column in buffer.tokens.items()})
         written = [path for files in self._files.values() for path in files.paths(base // self._block)]
         written += self._columns.paths(base)
         self._store.commit(self.name, {"tokens_committed": base + count}, written)
-        buffer.clear()
+        if count == self._block:
+            buffer.clear()

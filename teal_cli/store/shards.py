@@ -64,12 +64,13 @@ class SiteFiles:
         self._dtype = VALUE_DTYPES[header.value_dtype]
         self._pool = pool
 
-    def write(self, block: int, rows: np.ndarray) -> None:
+    def write(self, block: int, rows: np.ndarray, *, sync: bool = False) -> None:
         """Writes one block, in the order values, mask, row_nnz.
 
         Args:
             block: its index.
             rows: stored data type (bfloat16 as uint16 bits) [layers, tokens, K], tokens at most T.
+            sync: as of `ColumnFiles`.
 
         Raises:
             ValueError: a row holds NaN; see `packing.pack`.
@@ -82,9 +83,9 @@ class SiteFiles:
         counts = np.full((self._layers, self._block), NEVER_WRITTEN, "<u4")
         counts[:, : rows.shape[1]] = [row_nnz for _, _, row_nnz in done]
         values, mask, row_nnz = self.paths(block)
-        _replace(values, _shard([values for values, _, _ in done]))
-        _replace(mask, _shard([mask for _, mask, _ in done]))
-        _replace(row_nnz, _summed(_zstd.encode(counts)))
+        _replace(values, _shard([values for values, _, _ in done]), sync=sync)
+        _replace(mask, _shard([mask for _, mask, _ in done]), sync=sync)
+        _replace(row_nnz, _summed(_zstd.encode(counts)), sync=sync)
 
     def check(self, block: int) -> None:
         """Holds the files of one block against their checksums; a tenth of the time of reading its rows.
@@ -233,12 +234,13 @@ class ExpertFiles:
         assert header.mixture is not None
         self._folder, self._block, self._mixture = folder / EXPERT_ARRAY, header.block_tokens, header.mixture
 
-    def write(self, block: int, rows: np.ndarray) -> None:
+    def write(self, block: int, rows: np.ndarray, *, sync: bool = False) -> None:
         """Writes one block.
 
         Args:
             block: its index.
             rows: int32 [layers, tokens, k], -1 in a layer without experts.
+            sync: as of `ColumnFiles`.
 
         Raises:
             ValueError: they are not those of rows of this model.
@@ -250,7 +252,7 @@ class ExpertFiles:
         found = np.full((len(rows), self._block, mixture.routed), NO_EXPERT, "<u2")
         found[:, : rows.shape[1]] = rows.astype(np.uint16)  # -1 becomes NO_EXPERT
         (path,) = self.paths(block)
-        _replace(path, _summed(_zstd.encode(found)))
+        _replace(path, _summed(_zstd.encode(found)), sync=sync)
 
     def check(self, block: int) -> None:
         """As `SiteFiles.check`."""

@@ -20,12 +20,13 @@ Knows nothing of models, prompts or sampling.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import torch
 
@@ -45,6 +46,9 @@ from teal_kernels.spec import SITES
 
 __all__ = ["LevelHeader", "LevelWriter", "StoreHeader", "StoreWriter"]
 
+_UNDER_WAY: Final = 2
+"""Blocks that wait to be written or are, of all levels, before whoever fills another waits."""
+
 
 class StoreWriter:
     """A store open for writing, by this process alone. Use it in a `with` statement.
@@ -61,6 +65,7 @@ class StoreWriter:
         """That of a store that is resumed stays as it is."""
         self.device = torch.device(device)
         self.free: list[BlockBuffer] = []  # of any level; to make one costs as much as ten rows
+        self._pending: deque[tuple[Future[None], BlockBuffer]] = deque()  # in the order of writing
         self._lock, self._process = lock, os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
         threads = compression_threads()
@@ -176,11 +181,34 @@ class StoreWriter:
             sync_files(written, top=self.path)
         layout.set_attributes(self.path, group, changes, sync=self.durable)
 
-    def submit(self, write: Callable[..., None], *arguments: object) -> Future[None]:
+    def acquire(self) -> BlockBuffer:
+        """A buffer to fill; waits while two blocks are under way, so that memory does not grow where the disk is slow;
+        for LevelWriter.
+        """
+        while not self.free and len(self._pending) >= _UNDER_WAY:
+            self._retire()
+        return self.free.pop() if self.free else BlockBuffer(self.header, self.device)
+
+    def submit(self, buffer: BlockBuffer, write: Callable[..., None], *arguments: object) -> None:
         """Queues a block for the writer thread, which a forked process does not have; for LevelWriter."""
         if self._process != os.getpid():
             raise TealError(f"{self.path} was opened by another process", hint="open it in the one that writes")
-        return self._thread.submit(self._guarded, write, *arguments)
+        self._pending.append((self._thread.submit(self._guarded, write, *arguments), buffer))
+
+    def retire_written(self) -> None:
+        """Frees the buffers of blocks that are written; an error of one is raised here."""
+        while self._pending and self._pending[0][0].done():
+            self._retire()
+
+    def wait(self) -> None:
+        """The same once all are."""
+        while self._pending:
+            self._retire()
+
+    def _retire(self) -> None:
+        future, buffer = self._pending.popleft()
+        future.result()
+        self.free.append(buffer)
 
     def _guarded(self, write: Callable[..., None], *arguments: object) -> None:
         # After one failure nothing more is written: a later block would move tokens_committed over the hole.

@@ -121,19 +121,19 @@ def test_an_interrupted_run_goes_on(
 
     whole, path = tmp_path / "whole.zarr", tmp_path / "store.zarr"
     dump(teal, text, whole, "--follow", follow)
-    write, calls = module._write, []
+    add, calls = module._add, []
 
     def interrupted(*arguments: Any) -> int:
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return write(*arguments)
+        return add(*arguments)
 
-    monkeypatch.setattr(module, "_write", interrupted)
+    monkeypatch.setattr(module, "_add", interrupted)
     arguments = ("dump", "-m", "tiny", "-d", text, "-n", 2, "--prompt-tokens", PROMPT, "--max-new-tokens", NEW)
     stopped = teal(*arguments, "-s", "0,0.5", "--dtype", "float32", "--ignore-eos", "-o", path, "--follow", follow)
     assert stopped.code == 130
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "_add", add)
     resumed = teal("dump", "--resume", "-o", path)
     assert resumed.code == 0, resumed.err
     assert teal("store", "verify", path).code == 0

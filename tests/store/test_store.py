@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from fixtures_store import (
 
 from teal_cli import open_store
 from teal_cli.errors import NotFoundError, TealError, UsageError
+from teal_cli.store import shards
 from teal_cli.store.shards import SiteFiles
 from teal_cli.store.writer import StoreWriter
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, SITES
@@ -226,6 +229,52 @@ def test_only_committed_tokens_are_seen_while_writing(tmp_path: Path) -> None:
         assert len(seen) == 20
         assert not seen.complete
         np.testing.assert_array_equal(np.asarray(seen.site(1, "mlp_mid")), dense(head, "mlp_mid", 1, 20))
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_rows_may_follow_in_a_block_that_was_flushed(tmp_path: Path, durable: bool) -> None:
+    once, often = tmp_path / "once.zarr", tmp_path / "often.zarr"
+    write_store(once, 37)
+    with StoreWriter.create(often, header(), levels(37), durable=durable) as writer:
+        for target in (0.5, 0.9):
+            level, rows = writer.level(target), 0
+            for count in (3, 2, 0, 11, 20, 1):  # within a block, nothing, to its end, over one, one more
+                feed(level, rows + count)
+                rows += count
+                level.flush()
+                assert len(open_store(often).level(target)) == rows
+            level.finish()
+        writer.complete()
+    assert digest(often) == digest(once)
+
+
+def test_a_kill_while_a_flushed_block_is_written_anew_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replaced = tmp_path / "out.zarr", shards._replace
+    for most in range(1, 17):  # files of the block that come before the kill
+        calls: list[Path] = []
+
+        def killed(file: Path, *rest: Any, most: int = most, calls: list[Path] = calls, **options: bool) -> None:
+            calls.append(file)
+            if len(calls) > 16 + most:
+                raise OSError("killed")
+            replaced(file, *rest, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "_replace", killed)
+            with (
+                contextlib.suppress(OSError, TealError),
+                StoreWriter.create(path, header(), levels(), force=True) as writer,
+            ):
+                feed(writer.level(0.5), 5)
+                writer.level(0.5).flush()
+                feed(writer.level(0.5), 16)
+        seen = open_store(path).level(0.5)
+        assert len(seen) == (5 if most < 16 else 16)
+        np.testing.assert_array_equal(np.asarray(seen.site(1, "mlp_mid")), dense(levels()[0], "mlp_mid", 1, len(seen)))
+        with StoreWriter.resume(path, header(), levels()) as writer:
+            assert writer.level(0.5).rows == len(seen) // 16 * 16
 
 
 def test_interrupting_keeps_every_added_row(tmp_path: Path) -> None:
