@@ -182,7 +182,7 @@ def write_parts(path: Path, shape: StoreHeader, level: LevelHeader, rows: Rows, 
 
 
 def parts(options: argparse.Namespace) -> Iterator[Figure]:
-    shape, tokens = header(options.shape), options.tokens
+    shape, tokens = header(options.shape), PARTS * options.tokens
     level, threshold = level_of(shape, 0.5, tokens)
     with scratch(options.folder) as folder:
         several, one = folder / "parts.zarr", folder / "merged.zarr"
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="follow, ranks: tokens a prompt")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of synthetic rows")
     parser.add_argument("--levels", type=float, nargs="+", default=(0.5, 0.75, 0.9), help="sizes, large")
-    parser.add_argument("--tokens", type=int, default=1024, help="sizes, parts: rows of a level")
+    parser.add_argument("--tokens", type=int, default=1024, help="rows: sizes, of a level; parts, of each part")
     parser.add_argument("--gigabytes", type=float, default=10.0, help="large: dense bytes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where stores are written; default: the temporary folder")

@@ -12,7 +12,7 @@ bytes that it really dropped on that text.
 The texts are none that plans are made from: docstrings of NumPy, and prose, the proceedings of a workshop (lcet10.txt
 of the Canterbury corpus, in Brotli's source distribution). Learned plans are made from a mixture: the Python docs,
 docstrings of SciPy, news (in Gensim's wheel), a novel and a play (of the same corpus). The models must be there and
-calibrated; SciPy must be installed.
+calibrated; for learned plans SciPy must be installed.
 """
 
 from __future__ import annotations
@@ -130,20 +130,24 @@ def mixture(prose: Sequence[str]) -> str:
     return "\n\n".join(pieces)
 
 
-def texts(out: Path) -> dict[str, Path]:
-    """Name -> file: prose, docstrings and mixture, each made once."""
-    files = {name: out / f"{name}.txt" for name in ("prose", "docstrings", "mixture")}
+def texts(out: Path, mixed: bool) -> dict[str, Path]:
+    """Name -> file: prose and docstrings, and if it is asked for the mixture, each made once."""
+    files = {name: out / f"{name}.txt" for name in ("prose", "docstrings", *["mixture"] * mixed)}
     if not all(file.exists() for file in files.values()):
         source = ("--no-build-isolation", "--no-binary", ":all:")
         prose, *others = packaged(BROTLI, [PROSE, *OTHER_PROSE], *source)
         files["prose"].write_text(prose[SKIPPED:], encoding="utf-8")
         files["docstrings"].write_text(docstrings((np, np.linalg, np.fft, np.random), 3), encoding="utf-8")
-        files["mixture"].write_text(mixture(others), encoding="utf-8")
+        if mixed:
+            files["mixture"].write_text(mixture(others), encoding="utf-8")
     return files
 
 
-def make_plans(model: str, levels: list[float], kinds: list[Kind], tokens: int, text: Path) -> dict[float, list[str]]:
-    """The names of each level's plans; what the registry lacks of a kind is made in one search."""
+def make_plans(
+    model: str, levels: list[float], kinds: list[Kind], tokens: int, text: Path | None
+) -> dict[float, list[str]]:
+    """The names of each level's plans; what the registry lacks of a kind is made in one search, learned ones from a
+    text."""
     there = {plan["name"] for plan in teal("plan", "ls", "-m", model)["plans"]}
     lower = {level: round(level - BELOW, 4) for level in levels}
     for kind in kinds:
@@ -311,8 +315,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     wanted = {UNIFORM, *(Kind(*name.split("-")) for name in given.kinds.split(",") if name)}
     kinds = [kind for kind in KINDS if not given.kinds or kind in wanted]
-    sources = texts(out)
-    mixed = sources.pop("mixture")
+    sources = texts(out, any(kind.allocation == "learned" for kind in kinds))
+    mixed = sources.pop("mixture", None)
     for model in given.models:
         plans = make_plans(model, given.levels, kinds, given.tokens, mixed)
         for level in given.levels:

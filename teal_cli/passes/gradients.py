@@ -20,11 +20,12 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.transformer import Project, attend_alone, block, dense
 from teal_cli.model.weights import LayerWeights
 from teal_cli.passes.forward import Advance, check_tokens
-from teal_cli.passes.layers import Head, Layers
+from teal_cli.passes.layers import Head, Layers, logit_rows
 from teal_kernels.matrix import Matrix
 from teal_kernels.spec import SITE_PROJECTIONS
 
-_LOGIT_BYTES: Final = 64 << 20
+LOGIT_BYTES: Final = 64 << 20
+"""Of float32 logits at a time."""
 
 GradientVisit: TypeAlias = Callable[[int, str, int, Tensor, Tensor], None]
 """(layer, projection, sequence, x [S, K], g [S, K]): the input of a projection, and the gradient of the summed loss at
@@ -157,7 +158,7 @@ def label_errors(config: ModelConfig, seed: int) -> Errors:
         stream = np.random.SeedSequence([seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1)
         generator = torch.Generator(states.device).manual_seed(int(stream))
         found = torch.empty_like(states)
-        for rows in logit_rows(config, len(states)):
+        for rows in logit_rows(config.vocab, len(states), LOGIT_BYTES):
             part = states[rows].detach().clone().requires_grad_()
             logits = head.logits(part)
             labels = draw(logits.detach().softmax(-1), generator)
@@ -167,13 +168,6 @@ def label_errors(config: ModelConfig, seed: int) -> Errors:
         return found
 
     return errors
-
-
-def logit_rows(config: ModelConfig, count: int) -> Iterator[slice]:
-    """So many rows in parts whose logits take 64 MiB at most, but for a part of one row."""
-    rows = max(1, _LOGIT_BYTES // (4 * config.vocab))
-    for begin in range(0, count, rows):
-        yield slice(begin, min(begin + rows, count))
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ model holds all layers and one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +66,13 @@ class Head:
     def logits(self, states: Tensor) -> Tensor:
         """The same, for whoever wants gradients."""
         return logits_of(self._config, states, self._norm, self._weight)
+
+
+def logit_rows(vocab: int, count: int, most: int) -> Iterator[slice]:
+    """So many rows in parts whose float32 logits take at most so many bytes, but for a part of one row."""
+    rows = max(1, most // (4 * vocab))
+    for begin in range(0, count, rows):
+        yield slice(begin, min(begin + rows, count))
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.passes.forward import Advance, States, forward
-from teal_cli.passes.gradients import Errors, gradients, logit_rows
-from teal_cli.passes.layers import Head, Layers
+from teal_cli.passes.gradients import LOGIT_BYTES, Errors, gradients
+from teal_cli.passes.layers import Head, Layers, logit_rows
 from teal_cli.sparsity.plan import Plan
 from teal_kernels.ops.threshold.reference import keep_mask
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, SITE_PROJECTIONS, SITES, columns
@@ -154,7 +154,7 @@ def _divergence(config: ModelConfig, ends: dict[int, Tensor], start: int, rows: 
 
     def errors(head: Head, sequence: int, states: Tensor) -> Tensor:
         found = torch.zeros_like(states)
-        for part in logit_rows(config, len(states) - start):
+        for part in logit_rows(config.vocab, len(states) - start, LOGIT_BYTES):
             at = slice(part.start + start, part.stop + start)
             sparse = states[at].detach().clone().requires_grad_()
             with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError
 from teal_cli.passes.forward import States
-from teal_cli.passes.layers import Head
+from teal_cli.passes.layers import Head, logit_rows
 
 _LOGIT_BYTES: Final = 16 << 20
 """Of float32 logits at a time. With four times as many an evaluation of SmolLM2 at five levels has 1.53 GB in memory at
@@ -59,10 +59,9 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
     count = len(states.dense)
     first = count - len(targets)
     sums = np.zeros((len(starts) + 1, 3))
-    rows = max(1, _LOGIT_BYTES // (4 * vocab))
-    for begin in range(first, count, rows):
-        stop = min(begin + rows, count)
-        wanted = torch.from_numpy(targets[begin - first : stop - first]).to(states.dense.device)
+    for part in logit_rows(vocab, len(targets), _LOGIT_BYTES):
+        begin, stop = first + part.start, first + part.stop
+        wanted = torch.from_numpy(targets[part]).to(states.dense.device)
         dense = head(states.dense[begin:stop]).log_softmax(-1)
         dense_nll = -dense.gather(1, wanted[:, None])[:, 0].double()
         sums[0] += (float(dense_nll.sum()), 0.0, stop - begin)
@@ -91,10 +90,8 @@ def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor, b
     Raises:
         TealError: a log-probability is not finite.
     """
-    rows = max(1, _LOGIT_BYTES // (4 * vocab))
     found = states.new_zeros(len(targets), dtype=torch.float32)
-    for begin in range(0, len(targets), rows):
-        part = slice(begin, begin + rows)
+    for part in logit_rows(vocab, len(targets), _LOGIT_BYTES):
         logits = head(states[part])
         if best is not None:
             best[part] = logits.argmax(-1)
@@ -119,11 +116,9 @@ def differences(head: Head, vocab: int, dense: Tensor, sparse: Tensor) -> tuple[
     Raises:
         TealError: a divergence is not finite.
     """
-    rows = max(1, _LOGIT_BYTES // (4 * vocab))
     kl = dense.new_zeros(len(dense), dtype=torch.float64)
     same = torch.zeros(len(dense), dtype=torch.bool, device=dense.device)
-    for begin in range(0, len(dense), rows):
-        part = slice(begin, begin + rows)
+    for part in logit_rows(vocab, len(dense), _LOGIT_BYTES):
         p, q = head(dense[part]).log_softmax(-1), head(sparse[part]).log_softmax(-1)
         kl[part] = divergence(p, q).clamp(min=0)
         same[part] = p.argmax(-1) == q.argmax(-1)

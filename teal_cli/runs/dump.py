@@ -24,7 +24,7 @@ from teal_cli.runs.board import Board, LocalBoard
 from teal_cli.runs.forced import Forcing
 from teal_cli.runs.job import Decoding, Producer, Progress, run_job
 from teal_cli.runs.plans import Level, calibration_of
-from teal_cli.runs.ranks import Target, run_ranks
+from teal_cli.runs.ranks import Target, part_header, run_ranks
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
@@ -206,10 +206,19 @@ class Dump:
         Raises:
             NotFoundError, UsageError, TealError: no store there, or other settings, as `check_resume`.
         """
-        if is_collection(path) or (self.request.follow == "dense" and not all(p.following for p in self.prompts)):
+        if self.request.follow == "dense" and not all(prompt.following for prompt in self.prompts):
             return False  # what it was made with is known only later
-        check_resume(destination(path), *self._headers())
-        return read_state(path).complete
+        target, (header, levels) = destination(path), self._headers()
+        if not is_collection(path):
+            check_resume(target, header, levels)
+            return read_state(target).complete
+        state = read_state(target)
+        parts = {name: target / name for name in state.parts}
+        if not state.complete or not all(part.is_dir() for part in parts.values()):
+            return False
+        for name, part in parts.items():
+            check_resume(part, part_header(header, name), levels)
+        return all(read_state(part).complete for part in parts.values())
 
     def run(
         self,

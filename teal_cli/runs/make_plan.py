@@ -146,13 +146,14 @@ class PlanMaker:
         dataset = request.dataset or made.dataset
         source = open_source(dataset, split=request.split or (None if request.dataset else made.split))
         count = max(2, round((request.tokens or DEFAULT_TOKENS[request.allocation]) / request.seq_len))
-        held = min(max(1, count // _HELD_OUT), _MOST_HELD_OUT)
+        held = _held_out(count)
         tokenizer = load_tokenizer(self.entry.path)
-        least = None if request.tokens else 3
-        blocks = pack(source, tokenizer, num_sequences=count + held, seq_len=request.seq_len, least=least)
-        if len(blocks.tokens) < count + held:
-            held = min(held, max(1, len(blocks.tokens) // (_HELD_OUT + 1)))
-            wanted, count = count, len(blocks.tokens) - held
+        blocks = pack(source, tokenizer, num_sequences=count + held, seq_len=request.seq_len, least=0)
+        if (there := len(blocks.tokens)) < count + held:
+            wanted, count = count, max((n for n in range(2, there) if n + _held_out(n) <= there), default=0)
+            if request.tokens or not count:
+                raise _too_short(dataset, there, wanted, request.seq_len, count)
+            held = _held_out(count)
             self.notes.append(
                 f"{dataset} gives {counted(count * request.seq_len, 'token')} to make plans from, fewer than the "
                 f"{wanted * request.seq_len:,} that are usual"
@@ -338,6 +339,20 @@ class PlanMaker:
         if scoring.criterion == MAGNITUDE:
             experts = expert_thresholds(self.calibration, found[:, PROJECTION_INDEX["down"]].tolist())
         return Plan(target, self.request.allocation, found, thresholds, self.calibration.id, scoring, experts)
+
+
+def _held_out(count: int) -> int:
+    """How many sequences are held out beside so many."""
+    return min(max(1, count // _HELD_OUT), _MOST_HELD_OUT)
+
+
+def _too_short(dataset: str, there: int, count: int, seq_len: int, fitting: int) -> UsageError:
+    """`there` sequences are not enough for so many and those held out; `fitting` of them would be, with theirs."""
+    wanted = f"{count + _held_out(count)} are wanted, {_held_out(count)} of them to check the plan on"
+    return UsageError(
+        f"{dataset} has only {counted(there, 'sequence')} of {seq_len} tokens; {wanted}",
+        hint=f"the most that fits is --tokens {fitting * seq_len}" if fitting else "lower --seq-len, or name more text",
+    )
 
 
 def _scaled(levels: NDArray[np.float64], made_for: float, target: float) -> NDArray[np.float64]:

@@ -76,9 +76,13 @@ def _open_root(board: Board, target: Target) -> Manifest:
     return Manifest.create(target.path, target.header, names, parts=board.size, force=target.force)
 
 
+def part_header(header: StoreHeader, name: str) -> StoreHeader:
+    """What a part of a collection says of itself."""
+    return replace(header, run={**header.run, "part": name})
+
+
 def _open_part(target: Target, name: str) -> StoreWriter:
-    path = target.path / name
-    header = replace(target.header, run={**target.header.run, "part": name})
+    path, header = target.path / name, part_header(target.header, name)
     if path.exists():
         return StoreWriter.resume(path, header, target.levels, target.device)
     return StoreWriter.create(path, header, target.levels, device=target.device)

@@ -272,6 +272,20 @@ def test_bad_input(ready: Path, teal: Teal, extra: tuple[object, ...], code: int
     assert said in ran.err
 
 
+def test_a_text_that_is_too_short_says_how_many_tokens_fit(ready: Path, teal: Teal, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {number} of a text" for number in range(300)), encoding="utf-8")
+    make = ("plan", "make", "-m", "tiny", "--allocation", "fisher", "-d", text, "--seq-len", 96)
+    ran = teal(*make, "--tokens", 1_000_000)
+    assert ran.code == 2
+    fits = int(" ".join(ran.err.split()).split("the most that fits is --tokens ")[1].split()[0])
+    assert teal(*make, "--tokens", fits + 96).code == 2
+    assert teal(*make, "--tokens", fits).code == 0
+    text.write_text("a line", encoding="utf-8")
+    ran = teal(*make, "--force")
+    assert (ran.code, "lower --seq-len, or name more text" in " ".join(ran.err.split())) == (2, True)
+
+
 def test_a_plan_of_another_model_is_refused(ready: Path, teal: Teal, tiny: Callable[[str], Path]) -> None:
     assert teal("plan", "make", "-m", "tiny", "--allocation", "uniform", "--name", "mine").code == 0
     assert teal("download", tiny("qwen3"), "--name", "other").code == 0

@@ -167,7 +167,9 @@ def test_torchrun_restarts_a_rank_that_was_killed(tmp_path: Path, single: Path, 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("follow", ["free", "dense"])
-def test_a_dump_by_two_ranks_has_the_digest_of_one(teal: Teal, tmp_path: Path, follow: str) -> None:
+def test_a_dump_by_two_ranks_has_the_digest_of_one(
+    teal: Teal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: str
+) -> None:
     both, one, merged = (tmp_path / name for name in ("both.zarr", "one.zarr", "merged.zarr"))
     options = ["dump", "-s", "0.5,0.9", "-d", "python-docs", "-n", "3", "--prompt-tokens", "8", "--max-new-tokens", "9",
                "--backend", "reference", "--follow", follow]  # fmt: skip
@@ -181,8 +183,15 @@ def test_a_dump_by_two_ranks_has_the_digest_of_one(teal: Teal, tmp_path: Path, f
         assert (said["prompts"], said["ranks"]) == (3, ranks)  # one rank talks
     assert problems(both) == []
     assert teal("store", "merge", both, "-o", merged, "--json").json["digest"] == open_store(one).state.digest
+    with monkeypatch.context() as patch:
+        patch.setattr("teal_cli.commands.dump.load", lambda *_, **__: pytest.fail("it was loaded"))
+        resumed = teal("dump", "--resume", "-o", both, "--json")
+        assert (resumed.code, resumed.json["new_rows"]) == (0, 0)
+    shutil.rmtree(both / "part-00001")
     resumed = teal("dump", "--resume", "-o", both, "--json")
-    assert (resumed.code, resumed.json["new_rows"]) == (0, 0)
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["new_rows"] > 0
+    assert teal("store", "merge", both, "-o", merged, "-f", "--json").json["digest"] == open_store(one).state.digest
 
 
 def test_what_is_wrong_with_a_collection_is_named(teal: Teal, parts: Path, tmp_path: Path) -> None:
