@@ -117,8 +117,8 @@ def make(
     budget over the whole model by what the loss of each projection's dropped entries costs, from one backward pass.
     learned begins there and gives every channel a threshold of its own, by descent of the divergence from the dense
     model; it takes the longest, and gains by much and varied text. Plans are checked on held-out text, and never
-    handed out where a uniform one is better. Interrupted, greedy goes on after the last layer that was done when
-    the same command runs again. Several levels share one search.
+    handed out where a uniform one is better. Interrupted, greedy and learned go on where they were when the same
+    command runs again. Several levels share one search.
 
     Examples:
         teal plan make -s 0.5
@@ -161,9 +161,11 @@ def _watch(out: Output, maker: PlanMaker) -> list[MadePlan]:
     from teal_cli.runs.make_plan import MadePlan
 
     plans: list[MadePlan] = []
-    kept = "the layers that were searched are kept, and the same command goes on"
-    greedy = maker.request.allocation == "greedy"
-    with progress(out) as bars, when_stopped(out.warn, kept) if greedy else nullcontext():
+    kept = {
+        "greedy": "the layers that were searched are kept, and the same command goes on",
+        "learned": "what was learned until half a minute ago is kept, and the same command goes on",
+    }.get(maker.request.allocation)
+    with progress(out) as bars, when_stopped(out.warn, kept) if kept else nullcontext():
         stages: dict[str, Any] = {}
         for event in maker.run(loading(bars, maker.entry.size_bytes)):
             if isinstance(event, MadePlan):

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -47,8 +47,19 @@ ChannelThresholds = dict[str, NDArray[np.float32]]
 """Site -> float32 [layers, P, K], positive: a threshold per projection of the site and channel."""
 
 
+class Keep(Protocol):
+    """Takes the state of a descent after a step, as `torch.save` does; `last`: no step follows."""
+
+    def __call__(self, state: Mapping[str, Any], *, last: bool) -> None: ...
+
+
 def learn(
-    layers: Layers, tokens: Sequence[NDArray[np.int64]], plan: Plan, start: int
+    layers: Layers,
+    tokens: Sequence[NDArray[np.int64]],
+    plan: Plan,
+    start: int,
+    known: Mapping[str, Any] | None = None,
+    keep: Keep | None = None,
 ) -> Iterator[Advance | ChannelThresholds]:
     """Learn thresholds of channels that together drop as many bytes as a plan says.
 
@@ -56,6 +67,8 @@ def learn(
         tokens: token ids of each sequence, all longer than `start`; each is used once.
         plan: by magnitude; its thresholds, all positive, are where the descent begins, its target is what is dropped.
         start: rows from this position on are sparse.
+        known: a state that `keep` was given with the same arguments, to go on from; the plan's thresholds do not count
+            then.
 
     Yields:
         Advance, and the thresholds last.
@@ -64,19 +77,26 @@ def learn(
         UsageError, TealError: as `passes.forward.forward`.
     """
     begun, descent = time.perf_counter(), _Descent(layers, plan, start, math.ceil(len(tokens) / BATCH))
-    done, total = 0, 3 * layers.config.layers * len(tokens)
-    for first in range(0, len(tokens), BATCH):
-        for event in descent.step(tokens[first : first + BATCH]):
-            done += 1
-            yield Advance(done, total, event.layers, time.perf_counter() - begun)
+    if known is not None:
+        descent.restore(known)
+    each = 3 * layers.config.layers
+    for first in range(descent.steps * BATCH, len(tokens), BATCH):
+        for done, event in enumerate(descent.step(tokens[first : first + BATCH]), each * first + 1):
+            yield Advance(done, each * len(tokens), event.layers, time.perf_counter() - begun)
+        if keep is not None:
+            keep(descent.state(), last=first + BATCH >= len(tokens))
     yield descent.thresholds()
 
 
 class _Descent:
-    """The thresholds and what the descent remembers."""
+    """The thresholds and what the descent remembers.
+
+    Attributes:
+        steps: done so far.
+    """
 
     def __init__(self, layers: Layers, plan: Plan, start: int, steps: int) -> None:
-        self._layers, self._start, self._target = layers, start, plan.target
+        self._layers, self._start, self._target, self.steps = layers, start, plan.target, 0
         config = layers.config
         shapes = {site: (config.layers, len(group), config.channels(site)) for site, group in SITE_PROJECTIONS.items()}
         size = sum(map(math.prod, shapes.values()))
@@ -91,6 +111,18 @@ class _Descent:
         sizes = np.array(list(config.projection_sizes().values()), np.float64)
         self._weights = sizes / (sizes.sum() * config.layers)  # of a projection of one layer among all bytes
         self._dropped = torch.zeros((), dtype=torch.float64, device=layers.device)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` goes on from."""
+        own = {"steps": self.steps, "logs": self._logs}
+        return own | {"adam": self._adam.state_dict(), "cosine": self._cosine.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be where another descent was."""
+        self.steps = int(state["steps"])
+        self._logs.copy_(state["logs"])
+        self._adam.load_state_dict(state["adam"])
+        self._cosine.load_state_dict(state["cosine"])
 
     def thresholds(self) -> ChannelThresholds:
         return {site: view.exp().cpu().numpy() for site, view in self._views[0].items()}
@@ -137,6 +169,7 @@ class _Descent:
         self._cosine.step()
         short = self._target - float(self._dropped) / rows
         self._logs += min(max(short / float(each_byte.sum()), -_MOST), _MOST) / 2
+        self.steps += 1
 
 
 def _views(flat: Tensor, shapes: dict[str, tuple[int, int, int]]) -> dict[str, Tensor]:

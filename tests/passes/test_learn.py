@@ -182,6 +182,42 @@ def test_levels_of_one_search_nest_and_a_dump_of_them_verifies(ready: Path, teal
     assert open_store(path).header.criterion["name"] == plans[1].scoring.criterion
 
 
+def test_an_interrupted_search_goes_on_where_it_was(ready: Path, teal: Teal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two of four steps, and again after the last one: the thresholds are those of a search that ran through."""
+    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr("teal_cli.runs.saved_search._KEEP_EVERY_S", 0.0)
+    small = ("--tokens", 256, "--seq-len", 32, "--sparse-from", 4, "-d", "python-docs", "--allocation", "learned")
+    make = ("plan", "make", "-m", "tiny", "-s", 0.5, *small)
+    assert teal(*make, "--name", "whole").code == 0
+    step, begun = module._Descent.step, []
+
+    def stopped(self: Any, batch: Any) -> Any:
+        begun.append(self.steps)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(module._Descent, "step", stopped)
+    ran = teal(*make, "--name", "part")
+    assert (ran.code, "the same command goes on" in " ".join(ran.err.split())) == (130, True)
+    with monkeypatch.context() as patch:
+        patch.setattr("teal_cli.runs.make_plan.learned_scoring", _interrupt)
+        assert teal(*make, "--name", "part").code == 130
+    resumed = teal(*make, "--name", "part")
+    assert resumed.code == 0, resumed.err
+    assert "went on after 4 steps" in " ".join(resumed.err.split())
+    assert begun == [0, 1, 2, 2, 3]
+    plans = [find_plan(Registry().get("tiny"), name).plan for name in ("whole", "part")]
+    assert plans[0].to_json() == plans[1].to_json()
+    for site in SITE_PROJECTIONS:
+        assert np.array_equal(*(plan.scoring.scale[site] for plan in plans))
+    assert [file.name for file in (Registry().get("tiny").home / "plans").iterdir() if file.is_file()] == []
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_short_text_is_told(ready: Path, teal: Teal, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
