@@ -197,9 +197,10 @@ def dump(
     from teal_cli.runs.estimate import estimate
     from teal_cli.runs.session import open_session
     from teal_cli.runs.stored import stored_run
-    from teal_cli.store.placing import check_target
+    from teal_cli.store.placing import check_target, destination
     from teal_cli.store.schema import parse_levels
 
+    destination(out_path)  # refuses a URL before anything is read from there
     origin = out_path if resume else like
     run = stored_run(origin) if origin else None
     if run and resume:

@@ -16,6 +16,7 @@ from teal_cli.decoding.sampling import Sampling
 from teal_cli.errors import TealError, UsageError
 from teal_cli.store.header import StoreHeader
 from teal_cli.store.metadata import read_state
+from teal_cli.store.remote import Place, place_of
 from teal_cli.store.schema import items, parse_level, take
 
 _SOURCE = {"dataset": str, "split": str, "num_sequences": int, "prompt_tokens": int}
@@ -33,7 +34,7 @@ class StoredRun:
         prompts: the very prompts.
     """
 
-    path: Path
+    path: Place
     options: Mapping[str, Any]
     prompts: KnownPrompts
 
@@ -52,23 +53,25 @@ class StoredRun:
 
 
 def stored_run(path: Path) -> StoredRun:
-    """The run that wrote a store; of a store of schema 1, what can be told from it.
+    """The run that wrote a store, which may be behind a URL; of a store of schema 1, what can be told from it.
 
     Raises:
         NotFoundError, UsageError: no store of a known schema there.
         TealError: it is damaged, or does not hold its prompts.
     """
-    state = read_state(path)
+    place = place_of(path)
+    state = read_state(place)
     if "part" in state.header.run:
+        collection = place.absolute().parent if isinstance(place, Path) else str(place).rpartition("/")[0]
         raise UsageError(
-            f"{path} is a part of a collection, which cannot be repeated or gone on with alone",
-            hint=f"give the collection: {path.absolute().parent}",
+            f"{place} is a part of a collection, which cannot be repeated or gone on with alone",
+            hint=f"give the collection: {collection}",
         )
     try:
-        return StoredRun(path, _options(state.header, state.levels), _prompts(state.header))
+        return StoredRun(place, _options(state.header, state.levels), _prompts(state.header))
     except ValueError as error:
         raise TealError(
-            f"{path} does not say how to go on: {error}", hint="give the settings on the command line"
+            f"{place} does not say how to go on: {error}", hint="give the settings on the command line"
         ) from error
 
 

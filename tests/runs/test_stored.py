@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from fixtures_cli import Teal
 from fixtures_store import digest
@@ -58,6 +59,23 @@ def test_like_repeats_a_run_and_gives_the_same_digest(teal: Teal, tmp_path: Path
     assert changed.header.prompts["texts"][0] == open_store(first).header.prompts["texts"][0]
     assert changed.header.seed == 5
     assert teal("dump", "--like", first, "--resume", "-o", again).code == 2
+
+
+def test_like_repeats_a_run_behind_a_url(teal: Teal, tmp_path: Path) -> None:
+    first, again, url = tmp_path / "first.zarr", tmp_path / "again.zarr", "memory://bucket/first.zarr"
+    assert teal("dump", *SMALL, "-o", first).code == 0
+    fsspec.filesystem("memory").put(str(first), "/bucket/first.zarr", recursive=True)
+    ran = teal("dump", "--like", url, "-o", again)
+    assert ran.code == 0, ran.err
+    assert open_store(again).state.digest == open_store(first).state.digest
+    ran = teal("dump", "--like", "memory://bucket/none.zarr", "-o", tmp_path / "none.zarr")
+    assert (ran.code, "memory://bucket/none.zarr" in ran.err) == (3, True)
+    ran = teal("dump", "--resume", "-o", url)
+    assert (ran.code, "is a URL" in ran.err, f"teal store copy FOLDER -o {url}" in " ".join(ran.err.split())) == (
+        2,
+        True,
+        True,
+    )
 
 
 def test_an_interrupted_generation_is_resumed_by_dump(
