@@ -54,10 +54,19 @@ def embed(config: ModelConfig, embedding: Matrix, tokens: Tensor) -> Tensor:
 
 def logits_of(config: ModelConfig, states: Tensor, norm: Tensor, head: Matrix) -> Tensor:
     """Final norm and head: hidden states [S, hidden] after the last layer -> float32 [S, vocab]."""
-    traits = config.traits
-    logits = head.dense_transposed(rms_norm(states, norm, config.norm_eps, traits)).float()
+    return finished(config, products_of_head(config, states, norm, head))
+
+
+def products_of_head(config: ModelConfig, states: Tensor, norm: Tensor, head: Matrix) -> Tensor:
+    """The same in the dtype of the states, before it is scaled and capped."""
+    return head.dense_transposed(rms_norm(states, norm, config.norm_eps, config.traits))
+
+
+def finished(config: ModelConfig, products: Tensor) -> Tensor:
+    """Products of the head [S, vocab] -> logits float32 [S, vocab]."""
+    traits, logits = config.traits, products.float()
     if traits.logit_scale != 1.0:
-        logits *= traits.logit_scale
+        logits = logits * traits.logit_scale
     return logits if traits.logit_cap is None else capped(logits, traits.logit_cap)
 
 

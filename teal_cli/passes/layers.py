@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RopeTable
-from teal_cli.model.transformer import Transformer, embed, logits_of
+from teal_cli.model.transformer import Transformer, embed, finished, logits_of, products_of_head
 from teal_cli.model.weights import Checkpoint, LayerWeights
 from teal_kernels.matrix import Matrix
+
+_FEW: Final = 8
+"""Rows of log-probabilities that a CPU makes at a time."""
 
 
 class Layers(Protocol):
@@ -66,6 +69,33 @@ class Head:
     def logits(self, states: Tensor) -> Tensor:
         """The same, for whoever wants gradients."""
         return logits_of(self._config, states, self._norm, self._weight)
+
+    def predictions(self, states: Tensor) -> Predictions:
+        """The same, to be looked at a few rows at a time."""
+        return Predictions(self._config, products_of_head(self._config, states, self._norm, self._weight))
+
+
+class Predictions:
+    """Log-probabilities of the next token after each of S rows, made a few rows at a time: a CPU then has them in its
+    cache. 400 rows of SmolLM2, one thread of an EPYC: 88 in place of 330 ms, 70 of them the head (2026-11-27).
+
+    Args:
+        products: of the head [S, vocab], not yet scaled and capped.
+    """
+
+    def __init__(self, config: ModelConfig, products: Tensor) -> None:
+        self._config, self._products = config, products
+
+    def spans(self) -> Iterator[slice]:
+        """So few rows, one after the other: all of them where that is quicker."""
+        count = len(self._products)
+        few = count if self._products.is_cuda else _FEW
+        for begin in range(0, count, max(1, few)):
+            yield slice(begin, min(begin + few, count))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Of some rows, natural logarithms, float32 [rows, vocab]."""
+        return finished(self._config, self._products[rows]).log_softmax(-1)
 
 
 def logit_rows(vocab: int, count: int, most: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError
 from teal_cli.passes.forward import States
-from teal_cli.passes.layers import Head, logit_rows
+from teal_cli.passes.layers import Head, Predictions, logit_rows
 
 _LOGIT_BYTES: Final = 16 << 20
 """Of float32 logits at a time. With four times as many an evaluation of SmolLM2 at five levels has 1.53 GB in memory at
@@ -56,28 +56,45 @@ def score(head: Head, vocab: int, states: States, targets: NDArray[np.int64], st
     Raises:
         TealError: logits are not finite.
     """
-    count = len(states.dense)
-    first = count - len(targets)
+    first = len(states.dense) - len(targets)
     sums = np.zeros((len(starts) + 1, 3))
     for part in logit_rows(vocab, len(targets), _LOGIT_BYTES):
         begin, stop = first + part.start, first + part.stop
-        wanted = torch.from_numpy(targets[part]).to(states.dense.device)
-        dense = head(states.dense[begin:stop]).log_softmax(-1)
-        dense_nll = -dense.gather(1, wanted[:, None])[:, 0].double()
-        sums[0] += (float(dense_nll.sum()), 0.0, stop - begin)
-        best, shares = dense.argmax(-1), dense.exp() if starts else dense
-        for number, start in enumerate(starts, 1):
-            cut = min(max(start, begin), stop) - begin
-            sums[number] += (float(dense_nll[:cut].sum()), 0.0, cut)
-            if cut == stop - begin:
-                continue
-            sparse = head(states.sparse[number - 1][begin + cut - start : stop - start]).log_softmax(-1)
-            nll = -sparse.gather(1, wanted[cut:, None]).double().sum()
-            same = (sparse.argmax(-1) == best[cut:]).sum()
-            sums[number] += (float(nll), float(divergence(dense[cut:], sparse, shares[cut:]).sum()), int(same))
+        wanted = torch.from_numpy(targets[part]).to(states.dense.device)[:, None]
+        dense = head.predictions(states.dense[begin:stop])
+        cuts = [min(max(start, begin), stop) - begin for start in starts]  # rows that are dense, of this part
+        each = zip(states.sparse, starts, cuts, strict=True)
+        sparse = [head.predictions(rows[begin + cut - start : stop - start]) for rows, start, cut in each]
+        for span in dense.spans():
+            sums += _score_few(dense[span], sparse, cuts, span, wanted[span])
     if not np.isfinite(sums).all():
         raise _not_finite()
     return [Score(len(targets), nll, max(0.0, kl), int(top1)) for nll, kl, top1 in sums]
+
+
+def _score_few(
+    dense: Tensor, sparse: Sequence[Predictions], cuts: Sequence[int], span: slice, wanted: Tensor
+) -> NDArray[np.float64]:
+    """nll, KL and equal choices of a few rows, added up: float64 [1 + variants, 3].
+
+    Args:
+        dense: log-probabilities [rows, vocab]. wanted: int64 [rows, 1].
+        sparse: of each variant, from the row `cuts` says on; before it the variant is dense.
+        span: which rows these are.
+    """
+    sums = np.zeros((len(sparse) + 1, 3))
+    nll = -dense.gather(1, wanted)[:, 0].double()
+    sums[0] = float(nll.sum()), 0.0, len(dense)
+    best, shares = dense.argmax(-1), dense.exp() if sparse else dense
+    for number, (variant, cut) in enumerate(zip(sparse, cuts, strict=True), 1):
+        before = min(max(cut - span.start, 0), len(dense))
+        sums[number] = float(nll[:before].sum()), 0.0, before
+        if before < len(dense):
+            own = variant[span.start + before - cut : span.stop - cut]
+            same = (own.argmax(-1) == best[before:]).sum()
+            kl = divergence(dense[before:], own, shares[before:]).sum()
+            sums[number] += float(-own.gather(1, wanted[before:]).double().sum()), float(kl), int(same)
+    return sums
 
 
 @torch.inference_mode()
@@ -92,12 +109,13 @@ def log_probabilities(head: Head, vocab: int, states: Tensor, targets: Tensor, b
     """
     found = states.new_zeros(len(targets), dtype=torch.float32)
     for part in logit_rows(vocab, len(targets), _LOGIT_BYTES):
-        logits = head(states[part])
-        if best is not None:
-            best[part] = logits.argmax(-1)
-        logits -= logits.amax(-1, keepdim=True)  # in place: new memory takes longer than the sums
-        chosen = logits.gather(1, targets[part, None])[:, 0]
-        found[part] = chosen - logits.exp_().sum(-1).log_()
+        predicted = head.predictions(states[part])
+        for span in predicted.spans():
+            rows = slice(part.start + span.start, part.start + span.stop)
+            few = predicted[span]
+            found[rows] = few.gather(1, targets[rows, None])[:, 0]
+            if best is not None:
+                best[rows] = few.argmax(-1)
     if not torch.isfinite(found).all():
         raise _not_finite()
     return found
@@ -119,9 +137,12 @@ def differences(head: Head, vocab: int, dense: Tensor, sparse: Tensor) -> tuple[
     kl = dense.new_zeros(len(dense), dtype=torch.float64)
     same = torch.zeros(len(dense), dtype=torch.bool, device=dense.device)
     for part in logit_rows(vocab, len(dense), _LOGIT_BYTES):
-        p, q = head(dense[part]).log_softmax(-1), head(sparse[part]).log_softmax(-1)
-        kl[part] = divergence(p, q).clamp(min=0)
-        same[part] = p.argmax(-1) == q.argmax(-1)
+        predicted, own = head.predictions(dense[part]), head.predictions(sparse[part])
+        for span in predicted.spans():
+            rows = slice(part.start + span.start, part.start + span.stop)
+            p, q = predicted[span], own[span]
+            kl[rows] = divergence(p, q).clamp(min=0)
+            same[rows] = p.argmax(-1) == q.argmax(-1)
     if not torch.isfinite(kl).all():
         raise _not_finite()
     return kl, same

@@ -113,6 +113,8 @@ def run_job(writer: StoreWriter, producer: Producer) -> Iterator[Progress]:
                 yield from clock.during(wanted, len(batch), producer.write(lacking, batch, held), there)
                 yield clock.after(wanted, len(batch))
                 held |= {level.name: held[level.name][:0] for level in lacking}
+            for level in levels:  # the last blocks of all are packed one after the other
+                level.end()
             for level in levels:
                 level.finish()
         writer.complete()

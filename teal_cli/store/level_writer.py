@@ -172,6 +172,12 @@ class LevelWriter:
             self._blocks.appendleft(self._store.free.pop())
             self._base, self._count, self._flushed = self._base - count, count, count
 
+    def end(self) -> None:
+        """No row follows: a block that is not full goes to the writer thread, and `finish` waits for it."""
+        self._asked = 0
+        if self._count:
+            self._submit(last=True)
+
     def finish(self) -> None:
         """Commits every added row, cuts the arrays to length and marks the level complete. Does nothing the
         second time.
@@ -181,12 +187,12 @@ class LevelWriter:
         """
         if self.complete:
             return
-        self.flush()
+        self.end()
+        self._store.wait()
         for buffer in self._blocks:
             buffer.clear()
         self._store.free += self._blocks
         self._blocks.clear()
-        self._base, self._count, self._flushed = self.rows, 0, 0
         with self._store.disk_errors():
             layout.resize_rows(
                 self._store.path, self.name, self._store.header, tokens=self.rows, sync=self._store.durable
@@ -207,17 +213,17 @@ class LevelWriter:
         else:
             self._store.retire_written()
 
-    def _submit(self) -> None:
+    def _submit(self, *, last: bool = False) -> None:
         buffer, base, count, flushed = self._blocks.popleft(), self._base, self._count, self._flushed
         buffer.seal()
         self._base, self._count, self._flushed = base + count, 0, 0
-        if count > flushed:
-            self._store.submit(buffer, self._write, buffer, base, count, flushed)
+        if count > flushed or last:
+            self._store.submit(buffer, self._write, buffer, base, count, flushed, last or count == self._block)
         else:
             self._store.free.append(buffer)
 
-    def _write(self, buffer: BlockBuffer, base: int, count: int, flushed: int) -> None:
-        """On the writer thread: one block to disk, then the commit.
+    def _write(self, buffer: BlockBuffer, base: int, count: int, flushed: int, last: bool) -> None:
+        """On the writer thread: one block to disk, then the commit; `last`: no row of it follows.
 
         Files of a block that was flushed are replaced one by one; each says the same of the rows that are committed.
         """
@@ -231,5 +237,5 @@ class LevelWriter:
         written = [path for files in self._files.values() for path in files.paths(base // self._block)]
         written += self._columns.paths(base)
         self._store.commit(self.name, {"tokens_committed": base + count}, written)
-        if count == self._block:
+        if last:
             buffer.clear()
