@@ -121,7 +121,7 @@ def follow(options: argparse.Namespace) -> Iterator[Figure]:
     session = open_session(options.model)
     prompts = PromptSource("python-docs", count=options.prompts)
     request = DumpRequest((0.5,), prompts, options.new_tokens, Sampling(0.8), ignore_eos=True)
-    rows = options.prompts * (options.new_tokens - 1)
+    rows = Dump(session, request).rows  # fewer than asked for, if the dataset is short
     with scratch(options.folder) as folder:
 
         def measured(kind: str) -> float:
@@ -131,7 +131,13 @@ def follow(options: argparse.Namespace) -> Iterator[Figure]:
             return seconds
 
         seconds = timed({kind: partial(measured, kind) for kind in ("free", "text", "dense")}, options.rounds)
-    about = {"model": options.model, "level": 0.5, "prompts": options.prompts, "rows": rows, "backend": session.backend}
+    about = {
+        "model": options.model,
+        "level": 0.5,
+        "prompts": rows // (options.new_tokens - 1),
+        "rows": rows,
+        "backend": session.backend,
+    }
     for kind, taken in seconds.items():
         yield Figure.of(f"follow {kind}", "rows/s", rates(taken, rows), about)
     for kind, goal in (("text", 5.0), ("dense", None)):
@@ -145,20 +151,22 @@ def ranks(options: argparse.Namespace) -> Iterator[Figure]:
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     told: dict[str, list[float]] = {}
+    prompts = options.prompts
     with scratch(options.folder) as folder:
 
         def measured(name: str, launch: list[str], environment: dict[str, str]) -> float:
             def run(out: Path) -> None:
                 whole = [sys.executable, *launch, *command, "-o", str(out)]
                 done = subprocess.run(whole, env=environment, stdout=subprocess.PIPE, check=True)
-                told.setdefault(name, []).append(json.loads(done.stdout)["seconds"])
+                said = json.loads(done.stdout)
+                assert said["prompts"] == prompts, "the dataset is too short for so many"
+                told.setdefault(name, []).append(said["seconds"])
 
             return into(folder / "out.zarr", run)()
 
         ways = {"2 ranks": (several, one_thread), "1 process": ([], dict(os.environ)), "1 thread": ([], one_thread)}
         seconds = timed({name: partial(measured, name, *how) for name, how in ways.items()}, options.rounds)
-    rows = options.prompts * (options.new_tokens - 1)
-    about = {"model": options.model, "level": 0.5, "prompts": options.prompts, "rows": rows}
+    about = {"model": options.model, "level": 0.5, "prompts": prompts, "rows": prompts * (options.new_tokens - 1)}
     for name, taken in seconds.items():
         yield Figure.of(f"{name}, start to end", "s", taken, about)
         yield Figure.of(f"{name}, rows alone", "s", told[name][1:], about)  # the first round warms up
@@ -212,7 +220,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--only", choices=DOING, nargs="+", default=list(DOING), help="parts; default: all")
     parser.add_argument("--model", help="follow, ranks: its name in the registry; default: the registry's default")
-    parser.add_argument("--prompts", type=int, default=16, help="follow, ranks: documents of python-docs")
+    parser.add_argument("--prompts", type=int, default=8, help="follow, ranks: documents of python-docs")
     parser.add_argument("--new-tokens", type=int, default=128, help="follow, ranks: tokens a prompt")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of synthetic rows")
     parser.add_argument("--levels", type=float, nargs="+", default=(0.5, 0.75, 0.9), help="sizes, large")
