@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from fixtures_cli import Teal
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import reference_model
 from reference_model import MODULES, relative_rms
 
 from teal_cli import open_store
 from teal_cli.registry.registry import Registry
+from teal_cli.runs.forced import Place
 from teal_cli.store.reader import Level
 from teal_cli.store.schema import PHASES
 from teal_kernels.spec import PROJECTION_INDEX
@@ -145,6 +148,19 @@ def test_an_interrupted_run_goes_on(
             for site in ("attn_in", "mlp_mid"):
                 a, b = (np.array(store.level(target).site(layer, site)[:]) for store in (ours, theirs))
                 assert (a == b).all()
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 6), st.data())
+def test_rows_go_to_their_place_in_whatever_blocks_it_lies(sizes: list[int], skipped: int, data: Any) -> None:
+    parts = [{"site": torch.full((2, size, 3), torch.nan)} for size in sizes]
+    place, rows = Place(parts, skipped), skipped + sum(sizes)
+    wanted = torch.arange(2.0 * rows * 3).view(2, rows, 3)
+    cut = data.draw(st.integers(0, rows))
+    for layer in range(2):
+        for begin, stop in ((0, cut), (cut, rows)):
+            place.put("site", layer, begin, wanted[layer, begin:stop])
+    found = torch.cat([part["site"] for part in parts], dim=1) if parts else wanted[:, :0]
+    assert torch.equal(found, wanted[:, skipped:])
 
 
 def test_a_file_of_prompts_has_no_text_to_follow(ready: Path, teal: Teal, tmp_path: Path) -> None:

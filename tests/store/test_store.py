@@ -21,6 +21,7 @@ from fixtures_store import (
     feed,
     header,
     levels,
+    row,
     token_of,
     write_store,
 )
@@ -28,6 +29,7 @@ from fixtures_store import (
 from teal_cli import open_store
 from teal_cli.errors import NotFoundError, TealError, UsageError
 from teal_cli.store import shards
+from teal_cli.store.schema import PHASES
 from teal_cli.store.shards import SiteFiles
 from teal_cli.store.writer import StoreWriter
 from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, SITES
@@ -246,6 +248,35 @@ def test_rows_may_follow_in_a_block_that_was_flushed(tmp_path: Path, durable: bo
             level.finish()
         writer.complete()
     assert digest(often) == digest(once)
+
+
+def test_reserved_rows_lie_in_several_blocks_and_are_added_in_order(tmp_path: Path) -> None:
+    once, apart = tmp_path / "once.zarr", tmp_path / "apart.zarr"
+    write_store(once, 45)
+    with StoreWriter.create(apart, header(), levels(45)) as writer:
+        for target in (0.5, 0.9):
+            level = writer.level(target)
+            feed(level, 5)
+            places = [level.reserve(count) for count in (30, 0, 10)]  # two sequences, and one without rows
+            assert [[part["mlp_mid"].shape[1] for part in parts] for parts in places] == [[11, 16, 3], [], [10]]
+            assert level.rows == 5
+            token = 5
+            for part in [part for parts in places for part in parts]:
+                for index in range(part["mlp_mid"].shape[1]):
+                    for site, values in row(level.header, token, "bfloat16").items():
+                        part[site][:, index].copy_(values)
+                    token += 1
+            fed = [{**token_of(token), "phase": PHASES["decode"]} for token in range(5, 45)]
+            for span in (slice(0, 25), slice(25, 25), slice(25, 40)):
+                columns = {name: np.array([each[name] for each in fed[span]], np.int64) for name in fed[0]}
+                level.add_reserved(columns)
+            with pytest.raises(ValueError, match="0 rows that could be added, not 1"):
+                level.add_reserved({name: column[:1] for name, column in columns.items()})
+            with pytest.raises(ValueError, match="takes no 1 rows more"):
+                level.reserve(1)
+            level.finish()
+        writer.complete()
+    assert digest(apart) == digest(once)
 
 
 def test_a_kill_while_a_flushed_block_is_written_anew_costs_no_row(
