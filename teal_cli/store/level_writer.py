@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,18 +13,16 @@ from teal_cli.store.buffers import BlockBuffer, copy_rows
 from teal_cli.store.digest import level_digest
 from teal_cli.store.header import LevelHeader
 from teal_cli.store.metadata import as_numpy, level_state
+from teal_cli.store.pipeline import BlockPipeline
 from teal_cli.store.schema import SCHEMA_1
 from teal_cli.store.shards import ColumnFiles
 from teal_kernels.spec import SITES
-
-if TYPE_CHECKING:
-    from teal_cli.store.writer import StoreWriter
 
 
 class LevelWriter:
     """Takes the rows of one level in order. Made by `StoreWriter.level`, never directly."""
 
-    def __init__(self, store: StoreWriter, header: LevelHeader) -> None:
+    def __init__(self, store: BlockPipeline, header: LevelHeader) -> None:
         state = level_state(store.path, header.name)
         self.header = header
         self.name = header.name

@@ -20,34 +20,24 @@ Knows nothing of models, prompts or sampling.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import torch
 
-from teal_cli.errors import NotFoundError, TealError
-from teal_cli.files import disk_errors, sync_files
+from teal_cli.errors import NotFoundError
 from teal_cli.store import layout, placing
-from teal_cli.store.buffers import BlockBuffer
 from teal_cli.store.digest import store_digest
 from teal_cli.store.header import LevelHeader, StoreHeader
 from teal_cli.store.level_writer import LevelWriter
-from teal_cli.store.metadata import level_state, read_attributes, read_state, require_store
+from teal_cli.store.metadata import level_state, read_attributes, require_store
+from teal_cli.store.pipeline import BlockPipeline, refusals
 from teal_cli.store.placing import StoreLock
 from teal_cli.store.schema import SCHEMA_1, parse_level
-from teal_cli.store.shards import ExpertFiles, SiteFiles, compression_threads
-from teal_kernels.experts import EXPERT
-from teal_kernels.spec import SITES
 
 __all__ = ["LevelHeader", "LevelWriter", "StoreHeader", "StoreWriter"]
-
-_UNDER_WAY: Final = 2
-"""Blocks that wait to be written or are, of all levels, before whoever fills another waits."""
 
 
 class StoreWriter:
@@ -60,18 +50,9 @@ class StoreWriter:
     def __init__(
         self, path: Path, header: StoreHeader, levels: Sequence[LevelHeader], device: str, lock: StoreLock, sync: bool
     ) -> None:
-        self.path, self.header, self.durable = path, header, sync
-        self.schema = read_state(path).schema
-        """That of a store that is resumed stays as it is."""
-        self.device = torch.device(device)
-        self.free: list[BlockBuffer] = []  # of any level; to make one costs as much as ten rows
-        self._pending: deque[tuple[Future[None], BlockBuffer]] = deque()  # in the order of writing
-        self._lock, self._process = lock, os.getpid()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teal-store-writer")
-        threads = compression_threads()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="teal-store-pack") if threads > 1 else None
-        self._failure: BaseException | None = None
-        self._levels = {level.name: LevelWriter(self, level) for level in levels}
+        self.path, self.header, self._lock = path, header, lock
+        self._blocks = BlockPipeline(path, header, torch.device(device), sync)
+        self._levels = {level.name: LevelWriter(self._blocks, level) for level in levels}
 
     @classmethod
     def create(
@@ -100,7 +81,7 @@ class StoreWriter:
             TealError: the disk refuses.
         """
         target = placing.destination(Path(path))
-        with _disk_errors(target):
+        with refusals(target):
             lock = placing.place_new_store(target, header, levels, force=force, sync=durable)
         return cls(target, header, levels, device, lock, durable)
 
@@ -126,7 +107,7 @@ class StoreWriter:
         require_store(target, plain=True)
         lock = StoreLock(target)
         try:
-            with _disk_errors(target):
+            with refusals(target):
                 placing.prepare_resume(target, header, levels, sync=durable)
             return cls(target, header, levels, device, lock, durable)
         except BaseException:
@@ -160,70 +141,14 @@ class StoreWriter:
         unfinished = [name for name, level in self._levels.items() if not level.complete]
         if unfinished:
             raise ValueError(f"levels not finished: {', '.join(unfinished)}")
-        with self.disk_errors():
+        with self._blocks.disk_errors():
             changes: dict[str, object] = {"complete": True}
-            if self.schema != SCHEMA_1:
+            if self._blocks.schema != SCHEMA_1:
                 digests = [str(level_state(self.path, name).digest) for name in self._levels]
                 changes["digest"] = store_digest(read_attributes(self.path), digests)
             # First: a kill in between leaves a store that does not say it is whole.
-            layout.consolidate(self.path, sync=self.durable)
-            self.commit("", changes)
-
-    def site_files(self, level: str) -> dict[str, SiteFiles | ExpertFiles]:
-        """Where the blocks of a level go; for LevelWriter."""
-        folder, header = self.path / level, self.header
-        sites = {site: SiteFiles(folder / site, header, header.channels[site], self._pool) for site in SITES}
-        return {**sites} if header.mixture is None else {**sites, EXPERT: ExpertFiles(folder, header)}
-
-    def commit(self, group: str, changes: Mapping[str, object], written: Iterable[Path] = ()) -> None:
-        """Changes the attributes of a group; where `durable`, once the disk has the files written for it."""
-        if self.durable:
-            sync_files(written, top=self.path)
-        layout.set_attributes(self.path, group, changes, sync=self.durable)
-
-    def acquire(self) -> BlockBuffer:
-        """A buffer to fill; waits while two blocks are under way, so that memory does not grow where the disk is slow;
-        for LevelWriter.
-        """
-        while not self.free and len(self._pending) >= _UNDER_WAY:
-            self._retire()
-        return self.free.pop() if self.free else BlockBuffer(self.header, self.device)
-
-    def submit(self, buffer: BlockBuffer, write: Callable[..., None], *arguments: object) -> None:
-        """Queues a block for the writer thread, which a forked process does not have; for LevelWriter."""
-        if self._process != os.getpid():
-            raise TealError(f"{self.path} was opened by another process", hint="open it in the one that writes")
-        self._pending.append((self._thread.submit(self._guarded, write, *arguments), buffer))
-
-    def retire_written(self) -> None:
-        """Frees the buffers of blocks that are written; an error of one is raised here."""
-        while self._pending and self._pending[0][0].done():
-            self._retire()
-
-    def wait(self) -> None:
-        """The same once all are."""
-        while self._pending:
-            self._retire()
-
-    def _retire(self) -> None:
-        future, buffer = self._pending.popleft()
-        future.result()
-        self.free.append(buffer)
-
-    def _guarded(self, write: Callable[..., None], *arguments: object) -> None:
-        # After one failure nothing more is written: a later block would move tokens_committed over the hole.
-        if self._failure is not None:
-            raise self._failure
-        try:
-            with self.disk_errors():
-                write(*arguments)
-        except BaseException as error:
-            self._failure = error
-            raise
-
-    def disk_errors(self) -> AbstractContextManager[None]:
-        """Context in which a refusal of the disk becomes a TealError that names the free space."""
-        return _disk_errors(self.path)
+            layout.consolidate(self.path, sync=self._blocks.durable)
+            self._blocks.commit("", changes)
 
     def __enter__(self) -> Self:
         return self
@@ -231,18 +156,13 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        failure = self._blocks.failure
         try:
-            if self._failure is not None and kind is None:
-                raise self._failure  # not yet seen by the caller
-            if self._failure is None:
+            if failure is not None and kind is None:
+                raise failure  # not yet seen by the caller
+            if failure is None:
                 for level in self._levels.values():
                     level.flush()
         finally:
-            self._thread.shutdown(wait=True)
-            if self._pool is not None:
-                self._pool.shutdown(wait=True)
+            self._blocks.close()
             self._lock.release()
-
-
-def _disk_errors(path: Path) -> AbstractContextManager[None]:
-    return disk_errors(path, when_full="what was committed is safe: make room and run again with --resume")

@@ -79,7 +79,7 @@ def test_dumps(run: Callable[..., Any], ready: Path, monkeypatch: pytest.MonkeyP
 
     def launched(command: list[str], **options: Any) -> Any:
         Path(command[-1]).mkdir()
-        return SimpleNamespace(stdout=b'{"seconds": 2.0}')
+        return SimpleNamespace(stdout=b'{"seconds": 2.0, "prompts": 2}')
 
     monkeypatch.setattr(subprocess, "run", launched)
     rows = checked(run("ranks", *counts), "ranks")
