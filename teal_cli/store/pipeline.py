@@ -66,7 +66,7 @@ class BlockPipeline:
         layout.set_attributes(self.path, group, changes, sync=self.durable)
 
     def acquire(self) -> BlockBuffer:
-        """A buffer to fill; waits while two blocks are under way, so that memory does not grow where the disk is slow."""
+        """A buffer to fill; waits while two blocks are under way, so that a slow disk does not make memory grow."""
         while not self.free and len(self._pending) >= _UNDER_WAY:
             self._retire()
         return self.free.pop() if self.free else BlockBuffer(self.header, self._device)
