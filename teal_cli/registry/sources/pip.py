@@ -58,12 +58,13 @@ def fetch_wheel(spec: str, folder: Path, *, offline: bool = False) -> Iterator[P
             hint="run it again without --offline",
         )
     temporary, log = folder / "pip-tmp", folder / "pip.log"
+    arrived = temporary / "arrived"  # where pip may leave a part of a wheel, if it is stopped
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     command = [
         *_pip(), "download", "--no-deps", "--only-binary", ":all:", "--retries", "2",
         "--progress-bar", "off", "--no-input", "--disable-pip-version-check",
-        "--dest", str(folder), spec,
+        "--dest", str(arrived), spec,
     ]  # fmt: skip
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -82,10 +83,11 @@ def fetch_wheel(spec: str, folder: Path, *, offline: bool = False) -> Iterator[P
         if process.poll() is None:
             process.terminate()
             process.wait()
-    wheel = fetched_wheel(folder)
+    wheel = fetched_wheel(arrived)
     if process.returncode != 0 or wheel is None:
         raise pip_error(spec, log.read_text(encoding="utf-8", errors="replace"))
     size = wheel.stat().st_size
+    wheel.replace(folder / wheel.name)
     yield Progress("download", size, size)
 
 
