@@ -61,23 +61,19 @@ class Head:
     def __init__(self, config: ModelConfig, norm: Tensor, weight: Matrix) -> None:
         self._config, self._norm, self._weight = config, norm, weight
 
-    @torch.inference_mode()
-    def __call__(self, states: Tensor) -> Tensor:
-        """Hidden states [S, hidden] after the last layer -> logits float32 [S, vocab]."""
-        return self.logits(states)
-
     def logits(self, states: Tensor) -> Tensor:
-        """The same, for whoever wants gradients."""
+        """Hidden states [S, hidden] after the last layer -> logits float32 [S, vocab]."""
         return logits_of(self._config, states, self._norm, self._weight)
 
     def predictions(self, states: Tensor) -> Predictions:
-        """The same, to be looked at a few rows at a time."""
+        """What they say of the next token, to be looked at a few rows at a time."""
         return Predictions(self._config, products_of_head(self._config, states, self._norm, self._weight))
 
 
 class Predictions:
     """Log-probabilities of the next token after each of S rows, made a few rows at a time: a CPU then has them in its
-    cache. 400 rows of SmolLM2, one thread of an EPYC: 88 in place of 330 ms, 70 of them the head (2026-11-27).
+    cache. 8,000 rows of SmolLM2 on an EPYC: 1.6 s of processor time, 1.3 of them the head, in place of 2.1 with 85 rows
+    at a time (2026-11-27).
 
     Args:
         products: of the head [S, vocab], not yet scaled and capped.
@@ -89,9 +85,7 @@ class Predictions:
     def spans(self) -> Iterator[slice]:
         """So few rows, one after the other: all of them where that is quicker."""
         count = len(self._products)
-        few = count if self._products.is_cuda else _FEW
-        for begin in range(0, count, max(1, few)):
-            yield slice(begin, min(begin + few, count))
+        return _parts(count, count if self._products.is_cuda else _FEW)
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Of some rows, natural logarithms, float32 [rows, vocab]."""
@@ -100,9 +94,13 @@ class Predictions:
 
 def logit_rows(vocab: int, count: int, most: int) -> Iterator[slice]:
     """So many rows in parts whose float32 logits take at most so many bytes, but for a part of one row."""
-    rows = max(1, most // (4 * vocab))
-    for begin in range(0, count, rows):
-        yield slice(begin, min(begin + rows, count))
+    return _parts(count, most // (4 * vocab))
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    """So many rows, so many at a time and at least one."""
+    for begin in range(0, count, max(1, size)):
+        yield slice(begin, min(begin + max(1, size), count))
 
 
 def available_bytes(device: torch.device) -> int | None:

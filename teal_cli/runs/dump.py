@@ -24,7 +24,7 @@ from teal_cli.runs.board import Board, LocalBoard
 from teal_cli.runs.forced import Forcing
 from teal_cli.runs.job import Decoding, Producer, Progress, run_job
 from teal_cli.runs.plans import Level, calibration_of
-from teal_cli.runs.ranks import Target, part_header, run_ranks
+from teal_cli.runs.ranks import Target, is_whole, run_ranks
 from teal_cli.runs.session import Session
 from teal_cli.sparsity.criterion import MAGNITUDE
 from teal_cli.sparsity.plan import Plan, dense_plan
@@ -212,13 +212,7 @@ class Dump:
         if not is_collection(path):
             check_resume(target, header, levels)
             return read_state(target).complete
-        state = read_state(target)
-        parts = {name: target / name for name in state.parts}
-        if not state.complete or not all(part.is_dir() for part in parts.values()):
-            return False
-        for name, part in parts.items():
-            check_resume(part, part_header(header, name), levels)
-        return all(read_state(part).complete for part in parts.values())
+        return is_whole(target, header, levels)
 
     def run(
         self,

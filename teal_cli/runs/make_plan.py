@@ -39,7 +39,7 @@ from teal_cli.registry.calibrations import remarks
 from teal_cli.registry.registry import Registry
 from teal_cli.runs.plan_request import DEFAULT_TOKENS, PlanRequest
 from teal_cli.runs.plans import check_new, plan_folder
-from teal_cli.runs.saved_search import SavedDescent, SavedLevels
+from teal_cli.runs.saved_search import SavedDescent, SavedLevels, SavedSearch
 from teal_cli.runs.session import choose_device
 from teal_cli.sparsity.allocation import spend
 from teal_cli.sparsity.calibration import Calibration, check_fits
@@ -132,7 +132,7 @@ class PlanMaker:
         for name in self.names.values():
             check_new(self.entry, name, force=request.force)
         self._tokens, self._held, self._text = self._read_text()
-        self._found: SavedLevels | SavedDescent | None = None
+        self._found: SavedSearch | None = None
 
     def _read_text(self) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]], dict[str, Any]]:
         """Sequences to make the plan from, sequences to judge it on, and what to say of them."""
@@ -282,8 +282,8 @@ class PlanMaker:
         some, target = self._tokens[:_BEGINNING], sorted(self.names)[len(self.names) // 2]
         lowest = float(LEVELS[1])  # a threshold of 0 has no logarithm to move
         levels = np.full((layers.config.layers, len(PROJECTIONS)), target)
-        self._found = SavedDescent(*self._search("pt"))
-        known = self._found.load()
+        self._found = saved = SavedDescent(*self._search("pt"))
+        known = saved.load()
         if known is None:
             spent = yield from self._fisher(layers, Scoring(), threshold, some)
             levels = np.maximum(spent(BOUNDS[0], target, target), lowest)
@@ -295,7 +295,7 @@ class PlanMaker:
 
         begin = self._plan(Offer(lambda *_: levels, positive, Scoring()), target, target)
         found: ChannelThresholds = yield from _staged(
-            "learning", learn(layers, self._tokens, begin, self.request.start, known, self._found.keep)
+            "learning", learn(layers, self._tokens, begin, self.request.start, known, saved.keep)
         )
         scoring, table = learned_scoring(found)
         histogram: ScoreHistogram = yield from _staged("scoring", score_histogram(layers, some, scoring))
@@ -306,12 +306,12 @@ class PlanMaker:
         """The search, which goes on after the last layer that an interrupted one with the same settings had done."""
         request, targets = self.request, list(self.names)
         plan = self._plan(Offer(self._uniform, threshold, scoring), targets[0], targets[0])
-        self._found = SavedLevels(*self._search("json"))
-        known = self._found.load()
+        self._found = saved = SavedLevels(*self._search("json"))
+        known = saved.load()
         if known:
             self.notes.append(f"went on after layer {len(known) - 1}, where an earlier run had stopped")
         tokens, start = self._tokens[:_GREEDY_SEQUENCES], request.start
-        return greedy(layers, tokens, plan, threshold, targets, start, known, self._found.keep)
+        return greedy(layers, tokens, plan, threshold, targets, start, known, saved.keep)
 
     def _search(self, suffix: str) -> tuple[Path, dict[str, Any]]:
         """Where a search that is under way is kept, and what says that one is this one."""

@@ -21,6 +21,8 @@ from pathlib import Path
 from teal_cli.runs.board import Board, report_failure
 from teal_cli.runs.job import Clock, Producer, Progress, batches, left_over
 from teal_cli.store.manifest import Manifest
+from teal_cli.store.metadata import read_state
+from teal_cli.store.placing import check_resume
 from teal_cli.store.schema import part_name
 from teal_cli.store.writer import LevelHeader, StoreHeader, StoreWriter
 
@@ -76,13 +78,24 @@ def _open_root(board: Board, target: Target) -> Manifest:
     return Manifest.create(target.path, target.header, names, parts=board.size, force=target.force)
 
 
-def part_header(header: StoreHeader, name: str) -> StoreHeader:
+def is_whole(path: Path, header: StoreHeader, levels: Sequence[LevelHeader]) -> bool:
+    """Whether a collection has all rows of a run; raises as `check_resume` where a part is another run's."""
+    state = read_state(path)
+    parts = {name: path / name for name in state.parts}
+    if not state.complete or not all(part.is_dir() for part in parts.values()):
+        return False
+    for name, part in parts.items():
+        check_resume(part, _part_header(header, name), levels)
+    return all(read_state(part).complete for part in parts.values())
+
+
+def _part_header(header: StoreHeader, name: str) -> StoreHeader:
     """What a part of a collection says of itself."""
     return replace(header, run={**header.run, "part": name})
 
 
 def _open_part(target: Target, name: str) -> StoreWriter:
-    path, header = target.path / name, part_header(target.header, name)
+    path, header = target.path / name, _part_header(target.header, name)
     if path.exists():
         return StoreWriter.resume(path, header, target.levels, target.device)
     return StoreWriter.create(path, header, target.levels, device=target.device)

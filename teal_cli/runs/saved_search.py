@@ -22,16 +22,25 @@ _KEEP_EVERY_S: Final = 30.0
 """Seconds between two states of a descent that are kept: a step may be faster than the disk."""
 
 
-@dataclass(frozen=True)
-class SavedLevels:
-    """The levels of a greedy search, a layer after the other, in a file beside the plan that is being made.
+@dataclass
+class SavedSearch:
+    """What is known of a search, in a file beside the plan that is being made.
 
     Attributes:
-        settings: as JSON values; levels that were found with others are not used.
+        settings: as JSON values; what was found with others is not used.
     """
 
     file: Path
     settings: Mapping[str, Any]
+
+    def remove(self) -> None:
+        """Forget it: the plan is there."""
+        self.file.unlink(missing_ok=True)
+
+
+@dataclass
+class SavedLevels(SavedSearch):
+    """The levels of a greedy search, a layer after the other."""
 
     def load(self) -> Sequence[NDArray[np.float64]]:
         """The levels [T, 7] of each layer that is done; none where there is no such file, or one of other settings."""
@@ -53,21 +62,11 @@ class SavedLevels:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, {"settings": dict(self.settings), "levels": levels.tolist()})
 
-    def remove(self) -> None:
-        """Forget them: the plan is there."""
-        self.file.unlink(missing_ok=True)
-
 
 @dataclass
-class SavedDescent:
-    """The state of a descent, step by step, in a file beside the plan that is being made.
+class SavedDescent(SavedSearch):
+    """The state of a descent, step by step."""
 
-    Attributes:
-        settings: as JSON values; a state that was reached with others is not used.
-    """
-
-    file: Path
-    settings: Mapping[str, Any]
     _kept: float = field(default_factory=time.monotonic, init=False)
 
     def load(self) -> dict[str, Any] | None:
@@ -92,7 +91,3 @@ class SavedDescent:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.file, [content.getvalue()])
         self._kept = time.monotonic()
-
-    def remove(self) -> None:
-        """Forget it: the plan is there."""
-        self.file.unlink(missing_ok=True)

@@ -335,11 +335,17 @@ def resize_rows(path: Path, level: str, header: StoreHeader, *, tokens: int, syn
 
 def _set_shape(folder: Path, spec: ArraySpec, *, sync: bool) -> None:
     """Writes the shape of an array anew, if it has another."""
-    file = folder / "zarr.json"
-    node = read_json(file)
+    node = read_json(folder / "zarr.json")
     if node["shape"] != list(spec.shape):
         node["shape"] = list(spec.shape)
-        write_bytes(file, [json.dumps(node, indent=2).encode()], sync=sync)
+        _write_node(folder, node, sync=sync)
+
+
+def _write_node(folder: Path, node: Mapping[str, Any], *, sync: bool) -> Path:
+    """Writes the metadata of an array or a group as Zarr does, atomically; returns their file."""
+    file = folder / "zarr.json"
+    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=sync)
+    return file
 
 
 def set_attributes(path: Path, group: str, changes: Mapping[str, Any], *, sync: bool = False) -> None:
@@ -348,10 +354,9 @@ def set_attributes(path: Path, group: str, changes: Mapping[str, Any], *, sync: 
     Args:
         sync: wait until the disk has it.
     """
-    file = path / group / "zarr.json"
-    node = read_json(file)
+    node = read_json(path / group / "zarr.json")
     node["attributes"]["teal"] |= changes
-    write_bytes(file, [json.dumps(node, indent=2).encode()], sync=sync)
+    file = _write_node(path / group, node, sync=sync)
     if sync:
         sync_files([file], top=path)
 

@@ -46,8 +46,10 @@ class LevelWriter:
 
     def committed_tokens(self) -> dict[str, np.ndarray]:
         """token_id, position, sequence and phase of the rows counted by `committed`: where a resumed run goes on."""
-        path, names = self._store.path, self._store.header.token_columns
-        arrays = {name: layout.open_for_writing(path, f"{self.name}/{name}") for name in names}
+        path, columns = self._store.path, self._store.header.token_columns
+        if not self.committed:
+            return {name: np.empty(0, dtype) for name, dtype in columns.items()}
+        arrays = {name: layout.open_for_writing(path, f"{self.name}/{name}") for name in columns}
         return {name: as_numpy(column[: self.committed]) for name, column in arrays.items()}
 
     def sequences(self) -> list[int]:

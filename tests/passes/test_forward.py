@@ -91,7 +91,7 @@ def test_it_equals_the_decoder_token_by_token(tiny_family: Path) -> None:
     model = Transformer.from_checkpoint(tiny_family, torch.float32)
     plan, tokens = some_plan(tiny_family), blocks(1)
     seen = Seen().run(ResidentLayers(model), tokens, [Sparse(plan, START)])
-    logits = ResidentLayers(model).open_head()(seen.states[0].sparse[0])
+    logits = ResidentLayers(model).open_head().logits(seen.states[0].sparse[0])
     cache = model.cache(COUNT)
     step = open_step(model, cache, plan.applied(), "reference", plan.target)
     model.forward(torch.from_numpy(tokens[0, :START]), 0, cache)
@@ -128,7 +128,7 @@ def test_it_equals_transformers_with_masking_hooks(tiny_family: Path, start: int
     layers = ResidentLayers(Transformer.from_checkpoint(tiny_family, torch.float32))
     seen = Seen().run(layers, tokens, [Sparse(plan, start)])
     for sequence, states in seen.states.items():
-        ours = layers.open_head()(torch.cat((states.dense[:start], states.sparse[0])))
+        ours = layers.open_head().logits(torch.cat((states.dense[:start], states.sparse[0])))
         torch.testing.assert_close(ours, expected[sequence], rtol=1e-4, atol=1e-3)
 
 

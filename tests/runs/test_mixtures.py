@@ -126,7 +126,7 @@ def test_steps_and_passes_equal_transformers(tiny: Callable[[str], Path], name: 
     kept = np.zeros((model.config.layers, 7), np.int64)
     for _ in forward(layers, [tokens], [Sparse(plan, START, kept)], visit=visit, sink=lambda _, s: ends.append(s)):
         pass
-    torch.testing.assert_close(layers.open_head()(ends[0].sparse[0]), expected[START:], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layers.open_head().logits(ends[0].sparse[0]), expected[START:], rtol=1e-4, atol=1e-3)
     for backend in ("cpu", "reference"):
         cache = model.cache(COUNT)
         step = open_step(model, cache, plan.applied(), backend, sparsity)
