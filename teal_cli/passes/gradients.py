@@ -24,7 +24,7 @@ from teal_cli.passes.layers import Head, Layers, logit_rows
 from teal_kernels.matrix import Matrix
 from teal_kernels.spec import SITE_PROJECTIONS
 
-LOGIT_BYTES: Final = 64 << 20
+_LOGIT_BYTES: Final = 64 << 20
 """Of float32 logits at a time."""
 
 GradientVisit: TypeAlias = Callable[[int, str, int, Tensor, Tensor], None]
@@ -158,7 +158,7 @@ def label_errors(config: ModelConfig, seed: int) -> Errors:
         stream = np.random.SeedSequence([seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1)
         generator = torch.Generator(states.device).manual_seed(int(stream))
         found = torch.empty_like(states)
-        for rows in logit_rows(config.vocab, len(states), LOGIT_BYTES):
+        for rows in logit_rows(config.vocab, len(states), _LOGIT_BYTES):
             part = states[rows].detach().clone().requires_grad_()
             logits = head.logits(part)
             labels = draw(logits.detach().softmax(-1), generator)

@@ -42,7 +42,8 @@ _MEMORY: Final = (0.9, 0.99)
 """Of the first and second moment (Adam, arXiv 1412.6980)."""
 _LOGIT_BYTES: Final = 256 << 20
 """Of logits at a time, were they float32: the head's matrix is packed for each product, 262,144 x 640 in bfloat16 with
-64 rows 2.9 ms a row, with 256 rows 2.1 (one thread of an EPYC with AVX-512, 2026-11-27)."""
+64 rows 2.9 ms a row, with 256 rows 2.1 (one thread of an EPYC with AVX-512, beside other work, 2026-11-27). In the
+model's dtype two such products are held, and the gradient at one of them."""
 _MOST: Final = 0.1
 """By how much all log thresholds may move at once to keep the budget."""
 
