@@ -11,16 +11,19 @@ bytes that it really dropped on that text.
 
 The texts are none that plans are made from: docstrings of NumPy, and prose, the proceedings of a workshop (lcet10.txt
 of the Canterbury corpus, in Brotli's source distribution). Learned plans are made from a mixture: the Python docs,
-docstrings of SciPy, news (in Gensim's wheel), a novel and a play (of the same corpus). The models must be there and
-calibrated; for learned plans SciPy must be installed.
+docstrings of SciPy, articles of Wikipedia and news (both in Gensim's wheel), a novel and a play (of the same corpus).
+The models must be there and calibrated; for learned plans SciPy must be installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import bz2
+import html
 import importlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -41,11 +44,13 @@ BELOW = 0.05
 BROTLI = "Brotli==1.1.0"
 PROSE = "lcet10.txt"
 OTHER_PROSE = ("alice29.txt", "asyoulik.txt")
-NEWS = ("gensim==4.4.0", "lee_background.cor")
+GENSIM = "gensim==4.4.0"
+NEWS = "lee_background.cor"
+ENCYCLOPAEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SCIPY = ["integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "sparse", "spatial", "special", "stats"]
 SKIPPED = 20_000  # characters: title and table of contents of the prose
 PIECE = 4_000  # characters of one source at a stretch, in the mixture
-LEARNED_TOKENS = 163_840
+LEARNED_TOKENS = 327_680
 
 
 @dataclass(frozen=True)
@@ -113,15 +118,40 @@ def packaged(requirement: str, wanted: Sequence[str], *options: str) -> list[str
         archive = next(Path(folder).iterdir())
         shutil.unpack_archive(archive, folder, "zip" if archive.suffix == ".whl" else None)
         files = [next(Path(folder).rglob(name)) for name in wanted]
-        return [file.read_text(errors="ignore").replace("\r\n", "\n") for file in files]
+        data = [bz2.decompress(file.read_bytes()) if file.suffix == ".bz2" else file.read_bytes() for file in files]
+        return [content.decode(errors="ignore").replace("\r\n", "\n") for content in data]
+
+
+def articles(dump: str, every: int) -> str:
+    """Every so many of the articles of a MediaWiki dump, without their markup."""
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", dump, re.DOTALL)
+    return "\n\n".join(_plain(text) for text in texts[::every] if not text.startswith("#"))
+
+
+def _plain(markup: str) -> str:
+    """The words of an article in MediaWiki's markup, up to its notes."""
+    text = html.unescape(html.unescape(markup))
+    dropped = r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<(math|gallery|timeline|table|div)\b.*?</\1>"
+    text = re.sub(dropped, "", text, flags=re.DOTALL)
+    link = r"\[\[[^\[\]]*\]\]"
+    file = rf"\[\[(?:File|Image|Category|[a-z-]{{2,12}}):[^\[\]]*(?:{link}[^\[\]]*)*\]\]"
+    for nested in (r"\{\{[^{}]*\}\}", r"\{\|.*?\|\}", file):
+        before = ""
+        while before != text:  # from the inside out
+            before, text = text, re.sub(nested, "", text, flags=re.DOTALL)
+    text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1", text)
+    text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<[^>]+>|'{2,}|^=+|=+$", "", text, flags=re.MULTILINE)
+    text = re.split(r"\n\s*(?:References|See also|Notes|External links|Further reading)\s*\n", text)[0]
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def mixture(prose: Sequence[str]) -> str:
     """What learned plans are made from, in pieces of one source, shuffled."""
-    (news,) = packaged(NEWS[0], [NEWS[1]])
-    scipy = docstrings([importlib.import_module(f"scipy.{name}") for name in SCIPY], 8)
-    pieces = []
-    for text in ("\n\n".join(python_docs("train")), scipy, news.replace("\n", "\n\n"), *prose):
+    news, encyclopaedia = packaged(GENSIM, [NEWS, ENCYCLOPAEDIA])
+    scipy = docstrings([importlib.import_module(f"scipy.{name}") for name in SCIPY], 4)
+    python, pieces = "\n\n".join(python_docs("train")), []
+    for text in (python, scipy, articles(encyclopaedia, 4), news.replace("\n", "\n\n"), *prose):
         end = 0
         while end < len(text):
             begin, end = end, max(text.find("\n", end + PIECE), 0) or len(text)
