@@ -96,7 +96,7 @@ def make(
             min=2,
             metavar="N",
             help="Tokens of it; up to a fourth more is held out for the check.",
-            show_default="4096; learned: 65536",
+            show_default="4096; learned: 327680",
         ),
     ] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens of each sequence.")] = 512,

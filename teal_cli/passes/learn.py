@@ -33,16 +33,15 @@ from teal_kernels.spec import PROJECTION_INDEX, PROJECTION_SITE, SITE_PROJECTION
 
 BATCH: Final = 8
 """Sequences a step, 4,096 tokens by default: what was tried."""
-_RATE: Final = 0.03
-"""By how much a log threshold moves at most in a step; it falls to 0 along a cosine. Tried with 40 to 160 steps."""
-_STEPS: Final = 40
-"""With fewer steps than these they are longer, so that thresholds can come as far, but no longer than four times."""
-_LONGEST: Final = 4.0
+_WAY: Final = 1.2
+"""How far a log threshold comes at most, were all steps as long as the first. The more text, the shorter the steps:
+thresholds come as far, and of the noise of the text less is left. Steps fall to 0 along a cosine."""
+_LONGEST: Final = 0.12
+"""The longest step, with however little text."""
 _MEMORY: Final = (0.9, 0.99)
 """Of the first and second moment (Adam, arXiv 1412.6980)."""
 _LOGIT_BYTES: Final = 256 << 20
-"""Of logits at a time, were they float32: the head's matrix is packed for each product, 262,144 x 640 in bfloat16 with
-64 rows 2.9 ms a row, with 256 rows 2.1 (one thread of an EPYC with AVX-512, beside other work, 2026-11-27). In the
+"""Of logits at a time, were they float32: 256 rows of 262,144 tokens of vocabulary (see `layers._FEWEST`). In the
 model's dtype two such products are held, and the gradient at one of them."""
 _MOST: Final = 0.1
 """By how much all log thresholds may move at once to keep the budget."""
@@ -105,7 +104,7 @@ class _Descent:
         shapes = {site: (config.layers, len(group), config.channels(site)) for site, group in SITE_PROJECTIONS.items()}
         size = sum(map(math.prod, shapes.values()))
         self._logs, self._loss, self._bytes = (torch.zeros(size, device=layers.device) for _ in range(3))
-        rate = _RATE * min(max(1.0, _STEPS / steps), _LONGEST)
+        rate = min(_WAY / steps, _LONGEST)
         self._adam = torch.optim.Adam([self._logs], lr=rate, betas=_MEMORY, eps=1e-12)
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
         self._views = [_views(flat, shapes) for flat in (self._logs, self._loss, self._bytes)]

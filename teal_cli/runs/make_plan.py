@@ -277,9 +277,9 @@ class PlanMaker:
         return {name: Offer(levels, threshold, scoring) for name, levels in found.items()}
 
     def _learned(self, layers: Layers, threshold: Threshold) -> Any:
-        """Thresholds of channels, learned at the middle target from where a Fisher plan has them; other targets move
-        all of them by one factor, so that what a level keeps the levels below it keep too."""
-        some, target = self._tokens[:_BEGINNING], sorted(self.names)[len(self.names) // 2]
+        """Thresholds of channels, learned at the middle target (of two the lower one) from where a Fisher plan has
+        them; other targets move all of them by one factor, so that what a level keeps the levels below it keep too."""
+        some, target = self._tokens[:_BEGINNING], sorted(self.names)[(len(self.names) - 1) // 2]
         lowest = float(LEVELS[1])  # a threshold of 0 has no logarithm to move
         levels = np.full((layers.config.layers, len(PROJECTIONS)), target)
         self._found = saved = SavedDescent(*self._search("pt"))

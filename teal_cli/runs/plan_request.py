@@ -9,7 +9,7 @@ from teal_cli.checks import check_sparsity
 from teal_cli.errors import UsageError
 from teal_cli.sparsity.criterion import MAGNITUDE, TOPK
 
-DEFAULT_TOKENS: Final = {"uniform": 4096, "greedy": 4096, "fisher": 4096, "learned": 65_536}
+DEFAULT_TOKENS: Final = {"uniform": 4096, "greedy": 4096, "fisher": 4096, "learned": 327_680}
 """The allocations there are, and of how many tokens each makes a plan where no number is asked for."""
 
 

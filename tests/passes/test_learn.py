@@ -128,6 +128,25 @@ def test_it_comes_nearer_to_dense_at_the_same_bytes(tiny: Any, monkeypatch: pyte
     assert judged[1].kl < 0.75 * judged[0].kl
 
 
+@pytest.mark.parametrize(("steps", "longest"), [(2, 0.12), (10, 0.12), (40, 0.03), (80, 0.015)])
+def test_steps_are_shorter_the_more_there_are(tiny: Any, steps: int, longest: float) -> None:
+    """Along gradients that all agree the first step is the longest, and all together come no further than they may."""
+    layers = ResidentLayers(Transformer.from_checkpoint(tiny("llama3"), torch.float32))
+    plan = even_plan(layers, 0.5, [np.arange(24) % VOCAB])
+    descent = module._Descent(layers, plan, START, steps)
+    moved = []
+    for _ in range(steps):
+        before = descent._logs.clone()
+        descent._loss.fill_(1.0)[::2] = -1.0
+        descent._bytes.fill_(1.0)
+        descent._dropped.fill_(0.5)
+        descent._move(1)
+        moved.append(float((descent._logs - before).abs().max()))
+    assert moved[0] == pytest.approx(longest, rel=1e-3)
+    assert moved == sorted(moved, reverse=True)
+    assert sum(moved) < 1.2
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.9))
 def test_levels_by_one_factor_drop_what_is_wanted(seed: int, nominal: float) -> None:
     rng = np.random.default_rng(seed)
@@ -174,6 +193,9 @@ def test_levels_of_one_search_nest_and_a_dump_of_them_verifies(ready: Path, teal
         assert [plan.scoring.criterion for plan in plans] == ["learned"] * 2
         assert all(np.array_equal(plans[0].scoring.scale[s], plans[1].scoring.scale[s]) for s in SITE_PROJECTIONS)
         assert (plans[0].thresholds <= plans[1].thresholds).all()
+    assert teal("plan", "make", "-m", "tiny", "-s", 0.3, "--name", "alone", "--allocation", "learned", *small).code == 0
+    alone = find_plan(Registry().get("tiny"), "alone").plan
+    assert alone.to_json() == plans[0].to_json(), "of two levels the lower one is what is learned"
     path = tmp_path / "store.zarr"
     options = ("--max-new-tokens", 6, "--ignore-eos", "-d", "python-docs", "-n", 2)
     ran = teal("dump", "-m", "tiny", "--plan", "learned-0.6", *options, "-o", path)
