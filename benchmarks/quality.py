@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from teal_cli.data.sources import python_docs
+from teal_cli.runs.plan_request import DEFAULT_TOKENS
 
 TEAL = [sys.executable, "-m", "teal_cli"]
 LEVELS = (0.5, 0.65, 0.4, 0.25)  # the most telling first, so that a table that was cut off has them
@@ -50,7 +51,6 @@ ENCYCLOPAEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortene
 SCIPY = ["integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "sparse", "spatial", "special", "stats"]
 SKIPPED = 20_000  # characters: title and table of contents of the prose
 PIECE = 4_000  # characters of one source at a stretch, in the mixture
-LEARNED_TOKENS = 327_680
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def make_plans(
         lacking = sorted(target for target in targets if kind.name(target) not in there)
         if lacking:
             options = ["--allocation", kind.allocation, "--criterion", kind.criterion]
-            learned = ["--tokens", LEARNED_TOKENS, "-d", text]
+            learned = ["--tokens", DEFAULT_TOKENS["learned"], "-d", text]
             options += learned if kind.allocation == "learned" else ["--tokens", tokens]
             teal("plan", "make", "-m", model, "-s", ",".join(f"{target:g}" for target in lacking), *options)
     return {level: [UNIFORM.name(lower[level]), *(kind.name(level) for kind in kinds)] for level in levels}

@@ -24,6 +24,7 @@ from teal_cli.passes.gradients import draw, gradients, label_errors
 from teal_cli.passes.judge import realised_bytes
 from teal_cli.passes.layers import ResidentLayers, StreamedLayers
 from teal_cli.registry.registry import Registry
+from teal_cli.runs.plan_request import DEFAULT_TOKENS
 from teal_cli.runs.plans import find_plan
 from teal_cli.sparsity.criterion import Scoring
 from teal_cli.sparsity.plan import Plan
@@ -377,3 +378,10 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(
         patched.setattr(module, "write_json", refused)
         assert teal(*arguments, "-s", 0.6, "--force").code == 1
     assert [plan["sparsity"] for plan in teal("plan", "ls", "-m", "tiny", "--json").json["plans"]] == [0.4]
+
+
+def test_help_says_how_many_tokens_are_usual(teal: Teal) -> None:
+    shown = " ".join(teal("plan", "make", "--help").out.replace("│", " ").split())
+    learned = DEFAULT_TOKENS["learned"]
+    assert {count for name, count in DEFAULT_TOKENS.items() if name != "learned"} == {4096}
+    assert f"[default: 4096; learned: {learned}; x>=2]" in shown
