@@ -69,8 +69,8 @@ def transformers_gradients(path: Path, tokens: np.ndarray, plan: Plan) -> tuple[
     shares: dict[str, Any] = {site: [] for site in SITE_PROJECTIONS}
     for key in sorted(seen, key=lambda key: (key[0], PROJECTION_INDEX[key[1]])):
         x, read, limit = seen[key]
-        ratio = (x / limit).square()
-        bell = 2 * ratio / (1 + ratio).square()
+        ratio = (x / limit) ** 4
+        bell = 4 * ratio / (1 + ratio).square()
         site = PROJECTION_SITE[key[1]]
         losses[site].append(-(read.grad[0, START:].double() * x * bell).sum(0))
         shares[site].append(bell.mean(0) * weights[key].numel() / every / x.shape[1])
@@ -101,13 +101,13 @@ def test_its_gradients_are_those_of_transformers(tiny_family: Path, streamed: bo
 
 
 def test_it_comes_nearer_to_dense_at_the_same_bytes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sequences a step, ten steps, judged on the tokens it learned from: a half of what is lost, or less."""
-    monkeypatch.setattr(module, "BATCH", 2)
+    """Four sequences a step, ten steps, judged on the tokens it learned from: less than 0.75 of the divergence."""
+    monkeypatch.setattr(module, "BATCH", 4)
     layers = ResidentLayers(Transformer.from_checkpoint(tiny("llama3"), torch.float32))
-    tokens = [np.random.default_rng(i).integers(0, VOCAB, 24) for i in range(4)] * 5
+    tokens = [np.random.default_rng(i).integers(0, VOCAB, 24) for i in range(4)] * 10
     plan = even_plan(layers, 0.5, tokens[:4])
     *events, found = learn(layers, tokens, plan, START)
-    assert (events[-1].done, events[-1].total) == (3 * 3 * 20, 3 * 3 * 20)
+    assert (events[-1].done, events[-1].total) == (3 * 3 * 40, 3 * 3 * 40)
     again = list(learn(layers, tokens, plan, START))[-1]
     assert all(np.array_equal(found[site], again[site]) for site in found)
     scoring, table = learned_scoring(found)
