@@ -295,8 +295,9 @@ def draw(found: list[Panel], file: Path) -> None:
     styles = {"uniform": "o:", "greedy": "s--", "fisher": "^-", "learned": "D-"}
     for axis, panel in zip(axes, found, strict=True):
         cells = list(panel.cells())
-        axis.plot(*np.array(panel.line).T * [[100], [1]], ":", color=colours["magnitude"])
-        for kind in dict.fromkeys(cell.kind for cell in cells):
+        line = np.array(panel.line).T * [[100], [1]]
+        axis.plot(*line, styles["uniform"], ms=5, color=colours["magnitude"], label="uniform, magnitude")
+        for kind in dict.fromkeys(cell.kind for cell in cells if cell.kind != UNIFORM):
             points = np.array(sorted((100 * cell.realised, cell.loss) for cell in cells if cell.kind == kind)).T
             colour = "black" if kind.allocation == "learned" else colours[kind.criterion]
             label = f"{kind.allocation}, {kind.criterion}"
