@@ -184,14 +184,14 @@ def make_plans(
         targets = {*levels, *(lower.values() if kind == UNIFORM else ())}
         lacking = sorted(target for target in targets if kind.name(target) not in there)
         if lacking:
-            options = ["--allocation", kind.allocation, "--criterion", kind.criterion]
+            options: list[object] = ["--allocation", kind.allocation, "--criterion", kind.criterion]
             learned = ["--tokens", DEFAULT_TOKENS["learned"], "-d", text]
             options += learned if kind.allocation == "learned" else ["--tokens", tokens]
             teal("plan", "make", "-m", model, "-s", ",".join(f"{target:g}" for target in lacking), *options)
     return {level: [UNIFORM.name(lower[level]), *(kind.name(level) for kind in kinds)] for level in levels}
 
 
-def evaluate(out: Path, model: str, text: Path, name: str, levels: list[object], windows: int, window: int) -> Any:
+def evaluate(out: Path, model: str, text: Path, name: str, levels: Sequence[object], windows: int, window: int) -> Any:
     """The result of `teal eval`, kept in OUT and gone on with where it stopped."""
     file = out / f"{model}-{text.stem}-{name}.json"
     resume = ("--resume",) if file.exists() else ()
