@@ -1,4 +1,4 @@
-"""Room for weights on large pages, where the system gives them.
+"""Room for weights on large pages, where the system gives them, and freed memory given back to it.
 
 A sparse step jumps from row to row; on pages of 4 KB nearly every row costs an address translation. PyTorch allocates
 each matrix by itself, and most are smaller than a large page or do not begin at one, so here they lie one after the
@@ -18,6 +18,7 @@ from torch import Tensor
 _PAGE: Final = 2 << 20
 _SLAB: Final = 64 << 20
 _LINE: Final = 64
+_LIBC: Final = ctypes.CDLL(None)
 
 
 class WeightMemory:
@@ -37,12 +38,18 @@ class WeightMemory:
         return self._slab[start : start + size].view(dtype).view(shape)
 
 
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system, where the allocator is glibc's, which keeps it otherwise."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
 def _large_pages(size: int) -> Tensor:
     """uint8 [size], at the start of a large page; what is never written takes no memory."""
     room = torch.empty(size + _PAGE, dtype=torch.uint8)
     slab = room[-room.data_ptr() % _PAGE :][:size]
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        advise = ctypes.CDLL(None).madvise
+        advise = _LIBC.madvise
         advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         advise(slab.data_ptr(), size // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # refused: small pages
     return slab

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
 from teal_cli.model.config import ModelConfig
+from teal_cli.model.memory import give_back_freed
 from teal_cli.model.rope import Rotation
 from teal_cli.model.transformer import Attend, Project, attend_alone, block, dense
 from teal_cli.model.weights import LayerWeights
@@ -168,6 +169,10 @@ def forward(
                 done += 1
                 yield Advance(done, total, config.layers, time.perf_counter() - begun)
             del layer, weights  # the next layer must not be loaded beside this one
+            if variants and crew is None:
+                # Rows of several plans leave holes that no later block fits. SmolLM2, four levels, windows of 2,048:
+                # 1.29 GB in place of 1.74, in 1.1 times the time at most (two cores of an EPYC, 2026-11-28).
+                give_back_freed()
         if sink is not None:
             for _ in each(sink, group, states):
                 pass

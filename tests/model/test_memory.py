@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from teal_cli.model import memory
-from teal_cli.model.memory import WeightMemory
+from teal_cli.model.memory import WeightMemory, give_back_freed
 
 
 def test_tensors_do_not_touch_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +26,19 @@ def test_tensors_do_not_touch_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
         assert tensor.is_contiguous()
         assert tensor.data_ptr() % 64 == 0
         assert (tensor == i).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+    blocks = [torch.ones(16 << 10) for _ in range(2048)]  # 64 KiB each, 128 MiB: too small to be mapped by themselves
+    del blocks[::2]  # holes between the others, which stay
+    gc.collect()
+    before = resident()
+    give_back_freed()
+    assert hasattr(memory._LIBC, "malloc_trim") == (before - resident() > 32 << 20)
 
 
 def test_a_slab_begins_at_a_large_page_and_is_freed() -> None:
