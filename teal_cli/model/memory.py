@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import sys
 from typing import Final
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 _PAGE: Final = 2 << 20
 _SLAB: Final = 64 << 20
 _LINE: Final = 64
-_LIBC: Final = ctypes.CDLL(None)
+_LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class WeightMemory:
@@ -40,7 +41,7 @@ class WeightMemory:
 
 def give_back_freed() -> None:
     """Give memory that was freed back to the system, where the allocator is glibc's, which keeps it otherwise."""
-    if hasattr(_LIBC, "malloc_trim"):
+    if _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
 
 
@@ -48,7 +49,7 @@ def _large_pages(size: int) -> Tensor:
     """uint8 [size], at the start of a large page; what is never written takes no memory."""
     room = torch.empty(size + _PAGE, dtype=torch.uint8)
     slab = room[-room.data_ptr() % _PAGE :][:size]
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if _LIBC is not None and hasattr(mmap, "MADV_HUGEPAGE"):
         advise = _LIBC.madvise
         advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         advise(slab.data_ptr(), size // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # refused: small pages
