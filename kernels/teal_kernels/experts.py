@@ -101,12 +101,6 @@ class Experts(Matrix):
         matrix.routing = routing
         return matrix
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
-        """The same for so many of the tokens each, one group after the other."""
-        known = self.known
-        parts = zip(known.experts.split(list(sizes)), known.weights.split(list(sizes)), strict=True)
-        return [self.routed(Routing(experts, weights)) for experts, weights in parts]
-
     @abstractmethod
     def product(self, x: Tensor, multiply: Multiply) -> Tensor:
         """x [S, K] times the matrix of its token -> [S, N]; `multiply` is called for each expert that has tokens."""

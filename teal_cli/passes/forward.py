@@ -26,9 +26,9 @@ from teal_cli.model.transformer import Attend, Project, attend_alone, block, den
 from teal_cli.model.weights import LayerWeights
 from teal_cli.passes.crew import Crew
 from teal_cli.passes.layers import Layers
-from teal_cli.passes.projector import PlanProjector, products
+from teal_cli.passes.projector import PlanProjector
 from teal_cli.sparsity.plan import Plan
-from teal_kernels.experts import Experts, experts_of
+from teal_kernels.experts import experts_of
 from teal_kernels.matrix import Matrix
 
 
@@ -170,8 +170,8 @@ def forward(
                 yield Advance(done, total, config.layers, time.perf_counter() - begun)
             del layer, weights  # the next layer must not be loaded beside this one
             if len(variants) > 1 and crew is None and layers.device.type == "cpu":
-                # Rows of several plans leave holes that no later block fits. SmolLM2, four levels, 20 windows of 2,048:
-                # 1.34 GB at the peak in place of 1.57, in 1.12 times the time (two cores of an EPYC, 2026-11-28).
+                # Blocks of many sizes leave holes. SmolLM2, four levels, 20 windows of 2,048: 1.13 GB at the peak in
+                # place of 1.36, in 1.04 times the time (two cores of an EPYC with AVX-512, 2026-11-28).
                 give_back_freed()
         if sink is not None:
             for _ in each(sink, group, states):
@@ -216,33 +216,17 @@ class Layer:
                 dense_kv.append(kv)
                 return alone(layer, q, kv)
 
-            states.dense = self._run(states.dense, [slice(0, len(states.dense))], noted, self._dense(sequence))
-        there = [number for number in range(len(self._variants)) if len(states.sparse[number])]
-        if there:
-            starts = {number: self._variants[number].position(states.length) for number in there}
-            spans = [slice(starts[number], states.length) for number in there]
-            attend = self._attend_apart(spans, dense_kv)
-            project = self._sparse(there, sequence, spans)
-            hidden = self._run(torch.cat([states.sparse[number] for number in there]), spans, attend, project)
-            for number, rows in zip(there, hidden.split([x.stop - x.start for x in spans]), strict=True):
-                states.sparse[number] = rows
+            states.dense = self._run(states.dense, 0, noted, self._dense(sequence))
+        for number, rows in enumerate(states.sparse):
+            if len(rows):
+                start = states.length - len(rows)
+                attend = attend_alone(self._config, dense_kv[0][:start] if start else None)
+                states.sparse[number] = self._run(rows, start, attend, self._sparse(number, sequence, start))
 
-    def _run(self, hidden: Tensor, spans: Sequence[slice], attend: Attend, project: Project) -> Tensor:
-        """The layer over rows at the positions of some spans, one after the other."""
-        cos, sin = self._rope
-        rope = torch.cat([cos[span] for span in spans]), torch.cat([sin[span] for span in spans])
-        return block(self._config, self._index, self._weights, hidden, rope, attend, project)
-
-    def _attend_apart(self, spans: Sequence[slice], dense_kv: Sequence[Tensor]) -> Attend:
-        """Each span by itself, after the dense positions before it."""
-        sizes = [span.stop - span.start for span in spans]
-        each = [attend_alone(self._config, dense_kv[0][: x.start] if x.start else None) for x in spans]
-
-        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            parts = zip(each, q.split(sizes), kv.split(sizes), strict=True)
-            return torch.cat([alone(layer, own_q, own_kv) for alone, own_q, own_kv in parts])
-
-        return attend
+    def _run(self, hidden: Tensor, start: int, attend: Attend, project: Project) -> Tensor:
+        """The layer over rows from a position on."""
+        cos, sin = (part[start : start + len(hidden)] for part in self._rope)
+        return block(self._config, self._index, self._weights, hidden, (cos, sin), attend, project)
 
     def _dense(self, sequence: int) -> Project:
         visit = self._visit
@@ -255,24 +239,15 @@ class Layer:
 
         return project
 
-    def _sparse(self, numbers: Sequence[int], sequence: int, spans: Sequence[slice]) -> Project:
-        projectors, visit = [self._projectors[number] for number in numbers], self._visit
-        sums = [self._variants[number].kept for number in numbers]
-        counts = [None if kept is None else kept[self._index] for kept in sums]
-        sizes = [span.stop - span.start for span in spans]
+    def _sparse(self, number: int, sequence: int, start: int) -> Project:
+        projector, visit, kept = self._projectors[number], self._visit, self._variants[number].kept
+        counts = None if kept is None else kept[self._index]
 
         def project(layer: int, site: str, x: Tensor, matrix: Matrix) -> Tensor:
-            parts = x.split(sizes)
-            own = matrix.split(sizes) if isinstance(matrix, Experts) else [matrix] * len(sizes)
-            kept = [p.kept(site, part, of) for p, part, of in zip(projectors, parts, own, strict=True)]
-            if isinstance(matrix, Experts):  # which is another matrix for each token
-                every = zip(projectors, kept, own, counts, strict=True)
-                out = torch.cat([p.product(site, rows, of, count) for p, rows, of, count in every])
-            else:
-                out = products(projectors, site, kept, matrix, counts)
+            rows = projector.kept(site, x, matrix)
+            out = projector.product(site, rows, matrix, counts)
             if visit is not None:
-                for number, span, part, rows, of in zip(numbers, spans, parts, kept, own, strict=True):
-                    visit(Where(layer, site, sequence, number, span.start, experts_of(of)), part, rows)
+                visit(Where(layer, site, sequence, number, start, experts_of(matrix)), x, rows)
             return out
 
         return project

@@ -1,13 +1,10 @@
 """The product of many rows under a plan: what a sparse decode step computes for one row, as a matrix product.
 
-Dropped entries are set to zero. Where they are many, a CPU may skip their weight rows (`ops/sparse_gemm`), for the rows
-of several plans at once; else multiplying by zero is faster. The comparison is the step's own, so the same entries are
-dropped.
+Dropped entries are set to zero. Where they are many, a CPU may skip their weight rows (`ops/sparse_gemm`); else
+multiplying by zero is faster. The comparison is the step's own, so the same entries are dropped.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -75,14 +72,32 @@ class PlanProjector:
         return row_thresholds(x, lowest[None]) if self._ranked else lowest
 
     def product(self, site: str, kept: Tensor, matrix: Matrix, counts: NDArray[np.int64] | None = None) -> Tensor:
-        """What follows from the entries that were kept; arguments as for `products`."""
-        return products([self], site, [kept], matrix, [counts])
+        """What follows from the entries that were kept.
 
-    def skips(self, matrix: Matrix) -> bool:
+        Args:
+            kept: [S, K], what `kept` gave.
+            matrix: [K, N].
+            counts: int64 [7], to which the number of entries that each projection keeps is added; or None.
+
+        Returns:
+            [S, N], new memory.
+        """
+        reads = self._reads(site, kept, counts)
+        multiply = sparse_gemm if self._skips(matrix) else sparse_gemm_reference
+        if len(reads) == 1:
+            out = multiply(reads[0], matrix)
+        else:
+            out = torch.cat([multiply(x, matrix, projection) for projection, x in enumerate(reads)], dim=1)
+        centre = self._centre.get(site)
+        if centre is not None:
+            out += matrix.dense(centre.to(out.dtype)[None])
+        return out
+
+    def _skips(self, matrix: Matrix) -> bool:
         """Whether products with a matrix skip what is dropped."""
         return self._target >= skips_from(matrix)
 
-    def reads(self, site: str, kept: Tensor, counts: NDArray[np.int64] | None) -> list[Tensor]:
+    def _reads(self, site: str, kept: Tensor, counts: NDArray[np.int64] | None) -> list[Tensor]:
         """What each projection of a site reads [S, K], or once what all of them do; adds to counts what they keep."""
         group = columns(site)
         if self._shared[site]:
@@ -99,61 +114,6 @@ class PlanProjector:
                 counts[group.start + projection] += count_kept(read)
             found.append(read)
         return found
-
-    def add_centre(self, site: str, out: Tensor, matrix: Matrix) -> None:
-        """Adds to a product what the centre of the site gives, if it has one."""
-        centre = self._centre.get(site)
-        if centre is not None:
-            out += matrix.dense(centre.to(out.dtype)[None])
-
-
-def products(
-    projectors: Sequence[PlanProjector],
-    site: str,
-    kept: Sequence[Tensor],
-    matrix: Matrix,
-    counts: Sequence[NDArray[np.int64] | None],
-) -> Tensor:
-    """The product of a site under several plans.
-
-    Args:
-        kept: of each plan [S, K], what its `kept` gave.
-        matrix: [K, N].
-        counts: of each plan int64 [7], to which the number of entries that each projection keeps is added; or None.
-
-    Returns:
-        [sum of S, N], the rows of one plan after those of another.
-    """
-    every = zip(projectors, kept, counts, strict=True)
-    skipping: list[list[Tensor]] = []
-    out: list[Tensor] = []
-
-    def skipped() -> None:
-        if skipping:
-            out.append(_multiply(sparse_gemm, skipping, matrix))
-            skipping.clear()
-
-    for projector, x, count in every:
-        reads = projector.reads(site, x, count)
-        if projector.skips(matrix):
-            skipping.append(reads)
-        else:
-            skipped()
-            out.append(_multiply(sparse_gemm_reference, [reads], matrix))
-    skipped()
-    result = torch.cat(out) if len(out) > 1 else out[0]
-    for projector, rows in zip(projectors, result.split([len(x) for x in kept]), strict=True):
-        projector.add_centre(site, rows, matrix)
-    return result
-
-
-def _multiply(multiply: Callable[..., Tensor], reads: Sequence[list[Tensor]], matrix: Matrix) -> Tensor:
-    """The product of what `PlanProjector.reads` gave of several plans, [sum of S, N]."""
-    parts = max(map(len, reads))
-    if parts == 1:
-        return multiply(torch.cat([read[0] for read in reads]), matrix)
-    each = [torch.cat([read[min(p, len(read) - 1)] for read in reads]) for p in range(parts)]
-    return torch.cat([multiply(x, matrix, p) for p, x in enumerate(each)], dim=1)
 
 
 def count_kept(rows: Tensor) -> int:
