@@ -51,11 +51,18 @@ class TokenBlocks:
 
 
 def pack(
-    source: Source, tokenizer: Tokenizer, *, num_sequences: int, seq_len: int, least: int | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    num_sequences: int,
+    seq_len: int,
+    least: int | None = None,
+    option: str = "--seq-len",
 ) -> TokenBlocks:
     """Fill `num_sequences` blocks of `seq_len` tokens from the beginning of a dataset.
 
-    A dataset that is too short for them gives as many as it can, but at least `least`; None wants all.
+    A dataset that is too short for them gives as many as it can, but at least `least`; None wants all. `option` is what
+    the user calls `seq_len`.
 
     Raises:
         UsageError: the dataset is too short (says what would fit), or a number below 1.
@@ -66,7 +73,7 @@ def pack(
     prefix = _prefix(tokenizer)
     room = seq_len - len(prefix)
     if room < 1:
-        raise UsageError(f"--seq-len must be at least {len(prefix) + 1}, not {seq_len}")
+        raise UsageError(f"{option} must be at least {len(prefix) + 1}, not {seq_len}")
     ids: list[int] = []
     for piece in _pieces(source):
         ids += tokenizer.encode(piece, add_special_tokens=False)
@@ -74,7 +81,7 @@ def pack(
             break
     fitting = len(ids) // room
     if fitting < (num_sequences if least is None else least):
-        raise _too_short(source, len(ids), num_sequences, seq_len, room)
+        raise _too_short(source, len(ids), num_sequences, seq_len, room, option)
     num_sequences = min(num_sequences, fitting)
     tokens = np.empty((num_sequences, seq_len), np.dtype("<i8"))
     tokens[:, : len(prefix)] = prefix
@@ -102,14 +109,14 @@ def _pieces(source: Source) -> Iterator[str]:
         yield "".join(rows)
 
 
-def _too_short(source: Source, there: int, num_sequences: int, seq_len: int, room: int) -> UsageError:
+def _too_short(source: Source, there: int, num_sequences: int, seq_len: int, room: int, option: str) -> UsageError:
     split = f" ({source.split})" if source.split else ""
     fits = there // room
     if fits:
         hint = f"the most that fits is --num-sequences {fits}"
     else:
         most = there + seq_len - room
-        shorter = f"lower --seq-len to at most {most}, or name more text" if there > 1 else "name a text that has some"
+        shorter = f"lower {option} to at most {most}, or name more text" if there > 1 else "name a text that has some"
         hint = f"not even one sequence fits; {shorter}"
     return UsageError(
         f"{source.name}{split} has only {counted(there, 'token')}; {counted(num_sequences, 'sequence')} of {seq_len} "

@@ -78,7 +78,7 @@ def cut(source: Source, tokenizer: Tokenizer, *, convention: str, count: int, le
     if length < 2:
         raise UsageError(f"a window needs at least 2 tokens, not {length}", hint="2048 is the usual length")
     if convention == "window":
-        blocks = pack(source, tokenizer, num_sequences=count, seq_len=length, least=1)
+        blocks = pack(source, tokenizer, num_sequences=count, seq_len=length, least=1, option="--window")
         found = [Window(row[:-1], row[1:]) for row in blocks.tokens]
         return _windows(found, range(len(found)), 0, 0, source)
     windows, units, words, size = [], [], 0, 0
