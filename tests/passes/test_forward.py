@@ -19,6 +19,7 @@ from teal_cli.decoding.steps import open_step
 from teal_cli.errors import TealError, UsageError
 from teal_cli.model.transformer import Transformer
 from teal_cli.model.weights import Checkpoint
+from teal_cli.passes import forward as module
 from teal_cli.passes import projector
 from teal_cli.passes.forward import Advance, Sparse, States, Where, forward
 from teal_cli.passes.layers import Layers, ResidentLayers, StreamedLayers
@@ -156,6 +157,20 @@ def test_variants_do_not_touch_each_other(tiny: Callable[[str], Path]) -> None:
     alone = Seen().run(layers, blocks(1), [second])
     assert torch.equal(together.states[0].sparse[1], alone.states[0].sparse[0])
     assert torch.equal(together.states[0].dense, alone.states[0].dense)
+
+
+def test_freed_memory_goes_back_only_where_several_plans_run(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama3")
+    layers = ResidentLayers(Transformer.from_checkpoint(path, torch.float32))
+    given: list[None] = []
+    monkeypatch.setattr(module, "give_back_freed", lambda: given.append(None))
+    plan = Sparse(some_plan(path), START)
+    for variants, each in (([], 0), ([plan], 0), ([plan, plan], layers.config.layers)):
+        given.clear()
+        Seen().run(layers, blocks(2), variants)
+        assert len(given) == 2 * each
 
 
 def test_without_dense_rows_only_the_prefix_is_run(tiny: Callable[[str], Path]) -> None:
